@@ -1,0 +1,1 @@
+"""Conformance: checks other implementations against the specification."""

@@ -1,0 +1,1 @@
+"""ONNX export: the specification evaluated on symbols."""

@@ -1,0 +1,22 @@
+"""refpeft: the golden specification of parameter-efficient fine-tuning, in plain NumPy.
+
+    model = refpeft.load("folder")                             an HF model folder
+    adapter = refpeft.init("lora", {"r": 8}, model, seed=0)    or refpeft.load_adapter("folder", model)
+    out, vjp = model(ids, adapter)                             the forward pass …
+    grads = vjp(dout)                                          … and the gradients of the adapter, by name
+    merged = refpeft.merge(model, adapter)
+
+Start reading at `refpeft.ops`, then `refpeft.methods.lora`.
+"""
+
+from refpeft.adapter import Adapter
+from refpeft.check import check_model, check_op
+from refpeft.checkpoint import load, load_adapter, save, save_adapter
+from refpeft.methods import METHODS
+from refpeft.model import Model
+from refpeft.tune import init, merge
+
+__all__ = [
+    "METHODS", "Adapter", "Model", "check_model", "check_op", "init", "load", "load_adapter", "merge", "save", "save_adapter",
+]  # fmt: skip
+__version__ = "0.1.0"

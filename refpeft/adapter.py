@@ -1,0 +1,85 @@
+"""Adapters: what a method adds to a model, and how several of them wrap its parts."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from refpeft.method import Phi
+from refpeft.methods import METHODS
+from refpeft.ops import Array
+from refpeft.part import Key, Part, make, stored
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A method's config and parameters for one model.
+
+    `params` are all that is trained, by name: '<module>.lora_A.weight', …; a parameter with the name of one of the
+    model's own tensors ('score.weight', from `modules_to_save` or `bias`) stands in its place. `frozen` are companions
+    that are never trained. `masks` are dropout masks by module, as arguments of the function.
+    """
+
+    method: str
+    config: Any
+    params: Mapping[str, Array]
+    frozen: Mapping[str, Array] = field(default_factory=dict)
+    masks: Mapping[str, Array] = field(default_factory=dict)
+
+    def replace(self, **changes: Any) -> "Adapter":
+        return replace(self, **changes)
+
+    @cached_property
+    def by_module(self) -> Mapping[str, tuple[dict[str, str], dict[str, str]]]:
+        """Module → (formula name → parameter name, 'weight' or 'bias' → parameter name)."""
+        suffixes = {key: name for name, keys in METHODS[self.method].KEYS.items() for key in keys if key}
+        table: dict[str, tuple[dict[str, str], dict[str, str]]] = {}
+        for name in [*self.params, *self.frozen]:
+            own = next((s for s in suffixes if name.endswith("." + s)), None)
+            path = name[: -len(own) - 1] if own else name.rpartition(".")[0]
+            φ, whole = table.setdefault(path, ({}, {}))
+            if own:
+                φ[suffixes[own]] = name
+            else:
+                whole[name.rpartition(".")[2]] = name
+        return table
+
+    def value(self, name: str) -> Array:
+        return self.params[name] if name in self.params else self.frozen[name]
+
+
+def each(adapters: Sequence[Adapter]) -> Callable[[Part], Part]:
+    """`wrap` for a model: first the tensors that adapters replace whole, then each adapter's method, in order."""
+
+    def wrap(part: Part) -> Part:
+        part = replaced(adapters, part)
+        for adapter, φ in found(adapters, part.path):
+            method = METHODS[adapter.method]
+            part = method.wrap(adapter.config.at(part.path), φ, part, adapter.masks.get(part.path))
+        return part
+
+    return wrap
+
+
+def replaced(adapters: Sequence[Adapter], part: Part) -> Part:
+    """The part with its weight and bias taken from the adapters that carry them; the last one wins."""
+    for k, adapter in enumerate(adapters):
+        _, whole = adapter.by_module.get(part.path, ({}, {}))
+        for name, full in whole.items():
+            W, b, W_key, b_key = part.W, part.b, part.W_key, part.b_key
+            if name == "weight":
+                W, W_key = stored(part.kind, adapter.params[full]), (k, full)
+            else:
+                b, b_key = adapter.params[full], (k, full)
+            part = make(part.path, part.kind, W, b, W_key, b_key, part.eps)
+    return part
+
+
+def found(adapters: Sequence[Adapter], path: str) -> Iterator[tuple[Adapter, Phi]]:
+    """The adapters that have parameters for a module, in order, with these parameters."""
+    for k, adapter in enumerate(adapters):
+        names, _ = adapter.by_module.get(path, ({}, {}))
+        if names:
+            values = {name: adapter.value(full) for name, full in names.items()}
+            keys: dict[str, Key] = {name: (k, full) for name, full in names.items() if full in adapter.params}
+            yield adapter, Phi(values, keys)

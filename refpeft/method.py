@@ -1,0 +1,174 @@
+"""What the methods share: reading a config's patterns and targets, and the lifts from one matrix to a part.
+
+A method is one module in `methods/`, registered there by one line, with
+
+    Config                             frozen; fields named as in HF's adapter_config.json
+    KEYS                               its parameters' names in the formulae → in checkpoints (linear, embedding)
+    FROZEN                             which of them are never trained
+    init(cfg, part, rng) → φ           its parameters for one part, named as in the formulae
+    merge(cfg, W, b, φ) → W′, b′, vjp  the definition, where the method is a reparametrisation of weights
+    wrap(cfg, φ, part, …) → part       the run-time form
+
+Where both exist they must agree on outputs and gradients: wrap ≡ merge, a theorem every method is tested for
+(`weight` below runs a part by its `merge`). `φ` arrives as a `Phi`: values by name, and under which key to return
+each gradient.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from refpeft.ops import Array, is_half
+from refpeft.part import Back, Grads, Key, Lazy, Once, Part, Run, join, link, plus
+
+Values = Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class Phi:
+    """A method's parameters for one part: values by their names in the formulae; keys of those that are trained."""
+
+    values: Values
+    keys: Mapping[str, Key]
+
+    def __getitem__(self, name: str) -> Array:
+        return self.values[name]
+
+    def get(self, name: str) -> Array | None:
+        return self.values.get(name)
+
+    def grads(self, lazies: Mapping[str, Lazy]) -> Grads:
+        return {self.keys[name]: d for name, d in lazies.items() if name in self.keys}
+
+
+MergeVjp = Callable[[Lazy, Lazy], tuple[Lazy, Mapping[str, Lazy]]]  # (dW′, db′) → dW, dφ;   db = db′ always
+Merged = tuple[Array, Array | None, MergeVjp]
+
+
+class Method(Protocol):
+    """The shape of a module in `methods/`."""
+
+    Config: Any
+    KEYS: Mapping[str, tuple[str | None, str | None]]
+    FROZEN: Sequence[str]
+
+    def init(self, cfg: Any, part: Part, rng: np.random.Generator) -> dict[str, Array]: ...
+    def merge(self, cfg: Any, W: Array, b: Array | None, φ: Values) -> Merged: ...
+    def wrap(self, cfg: Any, φ: Phi, part: Part, mask: Array | None = None) -> Part: ...
+
+
+# ── lifts ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def branch(part: Part, δ: Run) -> Part:
+    """y = y₀ + δ(x): what an additive method does to a part, several of them in any order."""
+
+    def run(x: Array) -> tuple[Array, Back]:
+        y0, back0 = part.run(x)
+        z, backδ = δ(x)
+
+        def back(dy: Lazy) -> tuple[Lazy, Grads]:
+            dx0, grads0 = back0(dy)
+            dxδ, gradsδ = backδ(dy)
+            return plus(dx0, dxδ), join(grads0, gradsδ)
+
+        return as_dtype(y0 + z, y0), back
+
+    return part.wrapped(run)
+
+
+def weight(part: Part, φ: Phi, merge: Callable[[Array, Array | None, Values], Merged]) -> Part:
+    """y = x W′ᵀ + b′ with W′, b′ = merge(W, b, φ): any reparametrisation of weights, run by its definition."""
+
+    def run(x: Array) -> tuple[Array, Back]:
+        W, b, vjp_merge = merge(part.W, part.b, φ.values)
+        y, vjp = part.matmul(x, W, b)
+
+        def back(dy: Lazy) -> tuple[Lazy, Grads]:
+            dx, dW1, db1 = link(vjp, dy, 3)
+            dW, dφ = vjp_merge(dW1, db1)
+            base: Grads = {part.W_key: part.as_stored(dW)}
+            if part.b is not None:
+                base[part.b_key] = db1
+            return dx, base | φ.grads(dφ)
+
+        return y, back
+
+    return part.wrapped(run)
+
+
+def masked(δ: Run, mask: Array | None) -> Run:
+    """δ(x ⊙ mask): dropout with its mask as an argument (zeros, and 1/(1 − p) where kept)."""
+    if mask is None:
+        return δ
+
+    def run(x: Array) -> tuple[Array, Back]:
+        y, backδ = δ(x * mask)
+
+        def back(dy: Lazy) -> tuple[Lazy, Grads]:
+            dx, grads = backδ(dy)
+            return Once(lambda: dx() * mask), grads
+
+        return y, back
+
+    return run
+
+
+def as_dtype(y: Array, like: Array) -> Array:
+    """A 16-bit layer stays one, though its adapter be float32."""
+    return y.astype(like.dtype) if is_half(like.dtype) and y.dtype != like.dtype else y
+
+
+# ── reading configs, as HF peft reads them ───────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Which modules a method adapts, and which it trains whole: the fields that all of HF peft's configs share."""
+
+    target_modules: str | Sequence[str] | None = None
+    exclude_modules: str | Sequence[str] | None = None
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+    modules_to_save: Sequence[str] | None = None
+
+
+def at(pattern: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+    """The entry of a rank_pattern or alpha_pattern for a module: keys are regular expressions for the end of its path
+    (from a dot on), the first that matches wins."""
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", path):
+            return value
+    return default
+
+
+def targeted(cfg: Targets, path: str) -> bool:
+    """Does the config target the module at this path? A string is a regular expression for the whole path, a list holds
+    paths or their ends (from a dot on); `exclude_modules` likewise; `layers_to_transform` picks layers by number."""
+    if matches(cfg.exclude_modules, path) or not matches(cfg.target_modules, path):
+        return False
+    layers = cfg.layers_to_transform
+    if layers is None or path in (cfg.target_modules or ()):
+        return True
+    patterns = cfg.layers_pattern or r"[^.]*"
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    found = next((m for p in patterns if (m := re.match(rf".*\.{p}\.(\d+)\.", path))), None)
+    return found is not None and int(found[1]) in ([layers] if isinstance(layers, int) else layers)
+
+
+def matches(names: str | Sequence[str] | None, path: str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return any(path == name or path.endswith("." + name) for name in names or ())
+
+
+DEFAULT_TARGETS = {  # HF peft's, where a config names none
+    "gpt2": ("c_attn",),
+    "llama": ("q_proj", "v_proj"),
+    "qwen2": ("q_proj", "v_proj"),
+    "bert": ("query", "value"),
+    "roberta": ("query", "value"),
+}

@@ -1,0 +1,152 @@
+"""Parts: the layers of a model as functions of their input, which is what a PEFT method wraps.
+
+A part runs as `y, back = part.run(x)`, and `back(dy)` returns `dx` and the gradients of every parameter involved.
+All of them are *lazy*: functions of no arguments. Linking a whole backward pass therefore computes nothing, and asking
+for one gradient computes exactly what that gradient needs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from refpeft.ops import Array, Op, Vjp, embedding, layer_norm, linear, rms_norm
+
+Lazy = Callable[[], Array]
+Key = tuple[int, str]  # whose parameter it is (BASE, or the adapter's place in the list), and its name
+Grads = dict[Key, Lazy]
+Back = Callable[[Lazy], tuple[Lazy, Grads]]
+Run = Callable[[Array], tuple[Array, Back]]
+
+BASE = -1
+
+
+class Once:
+    """A value computed when first asked for, once; then what it was made from is let go."""
+
+    __slots__ = ("make", "value")
+
+    def __init__(self, make: Lazy) -> None:
+        self.make: Lazy | None = make
+
+    def __call__(self) -> Array:
+        if self.make is not None:
+            self.value = self.make()
+            self.make = None
+        return self.value
+
+
+def link(vjp: Vjp, dy: Lazy, n: int) -> list[Lazy]:
+    """The first n cotangents of an op, given a lazy dy: nothing is computed until one of them is asked for."""
+    cotangents = Once(lambda: vjp(dy()))
+
+    def pull(k: int) -> Lazy:
+        return Once(lambda: cotangents()[k]())
+
+    return [pull(k) for k in range(n)]
+
+
+def join(a: Grads, b: Grads) -> Grads:
+    """Both, summed where one parameter was used in two places."""
+    for key in a.keys() & b.keys():
+        a = a | {key: plus(a[key], b.pop(key))}
+    return a | b
+
+
+def plus(a: Lazy, b: Lazy) -> Lazy:
+    return Once(lambda: a() + b())
+
+
+@dataclass(frozen=True)
+class Part:
+    """One layer: where it is, what it is, its own parameters, and how it runs now (wrapped or not).
+
+    For the kinds that multiply by a matrix (linear, conv1d, embedding), `W` is that matrix as [o, i], whichever way
+    round it is stored: Conv1D (GPT-2) stores [i, o]; an embedding stores [v, d] and multiplies one-hot rows: W = Eᵀ.
+    """
+
+    path: str  # as HF names the module: 'transformer.h.0.attn.c_attn'
+    kind: str  # 'linear', 'conv1d', 'embedding', 'layer_norm', 'rms_norm'
+    W: Array
+    b: Array | None
+    W_key: Key
+    b_key: Key
+    eps: float
+    run: Run
+    pristine: bool = True  # no adapter has wrapped it
+
+    @property
+    def matmul(self) -> Op:
+        """y = x Wᵀ (+ b) for inputs of this part's kind: `linear`, or `lookup` where the inputs are ids."""
+        return lookup if self.kind == "embedding" else linear
+
+    def bare(self, x: Array) -> tuple[Array, Back]:
+        """y = x Wᵀ with the part's own W: no bias, no adapter."""
+        y, vjp = self.matmul(x, self.W)
+
+        def back(dy: Lazy) -> tuple[Lazy, Grads]:
+            dx, dW = link(vjp, dy, 2)
+            return dx, {self.W_key: self.as_stored(dW)}
+
+        return y, back
+
+    def as_stored(self, dW: Lazy) -> Lazy:
+        return Once(lambda: stored(self.kind, dW()))
+
+    def wrapped(self, run: Run) -> "Part":
+        return replace(self, run=run, pristine=False)
+
+
+def stored(kind: str, W: Array) -> Array:
+    """From a matrix [o, i] to the way this kind of layer stores it, and back."""
+    return W.T if kind in ("conv1d", "embedding") else W
+
+
+def lookup(ids: Array, W: Array, b: Array | None = None) -> tuple[Array, Vjp]:
+    """linear(onehot(ids), W, b), without the one-hots.      ids […], W [o, v] → y [… o]"""
+    y, vjp = embedding(ids, W.T)
+
+    def dW(dy: Array) -> Array:
+        _, dE = vjp(dy)
+        assert dE is not None
+        return dE().T
+
+    if b is not None:
+        y = y + b
+    return y, lambda dy: (None, lambda: dW(dy), lambda: dy.reshape(-1, dy.shape[-1]).sum(0))
+
+
+def make(path: str, kind: str, W: Array, b: Array | None, W_key: Key, b_key: Key, eps: float = 0.0) -> Part:
+    """A part as the model has it: y = x Wᵀ + b, or a norm with gain W and shift b."""
+    n = 2 if b is None else 3
+
+    def op(x: Array) -> tuple[Array, Vjp]:
+        if kind == "rms_norm":
+            return rms_norm(x, W, eps=eps)
+        if kind == "layer_norm":
+            return layer_norm(x, W, b, eps=eps)
+        return lookup(x, W, b) if kind == "embedding" else linear(x, W, b)
+
+    def run(x: Array) -> tuple[Array, Back]:
+        y, vjp = op(x)
+
+        def back(dy: Lazy) -> tuple[Lazy, Grads]:
+            dx, dW, *db = link(vjp, dy, n)
+            return dx, {W_key: part.as_stored(dW), **dict(zip((b_key,), db, strict=False))}
+
+        return y, back
+
+    part = Part(path, kind, W, b, W_key, b_key, eps, run)
+    return part
+
+
+def op_run(f: Op) -> Run:
+    """An op of one argument and no parameters, as a run."""
+
+    def run(x: Array) -> tuple[Array, Back]:
+        y, vjp = f(x)
+
+        def back(dy: Lazy) -> tuple[Lazy, Grads]:
+            return link(vjp, dy, 1)[0], {}
+
+        return y, back
+
+    return run
