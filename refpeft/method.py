@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from refpeft.ops import Array, is_half
-from refpeft.part import Back, Grads, Key, Lazy, Once, Part, Run, join, link, plus
+from refpeft.part import Back, Grads, Key, Lazy, Once, Part, Run, Want, join, link, plus
 
 Values = Mapping[str, Array]
 
@@ -40,8 +40,9 @@ class Phi:
     def get(self, name: str) -> Array | None:
         return self.values.get(name)
 
-    def grads(self, lazies: Mapping[str, Lazy]) -> Grads:
-        return {self.keys[name]: d for name, d in lazies.items() if name in self.keys}
+    def grads(self, want: Want, lazies: Mapping[str, Lazy]) -> Grads:
+        keys = self.keys
+        return {keys[name]: d for name, d in lazies.items() if name in keys and keys[name] in want}
 
 
 MergeVjp = Callable[[Lazy, Lazy], tuple[Lazy, Mapping[str, Lazy]]]  # (dW′, db′) → dW, dφ;   db = db′ always
@@ -65,19 +66,24 @@ class Method(Protocol):
 
 def branch(part: Part, δ: Run) -> Part:
     """y = y₀ + δ(x): what an additive method does to a part, several of them in any order."""
+    return part.wrapped(together(part.run, δ))
+
+
+def together(f: Run, g: Run) -> Run:
+    """y = f(x) + g(x), in the dtype of f(x)."""
 
     def run(x: Array) -> tuple[Array, Back]:
-        y0, back0 = part.run(x)
-        z, backδ = δ(x)
+        y, back_f = f(x)
+        z, back_g = g(x)
 
-        def back(dy: Lazy) -> tuple[Lazy, Grads]:
-            dx0, grads0 = back0(dy)
-            dxδ, gradsδ = backδ(dy)
-            return plus(dx0, dxδ), join(grads0, gradsδ)
+        def back(dy: Lazy, want: Want) -> tuple[Lazy, Grads]:
+            dx_f, grads_f = back_f(dy, want)
+            dx_g, grads_g = back_g(dy, want)
+            return plus(dx_f, dx_g), join(grads_f, grads_g)
 
-        return as_dtype(y0 + z, y0), back
+        return as_dtype(y + z, y), back
 
-    return part.wrapped(run)
+    return run
 
 
 def weight(part: Part, φ: Phi, merge: Callable[[Array, Array | None, Values], Merged]) -> Part:
@@ -87,13 +93,11 @@ def weight(part: Part, φ: Phi, merge: Callable[[Array, Array | None, Values], M
         W, b, vjp_merge = merge(part.W, part.b, φ.values)
         y, vjp = part.matmul(x, W, b)
 
-        def back(dy: Lazy) -> tuple[Lazy, Grads]:
+        def back(dy: Lazy, want: Want) -> tuple[Lazy, Grads]:
             dx, dW1, db1 = link(vjp, dy, 3)
             dW, dφ = vjp_merge(dW1, db1)
-            base: Grads = {part.W_key: part.as_stored(dW)}
-            if part.b is not None:
-                base[part.b_key] = db1
-            return dx, base | φ.grads(dφ)
+            db = None if part.b is None else db1
+            return dx, join(part.base_grads(want, dW, db), φ.grads(want, dφ))
 
         return y, back
 
@@ -108,8 +112,8 @@ def masked(δ: Run, mask: Array | None) -> Run:
     def run(x: Array) -> tuple[Array, Back]:
         y, backδ = δ(x * mask)
 
-        def back(dy: Lazy) -> tuple[Lazy, Grads]:
-            dx, grads = backδ(dy)
+        def back(dy: Lazy, want: Want) -> tuple[Lazy, Grads]:
+            dx, grads = backδ(dy, want)
             return Once(lambda: dx() * mask), grads
 
         return y, back

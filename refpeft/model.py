@@ -19,7 +19,7 @@ import numpy as np
 
 from refpeft.adapter import Adapter, each
 from refpeft.ops import Array, activations, attention, pick, rope
-from refpeft.part import BASE, Back, Grads, Lazy, Once, Part, Run, join, link, make, op_run, plus, stored
+from refpeft.part import BASE, Back, Grads, Key, Lazy, Once, Part, Run, Want, join, link, make, op_run, plus, stored
 
 Wrap = Callable[[Part], Part]
 Cache = Sequence[tuple[Array, Array]]  # per layer: keys and values [b, t, g, e]
@@ -157,13 +157,13 @@ def zeros(like: Array) -> Array:
     return np.zeros_like(like)
 
 
-def collect(backs: list[Back], dout: Array, wanted: Collection[tuple[int, str]]) -> dict[tuple[int, str], Array]:
+def collect(backs: list[Back], dout: Array, want: Collection[Key]) -> dict[Key, Array]:
     """Walk the stages from the last to the first, compute what is wanted of each, stop below the last that has any."""
     dy: Lazy = lambda: dout  # noqa: E731
     stages: list[tuple[Lazy, Grads]] = []
     for back in reversed(backs):
-        dy, grads = back(dy)
-        stages.append((dy, {key: g for key, g in grads.items() if key in wanted}))
+        dy, grads = back(dy, want)
+        stages.append((dy, grads))
     found: dict[tuple[int, str], Array] = {}
     while any(grads for _, grads in stages):
         dx, grads = stages.pop(0)
@@ -242,10 +242,10 @@ def embed(
     x = sum_of([y for y, _ in terms.values()])
     norm = part("embed.norm").run(x) if "embed.norm" in m.sites else None
 
-    def back(dx: Lazy) -> tuple[Lazy, Grads]:
-        dx, grads = norm[1](dx) if norm else (dx, {})
+    def back(dx: Lazy, want: Want) -> tuple[Lazy, Grads]:
+        dx, grads = norm[1](dx, want) if norm else (dx, {})
         for role, (y, back_term) in terms.items():
-            _, g = back_term(dx if role != "embed.position" else over_batch(dx, y))
+            _, g = back_term(dx if role != "embed.position" else over_batch(dx, y), want)
             grads = join(grads, g)
         return dx, grads
 
@@ -271,9 +271,9 @@ def residual(c: Config, norm: Run, f: Run) -> Run:
         n, back_norm = norm(x)
         z, back_f = f(n)
 
-        def back(dy: Lazy) -> tuple[Lazy, Grads]:
-            dn, grads_f = back_f(dy)
-            dx, grads_norm = back_norm(dn)
+        def back(dy: Lazy, want: Want) -> tuple[Lazy, Grads]:
+            dn, grads_f = back_f(dy, want)
+            dx, grads_norm = back_norm(dn, want)
             return plus(dy, dx), join(grads_f, grads_norm)
 
         return x + z, back
@@ -282,9 +282,9 @@ def residual(c: Config, norm: Run, f: Run) -> Run:
         z, back_f = f(x)
         y, back_norm = norm(x + z)
 
-        def back(dy: Lazy) -> tuple[Lazy, Grads]:
-            d, grads_norm = back_norm(dy)
-            dx, grads_f = back_f(d)
+        def back(dy: Lazy, want: Want) -> tuple[Lazy, Grads]:
+            d, grads_norm = back_norm(dy, want)
+            dx, grads_f = back_f(d, want)
             return plus(d, dx), join(grads_f, grads_norm)
 
         return y, back
@@ -318,12 +318,12 @@ def attention_run(
         a, vjp = attention(q, k, v, mask)
         z, back_o = part(at + "o").run(a.reshape(b, s, h * e))
 
-        def back(dz: Lazy) -> tuple[Lazy, Grads]:
-            da, grads_o = back_o(dz)
+        def back(dz: Lazy, want: Want) -> tuple[Lazy, Grads]:
+            da, grads_o = back_o(dz, want)
             dq, dk, dv = link(vjp, Once(lambda: da().reshape(b, s, h, e)), 3)
             if back_turn:
                 dq, dk = link(back_turn[0], dq, 1)[0], link(back_turn[1], dk, 1)[0]
-            dx, grads = back_qkv(dq, dk, dv)
+            dx, grads = back_qkv(dq, dk, dv, want)
             return dx, join(grads_o, grads)
 
         return z, back
@@ -331,7 +331,7 @@ def attention_run(
     return run, kv
 
 
-QkvBack = Callable[[Lazy, Lazy, Lazy], tuple[Lazy, Grads]]
+QkvBack = Callable[[Lazy, Lazy, Lazy, Want], tuple[Lazy, Grads]]
 
 
 def project(m: Model, part: Callable[[str], Part], at: str, x: Array) -> tuple[Array, Array, Array, QkvBack]:
@@ -345,17 +345,17 @@ def project(m: Model, part: Callable[[str], Part], at: str, x: Array) -> tuple[A
     if at + "qkv" in m.sites:
         y, back_y = part(at + "qkv").run(x)
 
-        def back_fused(dq: Lazy, dk: Lazy, dv: Lazy) -> tuple[Lazy, Grads]:
+        def back_fused(dq: Lazy, dk: Lazy, dv: Lazy, want: Want) -> tuple[Lazy, Grads]:
             parts = (flat(dq, wide), flat(dk, narrow), flat(dv, narrow))
-            return back_y(Once(lambda: np.concatenate([d() for d in parts], axis=-1)))
+            return back_y(Once(lambda: np.concatenate([d() for d in parts], axis=-1)), want)
 
         return y[..., :wide], y[..., wide : wide + narrow], y[..., wide + narrow :], back_fused
 
     runs = [part(at + name).run(x) for name in "qkv"]
 
-    def back(*ds: Lazy) -> tuple[Lazy, Grads]:
+    def back(dq: Lazy, dk: Lazy, dv: Lazy, want: Want) -> tuple[Lazy, Grads]:
         (dx_q, gq), (dx_k, gk), (dx_v, gv) = (
-            run[1](flat(d, w)) for run, d, w in zip(runs, ds, (wide, narrow, narrow), strict=True)
+            run[1](flat(d, w), want) for run, d, w in zip(runs, (dq, dk, dv), (wide, narrow, narrow), strict=True)
         )
         return plus(plus(dx_q, dx_k), dx_v), join(join(gq, gk), gv)
 
@@ -374,10 +374,10 @@ def mlp_run(c: Config, part: Callable[[str], Part], at: str) -> Run:
         u, back_u = part(at + "up").run(x)
         z, back_z = part(at + "down").run(a * u)
 
-        def back(dz: Lazy) -> tuple[Lazy, Grads]:
-            d, grads = back_z(dz)
-            dx_a, grads_a = back_a(Once(lambda: d() * u))
-            dx_u, grads_u = back_u(Once(lambda: d() * a))
+        def back(dz: Lazy, want: Want) -> tuple[Lazy, Grads]:
+            d, grads = back_z(dz, want)
+            dx_a, grads_a = back_a(Once(lambda: d() * u), want)
+            dx_u, grads_u = back_u(Once(lambda: d() * a), want)
             return plus(dx_a, dx_u), join(grads, join(grads_a, grads_u))
 
         return z, back
@@ -394,10 +394,10 @@ def chain(*runs: Run) -> Run:
             x, back_f = f(x)
             backs.append(back_f)
 
-        def back(dy: Lazy) -> tuple[Lazy, Grads]:
+        def back(dy: Lazy, want: Want) -> tuple[Lazy, Grads]:
             grads: Grads = {}
             for back_f in reversed(backs):
-                dy, g = back_f(dy)
+                dy, g = back_f(dy, want)
                 grads = join(grads, g)
             return dy, grads
 

@@ -1,58 +1,70 @@
 """Parts: the layers of a model as functions of their input, which is what a PEFT method wraps.
 
-A part runs as `y, back = part.run(x)`, and `back(dy)` returns `dx` and the gradients of every parameter involved.
-All of them are *lazy*: functions of no arguments. Linking a whole backward pass therefore computes nothing, and asking
-for one gradient computes exactly what that gradient needs.
+A part runs as `y, back = part.run(x)`, and `back(dy, want)` returns `dx` and the gradients of those parameters involved
+that are wanted. All of them are *lazy*: functions of no arguments. Linking a whole backward pass therefore computes
+nothing, and asking for one gradient computes exactly what that gradient needs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
+from typing import Any
 
-from refpeft.ops import Array, Op, Vjp, embedding, layer_norm, linear, rms_norm
+from refpeft.ops import Array, Cotangent, Op, Vjp, embedding, layer_norm, linear, rms_norm
 
 Lazy = Callable[[], Array]
 Key = tuple[int, str]  # whose parameter it is (BASE, or the adapter's place in the list), and its name
 Grads = dict[Key, Lazy]
-Back = Callable[[Lazy], tuple[Lazy, Grads]]
+Want = Container[Key]
+Back = Callable[[Lazy, Want], tuple[Lazy, Grads]]
 Run = Callable[[Array], tuple[Array, Back]]
 
 BASE = -1
 
 
 class Once:
-    """A value computed when first asked for, once; then what it was made from is let go."""
+    """A value computed when first asked for, once, as `make(*args)`; then what it was made from is let go."""
 
-    __slots__ = ("make", "value")
+    __slots__ = ("args", "make", "value")
 
-    def __init__(self, make: Lazy) -> None:
-        self.make: Lazy | None = make
+    def __init__(self, make: Callable[..., Any], *args: Any) -> None:
+        self.make: Callable[..., Any] | None = make
+        self.args = args
 
-    def __call__(self) -> Array:
+    def __call__(self) -> Any:
         if self.make is not None:
-            self.value = self.make()
-            self.make = None
+            self.value = self.make(*self.args)
+            self.make, self.args = None, ()
         return self.value
 
 
 def link(vjp: Vjp, dy: Lazy, n: int) -> list[Lazy]:
     """The first n cotangents of an op, given a lazy dy: nothing is computed until one of them is asked for."""
-    cotangents = Once(lambda: vjp(dy()))
+    cotangents = Once(_pulled, vjp, dy)
+    return [Once(_cotangent, cotangents, k) for k in range(n)]
 
-    def pull(k: int) -> Lazy:
-        return Once(lambda: cotangents()[k]())
 
-    return [pull(k) for k in range(n)]
+def _pulled(vjp: Vjp, dy: Lazy) -> tuple[Cotangent, ...]:
+    return vjp(dy())
+
+
+def _cotangent(cotangents: Lazy, k: int) -> Array:
+    return cotangents()[k]()
 
 
 def join(a: Grads, b: Grads) -> Grads:
     """Both, summed where one parameter was used in two places."""
-    for key in a.keys() & b.keys():
-        a = a | {key: plus(a[key], b.pop(key))}
-    return a | b
+    if not a or not b:
+        return a or b
+    twice = {key: plus(a[key], b[key]) for key in a.keys() & b.keys()}
+    return {**a, **b, **twice}
 
 
 def plus(a: Lazy, b: Lazy) -> Lazy:
-    return Once(lambda: a() + b())
+    return Once(_plus, a, b)
+
+
+def _plus(a: Lazy, b: Lazy) -> Array:
+    return a() + b()
 
 
 @dataclass(frozen=True)
@@ -82,14 +94,15 @@ class Part:
         """y = x Wᵀ with the part's own W: no bias, no adapter."""
         y, vjp = self.matmul(x, self.W)
 
-        def back(dy: Lazy) -> tuple[Lazy, Grads]:
+        def back(dy: Lazy, want: Want) -> tuple[Lazy, Grads]:
             dx, dW = link(vjp, dy, 2)
-            return dx, {self.W_key: self.as_stored(dW)}
+            return dx, self.base_grads(want, dW)
 
         return y, back
 
-    def as_stored(self, dW: Lazy) -> Lazy:
-        return Once(lambda: stored(self.kind, dW()))
+    def base_grads(self, want: Want, dW: Lazy, db: Lazy | None = None) -> Grads:
+        """Those of W [o, i] and b that are wanted, by key and as they are stored."""
+        return base_grads(want, self.kind, self.W_key, dW, self.b_key, db)
 
     def wrapped(self, run: Run) -> "Part":
         return replace(self, run=run, pristine=False)
@@ -116,7 +129,6 @@ def lookup(ids: Array, W: Array, b: Array | None = None) -> tuple[Array, Vjp]:
 
 def make(path: str, kind: str, W: Array, b: Array | None, W_key: Key, b_key: Key, eps: float = 0.0) -> Part:
     """A part as the model has it: y = x Wᵀ + b, or a norm with gain W and shift b."""
-    n = 2 if b is None else 3
 
     def op(x: Array) -> tuple[Array, Vjp]:
         if kind == "rms_norm":
@@ -128,14 +140,21 @@ def make(path: str, kind: str, W: Array, b: Array | None, W_key: Key, b_key: Key
     def run(x: Array) -> tuple[Array, Back]:
         y, vjp = op(x)
 
-        def back(dy: Lazy) -> tuple[Lazy, Grads]:
-            dx, dW, *db = link(vjp, dy, n)
-            return dx, {W_key: part.as_stored(dW), **dict(zip((b_key,), db, strict=False))}
+        def back(dy: Lazy, want: Want) -> tuple[Lazy, Grads]:
+            dx, dW, *db = link(vjp, dy, 2 if b is None else 3)
+            return dx, base_grads(want, kind, W_key, dW, b_key, *db)
 
         return y, back
 
-    part = Part(path, kind, W, b, W_key, b_key, eps, run)
-    return part
+    return Part(path, kind, W, b, W_key, b_key, eps, run)
+
+
+def base_grads(want: Want, kind: str, W_key: Key, dW: Lazy, b_key: Key, db: Lazy | None = None) -> Grads:
+    """A part's own gradients, those that are wanted, the matrix's as it is stored."""
+    grads: Grads = {W_key: Once(lambda: stored(kind, dW()))} if W_key in want else {}
+    if db is not None and b_key in want:
+        grads[b_key] = db
+    return grads
 
 
 def op_run(f: Op) -> Run:
@@ -144,7 +163,7 @@ def op_run(f: Op) -> Run:
     def run(x: Array) -> tuple[Array, Back]:
         y, vjp = f(x)
 
-        def back(dy: Lazy) -> tuple[Lazy, Grads]:
+        def back(dy: Lazy, want: Want) -> tuple[Lazy, Grads]:
             return link(vjp, dy, 1)[0], {}
 
         return y, back

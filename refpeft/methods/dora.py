@@ -32,7 +32,7 @@ from refpeft.method import Merged, Phi, Values, as_dtype, branch, masked
 from refpeft.methods import lora
 from refpeft.methods.lora import FROZEN, dΔW, low_rank, ΔW
 from refpeft.ops import Array, rows
-from refpeft.part import Back, Grads, Lazy, Once, Part, Run, join, plus
+from refpeft.part import Back, Grads, Lazy, Once, Part, Run, Want, join, plus
 
 KEYS = {**lora.KEYS, "m": ("lora_magnitude_vector", "lora_magnitude_vector")}
 
@@ -99,14 +99,14 @@ def wrap(cfg: Config, φ: Phi, part: Part, mask: Array | None = None) -> Part:
         f = g if alone else g - 1
         y = as_dtype(f * h + g * z, h)
 
-        def back(dy: Lazy) -> tuple[Lazy, Grads]:
-            dx_h, grads_h = back_h(Once(lambda: dy() * f))
-            dx_z, grads_z = back_z(Once(lambda: dy() * g))
+        def back(dy: Lazy, want: Want) -> tuple[Lazy, Grads]:
+            dx_h, grads_h = back_h(Once(lambda: dy() * f), want)
+            dx_z, grads_z = back_z(Once(lambda: dy() * g), want)
             dg = Once(lambda: rows(dy() * (h + z)).sum(0))
-            grads = join(join(grads_h, grads_z), φ.grads({"m": Once(lambda: dg() / n)}))
+            grads = join(join(grads_h, grads_z), φ.grads(want, {"m": Once(lambda: dg() / n)}))
             if not cfg.detach_norm:
                 dV = Once(lambda: through_norm(cfg, V, g, n, dg))
-                grads = join(grads, {part.W_key: part.as_stored(dV), **φ.grads(dΔW(cfg, φ, dV))})
+                grads = join(grads, join(part.base_grads(want, dV), φ.grads(want, dΔW(cfg, φ, dV))))
             return plus(dx_h, dx_z), grads
 
         return y, back
@@ -123,9 +123,11 @@ def biased(part: Part, f: Run) -> Part:
         if b is None:
             return y, back_f
 
-        def back(dy: Lazy) -> tuple[Lazy, Grads]:
-            dx, grads = back_f(dy)
-            return dx, join(grads, {part.b_key: Once(lambda: rows(dy()).sum(0))})
+        def back(dy: Lazy, want: Want) -> tuple[Lazy, Grads]:
+            dx, grads = back_f(dy, want)
+            if part.b_key in want:
+                grads = join(grads, {part.b_key: Once(lambda: rows(dy()).sum(0))})
+            return dx, grads
 
         return y + b, back
 

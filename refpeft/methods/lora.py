@@ -31,9 +31,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from refpeft.method import Merged, Phi, Targets, Values, as_dtype, at, branch, masked
+from refpeft.method import Merged, Phi, Targets, Values, as_dtype, at, branch, masked, together
 from refpeft.ops import Array, is_half, linear
-from refpeft.part import Back, Grads, Lazy, Once, Part, Run, link, plus
+from refpeft.part import Back, Grads, Lazy, Once, Part, Run, Want, link
 
 # name in the formulae → key in checkpoints: of a linear or Conv1D layer, of an embedding
 KEYS = {
@@ -170,26 +170,16 @@ def low_rank(cfg: Config, φ: Phi, part: Part) -> Run:
         u, vjp_u = part.matmul(x, A)
         z, vjp_z = linear(s * u, B, None if β is None else s * β)
 
-        def back(dz: Lazy) -> tuple[Lazy, Grads]:
-            dsu, dB, dsβ = link(vjp_z, dz, 3)
-            dx, dA = link(vjp_u, Once(lambda: s * dsu()), 2)
-            return dx, φ.grads({"A": dA, "B": dB, "β": Once(lambda: s * dsβ())})
+        def back(dz: Lazy, want: Want) -> tuple[Lazy, Grads]:
+            dsu, dB, *dsβ = link(vjp_z, dz, 2 if β is None else 3)
+            dx, dA = link(vjp_u, Once(times, s, dsu), 2)
+            return dx, φ.grads(want, {"A": dA, "B": dB, **{"β": Once(times, s, d) for d in dsβ}})
 
         return z, back
 
     A0, B0 = φ.get("A0"), φ.get("B0")
-    if A0 is None or B0 is None:
-        return run
-    start = low_rank(cfg, Phi({"A": A0, "B": -B0}, {}), part)
+    return run if A0 is None or B0 is None else together(run, low_rank(cfg, Phi({"A": A0, "B": -B0}, {}), part))
 
-    def both(x: Array) -> tuple[Array, Back]:
-        z, back = run(x)
-        z0, back0 = start(x)
 
-        def back_both(dz: Lazy) -> tuple[Lazy, Grads]:
-            (dx, grads), (dx0, _) = back(dz), back0(dz)
-            return plus(dx, dx0), grads
-
-        return z + z0, back_both
-
-    return both
+def times(s: float, d: Lazy) -> Array:
+    return s * d()
