@@ -1,0 +1,38 @@
+"""What all tests share: one BLAS thread, Hypothesis without a stopwatch, and markers for what needs an extra."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read once, when NumPy is imported
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from importlib.util import find_spec
+
+import hypothesis
+import pytest
+
+NEEDS = {  # marker → its libraries, and the extra that brings them
+    "peft": (("torch", "transformers", "peft"), "[peft]"),
+    "ort": (("onnxruntime",), "[cpu] or [gpu]"),
+}
+MISSING = {marker: [name for name in libraries if find_spec(name) is None] for marker, (libraries, _) in NEEDS.items()}
+
+hypothesis.settings.register_profile("dev", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests whose libraries are not installed are deselected: neither passed nor skipped."""
+    out = [item for item in items if any(item.get_closest_marker(marker) for marker in MISSING if MISSING[marker])]
+    if out:
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if item not in out]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for marker, names in MISSING.items():
+        if names:
+            terminalreporter.write_line(
+                f"Tests marked '{marker}' were not run: {', '.join(names)} not installed (the extra {NEEDS[marker][1]})"
+            )
