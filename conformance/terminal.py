@@ -1,0 +1,131 @@
+"""A report on the terminal: the matrix, what differs, where the time went, and the verdict."""
+
+from collections.abc import Iterator, Sequence
+
+from rich.columns import Columns
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from refpeft.conformance.report import STATUSES, Event, Report
+
+COLOURS = {
+    "pass": "green",
+    "fail": "bold red",
+    "error": "bold red",
+    "unexpected-pass": "bold magenta",
+    "known": "yellow",
+    "skip": "cyan",
+    "undeclared": "dim",
+}
+
+
+def show(report: Report, console: Console) -> None:
+    console.print(heading(report))
+    console.print()
+    console.print(matrices(report, console.width))
+    console.print(legend(report))
+    for failure in report.failures:
+        console.print()
+        console.print(story(failure))
+    console.print()
+    if report.seconds:
+        console.print(times(report))
+    console.print(Text(report.verdict, style="bold green" if report.ok else "bold red"))
+
+
+def heading(report: Report) -> Text:
+    header = report.header
+    text = Text.assemble((report.target, "bold"), " against the specification ", (f"v{header['spec_version']}", "bold"))
+    versions = header.get("versions", {})
+    about = [f"seed {header['seed']}", *(f"{name} {version}" for name, version in versions.items())]
+    return text.append("\n" + " · ".join(about), style="dim")
+
+
+# ── the matrix ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def matrices(report: Report, width: int) -> RenderableType:
+    """One table a level, side by side as far as they fit; a level with too many methods is cut into several."""
+    tables = []
+    for level in report.levels:
+        methods = report.methods(level)
+        room = max(1, (width - 20) // (max(map(len, methods)) + 2))
+        for start in range(0, len(methods), room):
+            tables.append(Padding(table(report, level, methods[start : start + room]), (0, 3, 1, 0)))
+    return Columns(tables)
+
+
+def table(report: Report, level: str, methods: Sequence[str]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    table.add_column(level, no_wrap=True)
+    for method in methods:
+        table.add_column(method, justify="center", no_wrap=True)
+    for name in report.properties(level):
+        cells = [report.cells.get((level, method, name)) for method in methods]
+        table.add_row(Text(name, style=emphasis(cells)), *map(symbol, cells))
+    return table
+
+
+def symbol(result: Event | None) -> Text:
+    status = result["status"] if result else "undeclared"
+    return Text(STATUSES[status][0], style=COLOURS[status])
+
+
+def emphasis(cells: Sequence[Event | None]) -> str:
+    """What is only recommended is set dimmer."""
+    return "" if any(cell and cell["required"] for cell in cells) else "dim"
+
+
+def legend(report: Report) -> Text:
+    parts = Text()
+    for status in report.counts:
+        mark, meaning = STATUSES[status]
+        parts.append("   " if parts else "").append(mark, style=COLOURS[status]).append(f" {meaning}", style="dim")
+    return parts
+
+
+# ── what differs ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def story(result: Event) -> Group:
+    """One result that is not as expected: what should hold, what was found, and how to see it again."""
+    mark, _ = STATUSES[result["status"]]
+    title = Text(
+        f"{mark} {result['level']} · {result['method']} · {result['property']}", style=COLOURS[result["status"]]
+    )
+    title.append(f"   {result['status']}, {'required' if result['required'] else 'recommended'}", style="dim")
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for label, value in facts(result):
+        grid.add_row(label, Text(value))
+    return Group(title, Padding(grid, (0, 0, 0, 2)))
+
+
+def facts(result: Event) -> Iterator[tuple[str, str]]:
+    yield "should", result["statement"]
+    if result.get("detail"):
+        yield "found", result["detail"]
+    if result.get("kind"):
+        yield "kind", result["kind"]
+    if result.get("ratio") is not None:
+        yield (
+            "ratio",
+            f"{number(result['ratio'])}; a correct implementation stays below {number(result['limit'])}",
+        )
+    if result.get("case"):
+        yield "case", result["case"]
+    if result.get("replay"):
+        yield "replay", result["replay"]
+
+
+def number(x: float) -> str:
+    """Three figures: 0.812, 5, 3.1e+04."""
+    return f"{x:.3g}"
+
+
+def times(report: Report) -> Text:
+    seconds = report.seconds
+    return Text("time   " + " · ".join(f"{name} {value:.1f} s" for name, value in seconds.items()), style="dim")

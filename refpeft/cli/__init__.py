@@ -1,0 +1,99 @@
+"""The command line. One file per group of commands; what is heavy (onnx, torch, …) is imported when it is needed."""
+
+import errno
+import importlib
+from importlib.util import find_spec
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+EXTRAS = {
+    "onnxruntime": "cpu] or refpeft[gpu",
+    "torch": "peft",
+    "transformers": "peft",
+    "peft": "peft",
+}
+COMMANDS = {  # in the order of `refpeft --help`
+    "check": ("check", "replay", "targets", "mutants", "report"),
+    "methods": ("methods",),
+    "export": ("export",),
+}
+
+
+class Group(TyperGroup):
+    """All commands. An error that the user can mend is one sentence on stderr and exit code 2, never a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            stop("interrupted", 130)
+        except (ValueError, OSError, ImportError) as error:
+            if ctx.params.get("debug") or getattr(error, "errno", None) == errno.EPIPE:
+                raise
+            stop(sentence(error))
+
+
+app = typer.Typer(
+    cls=Group,
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def stop(message: str, code: int = 2) -> NoReturn:
+    typer.secho(f"refpeft: {message}", err=True, fg=typer.colors.RED if code == 2 else None)
+    raise typer.Exit(code)
+
+
+def sentence(error: Exception) -> str:
+    """What went wrong, in one line: which file, or which extra is missing, or the sentence that the error came with."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0]
+        extra = EXTRAS.get(package)
+        return f"this needs {package}: pip install " + (f"'refpeft[{extra}]'" if extra else package)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def version(wanted: bool) -> None:
+    if wanted:
+        import refpeft
+
+        typer.echo(f"refpeft {refpeft.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """The golden specification of parameter-efficient fine-tuning: check an implementation, export a tuned model,
+    read the formulae.
+
+    Exit codes: 0 as expected, 1 not as expected, 2 could not run.
+    """
+
+
+def register() -> None:
+    for module, names in COMMANDS.items():
+        if find_spec(f"refpeft.cli.{module}") is None:
+            continue
+        commands = importlib.import_module(f"refpeft.cli.{module}")
+        for name in names:
+            app.command(name)(getattr(commands, name))
+
+
+register()
+
+
+def main() -> None:
+    app(prog_name="refpeft")
