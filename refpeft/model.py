@@ -84,11 +84,13 @@ class Model:
             wanted = {(BASE, name) for name in names}
             wanted |= {(k, name) for k, a in enumerate(adapters) for name in a.params}
             found = collect(backs, dout, wanted)
-            per = [{n: found.get((k, n), zeros(a.params[n])) for n in a.params} for k, a in enumerate(adapters)]
+
+            def named(owner: int, params: Mapping[str, Array]) -> Named:
+                return {n: found[owner, n] if (owner, n) in found else np.zeros_like(v) for n, v in params.items()}
+
+            per = [named(k, a.params) for k, a in enumerate(adapters)]
             grads: Any = per if isinstance(adapter, Sequence) else (per[0] if per else {})
-            if base is False:
-                return grads
-            return grads, {n: found.get((BASE, n), zeros(self.params[n])) for n in names}
+            return grads if base is False else (grads, named(BASE, {n: self.params[n] for n in names}))
 
         return out, vjp
 
@@ -151,10 +153,6 @@ class Model:
 
 def adapter_list(adapter: Adapter | Sequence[Adapter] | None) -> Sequence[Adapter]:
     return [] if adapter is None else [adapter] if isinstance(adapter, Adapter) else adapter
-
-
-def zeros(like: Array) -> Array:
-    return np.zeros_like(like)
 
 
 def collect(backs: list[Back], dout: Array, want: Collection[Key]) -> dict[Key, Array]:

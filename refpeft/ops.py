@@ -123,15 +123,21 @@ def layer_norm(x: Array, g: Array, b: Array, eps: float = 1e-5) -> tuple[Array, 
 
     With u = dy ⊙ g:   dx = ρ (u − mean u − n ⊙ mean(u ⊙ n)),   dg = Σ dy ⊙ n,   db = Σ dy.
     """
-    c = x - _mean(x)
-    ρ = 1 / np.sqrt(_mean(c * c) + eps)
-    n = c * ρ
+    n = x - _mean(x)
+    ρ = 1 / np.sqrt(_mean(n * n) + eps)
+    n *= ρ
+    y = n * g
+    y += b
 
     def dx(dy: Array) -> Array:
         u = dy * g
-        return ρ * (u - _mean(u) - n * _mean(u * n))
+        along = _mean(u * n)
+        u -= _mean(u)
+        u -= n * along
+        u *= ρ
+        return u
 
-    return n * g + b, lambda dy: (lambda: dx(dy), lambda: rows(dy * n).sum(0), lambda: rows(dy).sum(0))
+    return y, lambda dy: (lambda: dx(dy), lambda: rows(dy * n).sum(0), lambda: rows(dy).sum(0))
 
 
 @op
@@ -145,7 +151,9 @@ def rms_norm(x: Array, g: Array, eps: float = 1e-6) -> tuple[Array, Vjp]:
 
     def dx(dy: Array) -> Array:
         u = dy * g
-        return ρ * (u - n * _mean(u * n))
+        u -= n * _mean(u * n)
+        u *= ρ
+        return u
 
     return n * g, lambda dy: (lambda: dx(dy), lambda: rows(dy * n).sum(0))
 
@@ -156,10 +164,22 @@ def gelu(x: Array) -> tuple[Array, Vjp]:
 
     dx = dy ⊙ (Φ(x) + x φ(x)),   φ(x) = exp(−x²/2)/√(2π).
     """
-    Φ = special.erf(x * math.sqrt(0.5))
+    Φ = x * math.sqrt(0.5)
+    Φ = special.erf(Φ, out=Φ)
     Φ += 1
     Φ *= 0.5
-    return x * Φ, lambda dy: (lambda: dy * (Φ + x * (np.exp(x * x * -0.5) * (1 / math.sqrt(2 * math.pi)))),)
+
+    def dx(dy: Array) -> Array:
+        d = x * x
+        d *= -0.5
+        d = np.exp(d, out=d)
+        d *= x
+        d *= 1 / math.sqrt(2 * math.pi)
+        d += Φ
+        d *= dy
+        return d
+
+    return x * Φ, lambda dy: (lambda: dx(dy),)
 
 
 @op
@@ -168,14 +188,29 @@ def gelu_new(x: Array) -> tuple[Array, Vjp]:
 
     dx = dy ⊙ ½ (1 + t + x (1 − t²) u′),   u′ = √(2/π) (1 + 3 · 0.044715 x²).
     """
-    k = math.sqrt(2 / math.pi)
-    x2 = x * x
-    t = np.tanh(x * (k + (k * 0.044715) * x2))
+    k, c = math.sqrt(2 / math.pi), math.sqrt(2 / math.pi) * 0.044715
+    u = x * x
+    u *= c
+    u += k
+    u *= x
+    t = np.tanh(u, out=u)
+    y = t + 1
+    y *= x
+    y *= 0.5
 
     def dx(dy: Array) -> Array:
-        return dy * (0.5 * (1 + t + x * (1 - t * t) * (k + (3 * k * 0.044715) * x2)))
+        d = x * x
+        d *= 3 * c
+        d += k
+        d *= x
+        d *= 1 - t * t
+        d += t
+        d += 1
+        d *= dy
+        d *= 0.5
+        return d
 
-    return x * (0.5 * (1 + t)), lambda dy: (lambda: dx(dy),)
+    return y, lambda dy: (lambda: dx(dy),)
 
 
 @op
@@ -215,10 +250,16 @@ def softmax(x: Array) -> tuple[Array, Vjp]:
 
 
 def _softmax(x: Array) -> Array:
-    top = np.max(x.real, axis=-1, keepdims=True, initial=np.finfo(x.dtype).min)
-    y = np.exp(x - top)
+    y = x - _top(x)
+    y = np.exp(y, out=y)
     z = _sum(y)
-    return y / (z + (z.real == 0))
+    y /= z + (z.real == 0)
+    return y
+
+
+def _top(x: Array) -> Array:
+    """The largest entry of each row, at least the lowest finite number: a constant, which cancels."""
+    return np.max(x.real, axis=-1, keepdims=True, initial=np.finfo(x.dtype).min)
 
 
 @op
@@ -263,7 +304,9 @@ def attention(q: Array, k: Array, v: Array, mask: Array | None = None, scale: fl
     Q, K, V = fold(q * α), k.swapaxes(1, 2), v.swapaxes(1, 2)
     S = Q @ K.swapaxes(2, 3)
     if mask is not None:
-        S = (S.reshape(b, h, s, t) + np.where(mask, 0.0, -np.inf).astype(S.real.dtype)).reshape(b, g, n * s, t)
+        S = S.reshape(b, h, s, t)
+        S += np.where(mask, 0, -np.inf).astype(S.real.dtype)
+        S = S.reshape(b, g, n * s, t)
     P = _softmax(S)
 
     def vjp(dy: Array) -> tuple[Cotangent, ...]:
@@ -271,8 +314,10 @@ def attention(q: Array, k: Array, v: Array, mask: Array | None = None, scale: fl
 
         @functools.cache
         def dS() -> Array:
-            dP = dY @ V.swapaxes(2, 3)
-            return P * (dP - _sum(P * dP))
+            d = dY @ V.swapaxes(2, 3)
+            d -= _sum(P * d)
+            d *= P
+            return d
 
         return (
             lambda: unfold(dS() @ K) * α,
@@ -307,17 +352,19 @@ def cross_entropy(x: Array, labels: Array, ignore_index: int = -100) -> tuple[Ar
     kept = labels != ignore_index
     count = np.maximum(kept.sum(), 1)
     at = np.where(kept, labels, 0)[..., None]
-    top = np.max(x.real, axis=-1, keepdims=True, initial=np.finfo(x.dtype).min)
-    y = np.exp(x - top)
+    top = _top(x)
+    y = x - top
+    y = np.exp(y, out=y)
     z = _sum(y)
-    picked = (np.take_along_axis(x - top, at, axis=-1) - np.log(z))[..., 0]
+    log_p = (np.take_along_axis(x, at, axis=-1) - top - np.log(z))[..., 0]
 
     def dx(dL: Array) -> Array:
         w = (dL / count * kept).astype(x.dtype)[..., None]
-        hit = np.arange(x.shape[-1], like=labels) == at
-        return w * (y / z) - np.where(hit, w, 0)
+        d = y * (w / z)
+        np.put_along_axis(d, at, np.take_along_axis(d, at, axis=-1) - w, axis=-1)
+        return d
 
-    return (-(picked * kept).sum() / count).astype(x.dtype), lambda dL: (lambda: dx(dL), None)
+    return (-(log_p * kept).sum() / count).astype(x.dtype), lambda dL: (lambda: dx(dL), None)
 
 
 @op

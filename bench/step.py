@@ -1,0 +1,217 @@
+"""One training step (forward, loss, all gradients of a LoRA adapter): the specification against transformers + peft.
+
+    python bench/step.py            the table of ratios: the same model, adapter and batch, two threads each
+
+Each engine runs in a process of its own; the two take turns, round by round, so that a machine whose speed drifts
+slows both. A ratio is ours/theirs of one round; the table gives the medians.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SHAPES = {  # layers, width, heads, batch, tokens, vocabulary, steps a round, rounds
+    "d=64": (2, 64, 4, 1, 16, 1000, 40, 15),
+    "d=256": (4, 256, 4, 2, 128, 5000, 4, 11),
+    "gpt2-small": (12, 768, 12, 1, 128, 50257, 1, 7),
+}
+LIMITS = {"d=64": 0.2, "d=256": 0.8, "gpt2-small": 1.0}
+THREADS = 2
+
+
+def config(shape: str) -> dict[str, Any]:
+    layers, d, heads, _, tokens, vocab, *_ = SHAPES[shape]
+    return {
+        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": layers, "n_embd": d, "n_head": heads,
+        "vocab_size": vocab, "n_positions": max(tokens, 64), "bos_token_id": 0, "eos_token_id": 0,
+        "resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0,
+    }  # fmt: skip
+
+
+def batch(shape: str) -> np.ndarray[Any, Any]:
+    _, _, _, b, tokens, vocab, *_ = SHAPES[shape]
+    return np.random.default_rng(1).integers(0, vocab, (b, tokens))
+
+
+def spec_step(folder: str, shape: str, dtype: str = "float32", base: bool = False) -> Callable[[], float]:
+    import refpeft
+    from refpeft.ops import cross_entropy
+
+    model = refpeft.load(folder, dtype=dtype)
+    adapter = refpeft.init("lora", {"r": 8, "target_modules": ["c_attn"]}, model, seed=0)
+    ids = batch(shape)
+    labels = np.concatenate([ids[:, 1:], np.full_like(ids[:, :1], -100)], axis=1)
+
+    def step() -> float:
+        logits, vjp = model(ids, adapter)
+        loss, vjp_loss = cross_entropy(logits, labels)
+        dlogits = vjp_loss(np.ones((), logits.dtype))[0]
+        vjp(dlogits(), base=base)
+        return float(loss)
+
+    return step
+
+
+def peft_step(folder: str, shape: str) -> Callable[[], float]:
+    import peft
+    import torch
+    import transformers
+
+    torch.set_num_threads(THREADS)
+    model = transformers.GPT2LMHeadModel.from_pretrained(folder)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=["c_attn"], fan_in_fan_out=True))
+    ids = torch.tensor(batch(shape))
+
+    def step() -> float:
+        model.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return loss.item()
+
+    return step
+
+
+ENGINES: dict[str, Callable[[str, str], Callable[[], float]]] = {
+    "spec": spec_step,
+    "peft": peft_step,
+    "spec64": lambda folder, shape: spec_step(folder, shape, "float64"),
+    "spec, all gradients": lambda folder, shape: spec_step(folder, shape, base=True),
+}
+
+
+def worker(engine: str, folder: str, shape: str) -> None:
+    """Answer every line on standard input, a number of steps, with the seconds they took and the peak memory."""
+    start = memory()
+    step = ENGINES[engine](folder, shape)
+    loss = step()
+    print(json.dumps({"loss": loss}), flush=True)
+    for line in sys.stdin:
+        begin = time.perf_counter()
+        for _ in range(int(line)):
+            step()
+        print(json.dumps({"seconds": time.perf_counter() - begin, "peak": memory(), "start": start}), flush=True)
+
+
+def memory() -> float:
+    """Peak resident memory so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class Engine:
+    """A worker process; `run(n)` has it take n steps."""
+
+    def __init__(self, name: str, folder: str, shape: str) -> None:
+        env = os.environ | {"OMP_NUM_THREADS": str(THREADS), "OPENBLAS_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, __file__, "--worker", name, folder, shape]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
+        )
+        self.loss = self.answer()["loss"]
+
+    def answer(self) -> dict[str, float]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"the worker {self.process.args!r} ended early")
+        answer: dict[str, float] = json.loads(line)
+        return answer
+
+    def run(self, n: int) -> dict[str, float]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{n}\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def compare(a: str, b: str, folder: str, shape: str) -> dict[str, float]:
+    """Medians over the rounds: milliseconds a step of each, and the ratio a/b round by round."""
+    *_, steps, rounds = SHAPES[shape]
+    engines = Engine(a, folder, shape), Engine(b, folder, shape)
+    pairs = [tuple(e.run(steps) for e in engines) for _ in range(rounds + 1)][1:]
+    for e in engines:
+        e.close()
+    if abs(engines[0].loss / engines[1].loss - 1) > 1e-4:
+        raise SystemExit(f"{a} and {b} disagree on the loss: {engines[0].loss} and {engines[1].loss}")
+    last = pairs[-1]
+    return {
+        "a_ms": statistics.median(p[0]["seconds"] for p in pairs) / steps * 1e3,
+        "b_ms": statistics.median(p[1]["seconds"] for p in pairs) / steps * 1e3,
+        "ratio": statistics.median(p[0]["seconds"] / p[1]["seconds"] for p in pairs),
+        "a_mb": last[0]["peak"],
+        "b_mb": last[1]["peak"],
+    }
+
+
+def write_model(folder: str, shape: str) -> None:
+    """Random weights at GPT-2's scale."""
+    import refpeft
+    from refpeft.checkpoint.families import describe
+    from refpeft.model import Model
+
+    c = config(shape)
+    cfg, sites, _ = describe(c)
+    d, v, n = c["n_embd"], c["vocab_size"], c["n_positions"]
+    width = {"c_attn": (d, 3 * d), "attn.c_proj": (d, d), "c_fc": (d, 4 * d), "mlp.c_proj": (4 * d, d)}
+    rng = np.random.default_rng(0)
+    params: dict[str, Any] = {}
+    for site in sites.values():
+        if site.kind == "layer_norm":
+            params |= {site.weight: np.ones(d, np.float32), site.bias: np.zeros(d, np.float32)}
+        elif site.kind == "embedding":
+            params[site.weight] = rng.normal(0, 0.02, (v if site.path.endswith("wte") else n, d)).astype(np.float32)
+        elif site.kind == "conv1d":
+            i, o = next(s for end, s in width.items() if site.path.endswith(end))
+            params |= {site.weight: rng.normal(0, 0.02, (i, o)).astype(np.float32), site.bias: np.zeros(o, np.float32)}
+    refpeft.save(Model(cfg, sites, params, c), folder)
+
+
+def main() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--worker", nargs=3, metavar=("ENGINE", "FOLDER", "SHAPE"), help=argparse.SUPPRESS)
+    parser.add_argument("--shape", choices=SHAPES, action="append", help="only these (default: all)")
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    options = parser.parse_args()
+    if options.worker:
+        worker(*options.worker)
+        return
+    table = Table(title="One LoRA training step, float32, 2 threads (medians)")
+    for column in ("shape", "against", "spec ms", "other ms", "ratio", "wanted", "spec MB", "other MB", "memory ratio"):
+        table.add_column(column, justify="left" if column in ("shape", "against") else "right")
+    figures = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for shape in options.shape or SHAPES:
+            folder = str(Path(scratch) / shape)
+            write_model(folder, shape)
+            for other in ("peft", "spec64", "spec, all gradients"):
+                r = figures[f"{shape}, {other}"] = compare("spec", other, folder, shape)
+                limit = f"≤ {LIMITS[shape]}" if other == "peft" else ""
+                table.add_row(
+                    shape, other, f"{r['a_ms']:.2f}", f"{r['b_ms']:.2f}", f"{r['ratio']:.2f}", limit,
+                    f"{r['a_mb']:.0f}", f"{r['b_mb']:.0f}", f"{r['a_mb'] / r['b_mb']:.2f}",
+                )  # fmt: skip
+    Console(width=120).print(table)
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()
