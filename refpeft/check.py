@@ -36,6 +36,8 @@ def check_op(op: Callable[..., Any], *args: Any, seed: int = 0, **options: Any) 
     dy = rng.normal(size=np.shape(y))
     cotangents = vjp(dy)
     cotangents = cotangents if isinstance(cotangents, tuple | list) else (cotangents,)
+    if len(cotangents) < len(args):
+        raise ValueError(f"{len(args)} arguments, but vjp returned only {len(cotangents)} cotangents")
     worst = 0.0
     for k, (a, d) in enumerate(zip(args, cotangents, strict=False)):
         if d is None:
@@ -92,7 +94,10 @@ def is_float(a: Any) -> bool:
 
 
 def gap(dy: Array, Jv: Array, d: Array, v: Array, floor: float = 0.0) -> float:
-    """|⟨dy, Jv⟩ − ⟨d, v⟩| relative to the size of the two sums' factors, and at least to `floor`."""
+    """|⟨dy, Jv⟩ − ⟨d, v⟩| relative to the size of the two sums' factors, and at least to `floor`.
+    A cotangent that is not finite is infinitely wrong (as nan it would pass every comparison)."""
+    if not (np.isfinite(d).all() and np.isfinite(Jv).all()):
+        return math.inf
     scale = max(norm(dy) * norm(Jv) + norm(d) * norm(v), floor)
     return float(abs((dy * Jv).sum() - (d * v).sum()) / (scale or 1.0))
 
