@@ -1,13 +1,19 @@
 """A report as files: JUnit for CI, one HTML page for people, a picture of the matrix and a badge for a README."""
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from refpeft.conformance.report import STATUSES, Event, Report
+from refpeft.conformance.case import Case
+from refpeft.conformance.docs import doc
+from refpeft.conformance.report import STATUSES, Event, Report, key, unique
+from refpeft.methods import METHODS
 
 # ── JUnit ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -58,3 +64,85 @@ def junit_case(result: Event) -> ElementTree.Element:
 def printable(text: str) -> str:
     """XML has no control characters."""
     return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+
+
+# ── the page ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+SMALL = 32  # arrays up to this size are shown in full
+
+
+def html(report: Report) -> str:
+    methods = unique(result["method"] for result in report.results)
+    return environment().get_template("report.html.jinja").render(report=report, methods=methods, statuses=STATUSES)
+
+
+def environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=lambda name: name is not None and not name.endswith((".css.jinja", ".js.jinja")),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    filters = {"number": number, "seconds": seconds, "anchor": anchor, "near": near, "along": along}
+    environment.filters.update(filters, claims=claims, case=case)
+    return environment
+
+
+def number(x: float) -> str:
+    """Three figures: 0.812, 5, 3.1e+04."""
+    return f"{x:.3g}"
+
+
+def seconds(x: float) -> str:
+    return f"{1000 * x:.0f} ms" if x < 1 else f"{x:.1f} s"
+
+
+def anchor(result: Event) -> str:
+    return "-".join(key(result))
+
+
+def near(result: Event) -> float:
+    """How near the limit a ratio is, from 0 to 1."""
+    return round(min(1.0, result["ratio"] / result["limit"]), 3) if result["limit"] else 0.0
+
+
+def along(result: Event) -> float:
+    """Where on the gauge a ratio lies, in percent; the limit lies at 60."""
+    return round(min(100.0, 60 * math.log1p(result["ratio"]) / math.log1p(result["limit"])), 1)
+
+
+def claims(result: Event) -> Mapping[str, str]:
+    """The text of the claims that a result cites, from the method's docstring."""
+    said = doc(result["method"]).claims if result["method"] in METHODS else {}
+    return {label: said.get(label, "") for label in result.get("claims") or ()}
+
+
+TOLD = ("spec_version", "level", "method", "property", "claims", "statement")  # shown elsewhere in the panel
+
+
+def case(result: Event) -> Mapping[str, Any] | None:
+    """What the case file of a result holds, to be looked at: its question and its arrays, small ones in full."""
+    if not result.get("case"):
+        return None
+    try:
+        found = Case.read(result["case"])
+    except ValueError:
+        return {"about": {"file": f"{result['case']} (not there when this page was made)"}, "arrays": []}
+    about = {
+        name: plain(value) for name, value in found.meta.items() if name not in TOLD and value not in (None, {}, [])
+    }
+    return {"about": about, "arrays": [view(name, array) for name, array in sorted(found.arrays.items())]}
+
+
+def plain(value: Any) -> str:
+    """A field of the question: r = 2, lora_alpha = 3."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} = {json.dumps(v, ensure_ascii=False)}" for name, v in value.items())
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def view(name: str, array: np.ndarray[Any, Any]) -> Mapping[str, str | None]:
+    kind = f"{array.dtype} [{', '.join(map(str, array.shape))}]"
+    text = np.array2string(array, precision=6, max_line_width=64, separator=" ") if 0 < array.size <= SMALL else None
+    return {"name": name, "kind": kind, "text": text}

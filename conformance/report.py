@@ -26,8 +26,8 @@ STATUSES: Mapping[str, tuple[str, str]] = {
     "unexpected-pass": ("u", "a known failure that no longer fails"),
     "known": ("k", "a known failure, as recorded"),
     "skip": ("·", "skipped by the target, so not shown to be right"),
-    "pass": ("✓", "as specified"),
     "undeclared": ("–", "not declared by the target"),
+    "pass": ("✓", "as specified"),
 }
 WORST = tuple(STATUSES)
 
@@ -74,10 +74,9 @@ class Report:
     def properties(self, level: str) -> Sequence[str]:
         return unique(result["property"] for result in self.results if result["level"] == level)
 
-    @cached_property
-    def cells(self) -> Mapping[tuple[str, str, str], Event]:
-        """(level, method, property) → its result."""
-        return {key(result): result for result in self.results}
+    def row(self, level: str, name: str) -> Mapping[str, Event]:
+        """A property at a level: method → result."""
+        return {r["method"]: r for r in self.results if (r["level"], r["property"]) == (level, name)}
 
     @property
     def failures(self) -> Sequence[Event]:

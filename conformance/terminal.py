@@ -63,7 +63,8 @@ def table(report: Report, level: str, methods: Sequence[str]) -> Table:
     for method in methods:
         table.add_column(method, justify="center", no_wrap=True)
     for name in report.properties(level):
-        cells = [report.cells.get((level, method, name)) for method in methods]
+        row = report.row(level, name)
+        cells = [row.get(method) for method in methods]
         table.add_row(Text(name, style=emphasis(cells)), *map(symbol, cells))
     return table
 
@@ -80,7 +81,7 @@ def emphasis(cells: Sequence[Event | None]) -> str:
 
 def legend(report: Report) -> Text:
     parts = Text()
-    for status in report.counts:
+    for status in reversed(report.counts):
         mark, meaning = STATUSES[status]
         parts.append("   " if parts else "").append(mark, style=COLOURS[status]).append(f" {meaning}", style="dim")
     return parts

@@ -43,7 +43,7 @@ def listing(console: Any) -> None:
     for name in METHODS:
         said = doc(name)
         formula = GAP.split(said.formulae.strip().splitlines()[0])[0]
-        formula = textwrap.fill(clauses(formula), console.width - 38).replace(NBSP, " ")
+        formula = textwrap.fill(clauses(formula), console.width - 42).replace(NBSP, " ")
         table.add_row(name, Text(formula), said.paper.split(", ")[0], str(len(said.claims)))
     console.print(table)
     console.print("\nrefpeft methods NAME reads one of them.", style="dim")
