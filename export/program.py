@@ -1,0 +1,217 @@
+"""What is exported: from a model with adapters to a folder that runs on any ONNX runtime.
+
+    model.onnx (model.onnx.data)    the graph; its weights beside it where they are large
+    refpeft.json                    what it is: form, adapters, dtype, inputs and outputs, and how it was verified
+    config.json, tokenizer.json …   carried over from the checkpoint
+
+A form is a function that traces the specification with the inputs it wants; the rest is the same for all. An export is
+written into a hidden folder beside its place and moved there when it is complete and verified, so there is either all
+of it or none.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from onnx import ModelProto, TensorProto, checker
+
+import refpeft
+from refpeft.adapter import Adapter
+from refpeft.export import weights
+from refpeft.export.lowering import RULES
+from refpeft.export.proto import IR_VERSION, OPSET, to_model
+from refpeft.export.symbols import Graph, Symbol
+from refpeft.model import Model, Site, adapter_list
+
+DTYPES: Mapping[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16)}
+INLINE_LIMIT = 100_000_000  # bytes; inline weights are held in memory twice here, and once more by whoever loads them
+CARRIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+)
+Outputs = Mapping[str, Symbol]
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export` made. `cases` are the measured ratios, empty if it was not verified."""
+
+    folder: Path
+    form: str
+    dtype: str
+    inputs: Mapping[str, Sequence[int | str]]
+    outputs: Mapping[str, Sequence[int | str]]
+    nodes: int
+    bytes: int
+    external_data: bool
+    provider: str | None
+    cases: Sequence[Mapping[str, Any]]
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "folder": str(self.folder)}
+
+
+def export(
+    model: Model,
+    adapter: Adapter | Sequence[Adapter] | None,
+    out: str | os.PathLike[str],
+    form: str = "merged",
+    dtype: str = "float32",
+    external: bool | None = None,
+    verify: bool = True,
+    source: str | os.PathLike[str] | None = None,
+    report: Report = lambda step: None,
+) -> Exported:
+    """Write the model with its adapters as an ONNX folder at `out`, which must not exist.
+
+    `external`: keep the weights in a file beside the graph (default: above 100 MB, so that neither the export nor
+    whoever loads it needs them in memory). `source`: the checkpoint's folder, whose tokenizer is carried over.
+    `verify`: run it on onnxruntime against the specification; a graph that is not equal to rounding is not kept.
+    `report` is told each step.
+    """
+    chosen(form, FORMS, "form")
+    chosen(dtype, DTYPES, "dtype")
+    if verify:
+        from refpeft.export import verification
+
+        verification.ready()
+    adapters = adapter_list(adapter)
+    with staged(Path(out), needs=weights.size(model, DTYPES[dtype])) as folder:
+        report("writing the weights")
+        whole, tensors = stored(model, adapters, DTYPES[dtype], folder, external)
+        report("tracing the specification")
+        graph = Graph(RULES)
+        names, outputs = FORMS[form](graph, symbolic(graph, whole))
+        proto = to_model(graph, names, outputs, tensors)
+        save(proto, folder / "model.onnx")
+        cases: Sequence[Mapping[str, Any]] = ()
+        provider = None
+        if verify:
+            report("running it on onnxruntime")
+            provider, cases = verification.verify(folder, model, adapters, DTYPES[dtype])
+        result = described(folder, Path(out), form, dtype, proto, provider, cases)
+        carry_over(folder, whole, adapters, result, source)
+    return result
+
+
+def chosen(value: str, known: Mapping[str, Any], what: str) -> None:
+    if value not in known:
+        raise ValueError(f"{what} must be one of {', '.join(known)}, found {value!r}")
+
+
+# ── forms ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def merged(graph: Graph, model: Model) -> tuple[list[str], Outputs]:
+    """The model with its adapters folded into its weights: the base model's graph, node for node."""
+    inputs = token_inputs(graph, model)
+    ids, attention_mask, *types = inputs
+    out, _, _ = model.run(lambda part: part, ids, attention_mask, types[0] if types else None)
+    return [x.node.name for x in inputs], {output_name(model): out}
+
+
+FORMS: Mapping[str, Callable[[Graph, Model], tuple[list[str], Outputs]]] = {"merged": merged}
+
+
+def token_inputs(graph: Graph, model: Model) -> list[Symbol]:
+    """Named as transformers names them."""
+    names = ["input_ids", "attention_mask"] + ["token_type_ids"] * ("embed.type" in model.sites)
+    return [graph.input(name, np.int64, ("batch", "sequence")) for name in names]
+
+
+def output_name(model: Model) -> str:
+    return "logits" if "head.out" in model.sites else "last_hidden_state"
+
+
+# ── weights ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def stored(
+    model: Model, adapters: Sequence[Adapter], dtype: np.dtype[Any], folder: Path, external: bool | None
+) -> tuple[Model, dict[str, TensorProto]]:
+    """Write the merged tensors. Returns the model that they make, its parameters as what was stored of each."""
+    sites: dict[str, Site] = dict(model.sites)
+    if external is None:
+        external = weights.size(model, dtype) > INLINE_LIMIT
+    tensors = weights.store(weights.merged(model, adapters, sites), dtype, folder / weights.DATA if external else None)
+    tied = {"tie_word_embeddings": False} if sites != model.sites else {}
+    return replace(model, sites=sites, params=tensors, source={**model.source, **tied}), tensors
+
+
+def symbolic(graph: Graph, model: Model) -> Model:
+    """The model with symbols in place of its parameters."""
+    dtype = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
+    params = {name: graph.input(name, dtype[t.data_type], tuple(t.dims)) for name, t in model.params.items()}
+    return replace(model, params=params)
+
+
+# ── the folder ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def staged(out: Path, needs: int) -> Iterator[Path]:
+    """A hidden folder beside `out` that becomes `out` in the end, or is gone if anything went wrong."""
+    if out.exists() or out.is_symlink():
+        raise FileExistsError(f"{out} exists already: an export never overwrites anything")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"{out.parent}, where the export should go, is not a folder")
+    free = shutil.disk_usage(out.parent).free
+    if free < needs:
+        raise OSError(f"the weights need {needs / 1e6:,.0f} MB and {out.parent} has {free / 1e6:,.0f} MB left")
+    folder = out.parent / f".{out.name}.{os.getpid()}.part"
+    try:
+        folder.mkdir()
+        yield folder
+        folder.rename(out)
+    except OSError as error:
+        if error.errno and not error.filename:
+            raise OSError(error.errno, error.strerror, str(out)) from error
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def save(proto: ModelProto, path: Path) -> None:
+    """Written, then read back by onnx's checker, with shape inference."""
+    path.write_bytes(proto.SerializeToString())
+    checker.check_model(str(path), full_check=True)
+
+
+def described(
+    folder: Path, out: Path, form: str, dtype: str, proto: ModelProto, provider: str | None, cases: Sequence[Any]
+) -> Exported:
+    def signature(values: Any) -> dict[str, list[int | str]]:
+        return {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
+
+    return Exported(
+        out, form, dtype, signature(proto.graph.input), signature(proto.graph.output), len(proto.graph.node),
+        sum(f.stat().st_size for f in folder.iterdir()), (folder / weights.DATA).exists(), provider, cases,
+    )  # fmt: skip
+
+
+def carry_over(folder: Path, model: Model, adapters: Sequence[Adapter], result: Exported, source: Any) -> None:
+    for name in CARRIED if source is not None else ():
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, folder / name)
+    card = {
+        "format": "refpeft export",
+        "refpeft": refpeft.__version__,
+        **{k: v for k, v in result.as_json().items() if k != "folder"},
+        "opset": OPSET,
+        "ir_version": IR_VERSION,
+        "model": {"family": model.config.family, "architecture": (model.source.get("architectures") or [None])[0]},
+        "adapters": [{"method": a.method, "config": asdict(a.config)} for a in adapters],
+    }
+    for name, content in (("config.json", dict(model.source)), ("refpeft.json", card)):
+        (folder / name).write_text(json.dumps(content, indent=2, default=list) + "\n")

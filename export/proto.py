@@ -1,0 +1,69 @@
+"""From a graph of symbols to an ONNX model: opset 23, IR version 10, standard ops only.
+
+Opset 23 has Attention, RotaryEmbedding and RMSNormalization, and is the newest for which onnxruntime has CUDA kernels
+throughout; onnx's own defaults are newer than onnxruntime accepts.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+
+from refpeft.export.symbols import Graph, Node, Symbol
+
+OPSET, IR_VERSION = 23, 10
+
+
+def to_model(
+    graph: Graph, inputs: list[str], outputs: Mapping[str, Symbol], weights: Mapping[str, TensorProto]
+) -> ModelProto:
+    """The part of the graph that the outputs need. Inputs stay in the signature even if nothing reads them."""
+    live = graph.live(outputs.values())
+    names: dict[Node, str] = {}
+    for name, y in outputs.items():
+        if y.node.op and y.node not in names:
+            names[y.node] = name
+    nodes = [node(x, names) for x in live if x.op not in ("", "Constant")]
+    nodes += [
+        helper.make_node("Identity", [called(y.node, names)], [name], name=name)
+        for name, y in outputs.items()
+        if called(y.node, names) != name
+    ]
+    constants = [tensor(x.name, x.attrs["value"]) for x in live if x.op == "Constant"]
+    used = [weights[x.name] for x in live if x.name in weights]
+    proto = helper.make_graph(
+        nodes,
+        "refpeft",
+        [value(name, graph.made[name]) for name in inputs],
+        [value(name, y) for name, y in outputs.items()],
+        [*constants, *used],
+    )
+    return helper.make_model(
+        proto, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="refpeft"
+    )
+
+
+def called(x: Node | None, names: Mapping[Node, str]) -> str:
+    """An output has the name it was given; what is left out has none."""
+    return "" if x is None else names.get(x, x.name)
+
+
+def node(x: Node, names: Mapping[Node, str]) -> NodeProto:
+    attrs: dict[str, Any] = {k: elem_type(v) if isinstance(v, np.dtype) else v for k, v in x.attrs.items()}
+    return helper.make_node(x.op, [called(a, names) for a in x.args], [called(x, names)], name=x.name, **attrs)
+
+
+def value(name: str, x: Node | Symbol) -> ValueInfoProto:
+    return helper.make_tensor_value_info(
+        name, elem_type(x.dtype), [d if isinstance(d, int) else str(d) for d in x.shape]
+    )
+
+
+def tensor(name: str, array: np.ndarray[Any, Any]) -> TensorProto:
+    array = np.asarray(array)
+    return TensorProto(name=name, data_type=elem_type(array.dtype), dims=array.shape, raw_data=array.tobytes())
+
+
+def elem_type(dtype: np.dtype[Any]) -> int:
+    return int(helper.np_dtype_to_tensor_dtype(dtype))

@@ -1,0 +1,110 @@
+"""An exported graph against the specification: the measured ratio, for two batch sizes and two lengths, with padding.
+
+    ratio = ‖got − ref64‖ / max(‖spec − ref64‖, u ‖ref64‖)
+
+ref64 is the specification in float64, spec the specification in the dtype of the graph, u the dtype's unit roundoff:
+the graph may be off by a few times what rounding explains. A float32 graph is compared with base and adapters as they
+are, merging included; a float16 graph with the specification on the same rounded weights.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refpeft.adapter import Adapter
+from refpeft.export import runtime
+from refpeft.model import Model
+from refpeft.tune import merge
+
+Array = np.ndarray[Any, Any]
+LIMIT = 10.0
+BATCHES, LENGTHS = (1, 3), (5, 12)
+
+
+class MismatchError(ArithmeticError):
+    """The exported graph does not compute what the specification says."""
+
+
+def ready() -> None:
+    """Can verification run here? Asked before anything is written."""
+    try:
+        runtime.require()
+    except ImportError as error:
+        raise ImportError(f"{error} (verification runs the export; --no-verify leaves it out)") from error
+
+
+def verify(
+    folder: Path, model: Model, adapters: Sequence[Adapter], dtype: np.dtype[Any]
+) -> tuple[str, list[dict[str, Any]]]:
+    session = runtime.session(folder / "model.onnx")
+    model, adapters = subject(model, adapters, dtype)
+    exact, exact_adapters = model.astype(np.float64), [in_dtype(a, np.float64) for a in adapters]
+    cases = []
+    for batch in BATCHES:
+        for length in LENGTHS:
+            inputs = example(model, batch, length)
+            got = session.run(None, {i.name: inputs[i.name] for i in session.get_inputs()})[0]
+            ids, *rest = inputs.values()
+            ref, spec = exact(ids, exact_adapters, *rest)[0], model(ids, adapters, *rest)[0]
+            cases.append(
+                {"batch": batch, "length": inputs["input_ids"].shape[1], "ratio": ratio(got, ref, spec, dtype)}
+            )
+    worst = max(cases, key=lambda c: c["ratio"])
+    if not worst["ratio"] <= LIMIT:
+        raise MismatchError(
+            f"the exported graph differs from the specification by {worst['ratio']:.3g} times what rounding explains "
+            f"(batch {worst['batch']}, length {worst['length']}; the limit is {LIMIT:g}), so it was not kept"
+        )
+    return runtime.provider(session), cases
+
+
+def subject(model: Model, adapters: Sequence[Adapter], dtype: np.dtype[Any]) -> tuple[Model, Sequence[Adapter]]:
+    """The model and adapters that the graph stands for, in its dtype."""
+    model = model.astype(np.float32)
+    if dtype == np.float32:
+        return model, [in_dtype(a, np.float32) for a in adapters]
+    return merge(model, adapters).astype(dtype), []
+
+
+def in_dtype(a: Adapter, dtype: Any) -> Adapter:
+    params, frozen = ({n: v.astype(dtype) for n, v in values.items()} for values in (a.params, a.frozen))
+    return replace(a, params=params, frozen=frozen)
+
+
+def example(model: Model, batch: int, length: int) -> Mapping[str, Array]:
+    """Random tokens; of a batch, the second row is padded on the right and the third on the left."""
+    rng = np.random.default_rng([batch, length])
+    c = model.config
+    vocabulary = model.params[model.sites["embed.token"].weight].shape[0]
+    length = min(length, longest(model))
+    ids = rng.integers(0, vocabulary, (batch, length))
+    mask = np.ones_like(ids)
+    mask[1::3, length - length // 3 :] = 0
+    mask[2::3, : length // 2] = 0
+    if c.pad_token_id is not None:
+        ids[mask == 0] = c.pad_token_id
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if "embed.type" in model.sites:
+        kinds = model.params[model.sites["embed.type"].weight].shape[0]
+        inputs["token_type_ids"] = rng.integers(0, kinds, ids.shape)
+    return inputs
+
+
+def longest(model: Model) -> int:
+    if "embed.position" not in model.sites:
+        return 1 << 30
+    n = model.params[model.sites["embed.position"].weight].shape[0]
+    return int(n if model.config.positions == "index" else n - (model.config.pad_token_id or 0) - 1)
+
+
+def ratio(got: Array, ref: Array, spec: Array, dtype: np.dtype[Any]) -> float:
+    unit = float(np.finfo(dtype).eps) / 2
+    off, allowed = distance(got, ref), max(distance(spec, ref), unit * float(np.linalg.norm(ref)))
+    return off / allowed if allowed else (0.0 if off == 0 else float("inf"))
+
+
+def distance(x: Array, ref: Array) -> float:
+    return float(np.linalg.norm(x.astype(np.float64) - ref))
