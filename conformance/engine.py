@@ -1,0 +1,288 @@
+"""The engine: which properties apply to a target, many drawn cases of each, and events for the report.
+
+Work is cut into units (method, level, property), each independent of the others, so that any `concurrent.futures`
+executor can run them: a process pool, or Dask's `Client.get_executor()`.
+"""
+
+import datetime
+import importlib.metadata
+import platform
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, as_completed
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import numpy as np
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.errors import Flaky
+
+from refpeft.conformance import known as knowledge
+from refpeft.conformance.case import SPEC_VERSION, Case
+from refpeft.conformance.properties import PROPERTIES, Property
+from refpeft.conformance.targets import Skip, Target, open_target
+from refpeft.conformance.yardstick import LIMIT, Verdict, Yardstick
+from refpeft.methods import METHODS
+
+EXAMPLES = {"layer": 20, "model": 6, "lifecycle": 5, "export": 3}
+LEVELS = tuple(EXAMPLES)
+CASES = ".refpeft/cases"
+Event = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Unit:
+    method: str
+    level: str
+    property: str
+
+
+@dataclass(frozen=True)
+class Options:
+    seed: int = 0
+    examples: int | None = None
+    folder: str = CASES
+    shrink: bool = True
+    known: str | None = None  # path of a file of known failures; None: the one shipped for the target, if any
+
+
+@dataclass
+class Clock:
+    """Seconds spent in the specification and in the target; the rest of a run is the engine's own."""
+
+    spec: float = 0.0
+    target: float = 0.0
+
+
+class Wrong(Exception):  # noqa: N818 - what Hypothesis shrinks
+    pass
+
+
+@dataclass(frozen=True)
+class Outcome:
+    verdict: Verdict
+    skipped: str = ""
+
+
+# ── the run ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check(
+    target: str,
+    methods: Sequence[str] | None = None,
+    levels: Sequence[str] | None = None,
+    properties: Sequence[str] | None = None,
+    examples: int | None = None,
+    seed: int = 0,
+    shard: tuple[int, int] = (1, 1),
+    executor: Executor | None = None,
+    known: str | Path | None = None,
+    progress: Callable[[Event], None] | None = None,
+    folder: str | Path = CASES,
+) -> Iterator[Event]:
+    """The events of a run: a header, one result for each method, level and property, a footer."""
+    info = dict(opened(target).info())
+    options = Options(seed, examples, str(folder), known=None if known is None else str(known))
+    units = chosen(info, methods, levels, properties)[shard[0] - 1 :: shard[1]]
+    entries = knowledge.load(info, options.known)
+    began, counts, seconds = time.perf_counter(), Counter[str](), Counter[str]()
+
+    def emit(event: Event) -> Event:
+        if progress:
+            progress(event)
+        return event
+
+    yield emit(header(target, info, options, shard))
+    for row in results(target, units, options, executor):
+        counts[row["status"]] += 1
+        seconds.update({"spec": row["spec_seconds"], "target": row["target_seconds"]})
+        yield emit(row)
+    del entries
+    busy = time.perf_counter() - began
+    own = max(0.0, busy - seconds["spec"] - seconds["target"]) if executor is None else 0.0
+    ok = not any(counts[s] for s in ("fail", "error", "unexpected-pass"))
+    rounded = {k: round(v, 3) for k, v in {**seconds, "engine": own, "wall": busy}.items()}
+    yield emit({"type": "footer", "counts": dict(counts), "seconds": rounded, "ok": ok})
+
+
+def header(target: str, info: Mapping[str, Any], options: Options, shard: tuple[int, int]) -> Event:
+    versions = {"python": platform.python_version()}
+    versions |= {name: importlib.metadata.version(name) for name in ("numpy", "hypothesis")}
+    return {
+        "type": "header",
+        "target": {**info, "spec": target},
+        "spec_version": SPEC_VERSION,
+        "seed": options.seed,
+        "examples": options.examples,
+        "shard": list(shard),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions | dict(info.get("versions", {})),
+    }
+
+
+def chosen(
+    info: Mapping[str, Any],
+    methods: Sequence[str] | None,
+    levels: Sequence[str] | None,
+    properties: Sequence[str] | None,
+) -> list[Unit]:
+    """The units asked for; a name that does not exist is an error, not an empty run."""
+    names = sorted({p.name for p in PROPERTIES})
+    for what, given_, there in (("method", methods, list(METHODS)), ("level", levels, list(LEVELS)), ("property", properties, names)):
+        unknown = [name for name in given_ or () if name not in there]
+        if unknown:
+            raise ValueError(f"unknown {what} {unknown[0]!r}: there are {', '.join(there)}")
+    return [
+        Unit(method, p.level, p.name)
+        for p in PROPERTIES
+        for method in methods or METHODS
+        if p.applies(method) and p.level in (levels or LEVELS) and p.name in (properties or names)
+    ]
+
+
+def results(target: str, units: Sequence[Unit], options: Options, executor: Executor | None) -> Iterator[Event]:
+    if executor is None:
+        for unit in units:
+            yield run_unit(target, unit, options)
+        return
+    futures: list[Future[Event]] = [executor.submit(run_unit, target, unit, options) for unit in units]
+    for future in as_completed(futures):
+        yield future.result()
+
+
+@cache
+def opened(target: str) -> Target:
+    """One instance of a target in each process."""
+    return open_target(target)
+
+
+# ── one unit ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def find(unit: Unit) -> Property:
+    return next(p for p in PROPERTIES if (p.level, p.name) == (unit.level, unit.property))
+
+
+def declared(info: Mapping[str, Any], unit: Unit, prop: Property) -> bool:
+    """Does the target say it can do what the property asks?"""
+    return (
+        unit.method in info["methods"] and unit.level in info["levels"] and set(prop.needs) <= set(info["features"])
+    )
+
+
+def run_unit(target: str, unit: Unit, options: Options) -> Event:
+    """The result of one property: known failures first, then drawn cases until one is wrong; that one made small."""
+    prop, clock = find(unit), Clock()
+    implementation = opened(target)
+    info = implementation.info()
+    row: Event = {
+        "type": "result", **asdict(unit), "required": prop.required, "status": "undeclared", "examples": 0,
+        "ratio": None, "limit": LIMIT[unit.level], "statement": prop.statement, "claims": list(prop.claims_of(unit.method)),
+        "case": None, "replay": None, "kind": None, "detail": "", "spec_seconds": 0.0, "target_seconds": 0.0,
+    }  # fmt: skip
+    if not declared(info, unit, prop):
+        return row
+    entries = [e for e in knowledge.load(info, options.known) if e.concerns(unit.method, unit.level, unit.property)]
+    stale = next((e for e in entries if not still_fails(implementation, e, clock)), None)
+    if stale:
+        row |= {"status": "unexpected-pass", "detail": f"known failure passes or fails otherwise: {stale.reason}", "case": str(stale.case)}
+    else:
+        row |= drawn(implementation, target, unit, prop, entries, options, clock)
+    return row | {"spec_seconds": round(clock.spec, 4), "target_seconds": round(clock.target, 4)}
+
+
+def still_fails(target: Target, entry: "knowledge.Entry", clock: Clock) -> bool:
+    return examine(target, entry.read(), clock).verdict.kind == entry.kind
+
+
+def drawn(
+    target: Target,
+    name: str,
+    unit: Unit,
+    prop: Property,
+    entries: Sequence["knowledge.Entry"],
+    options: Options,
+    clock: Clock,
+) -> Event:
+    wrong: list[tuple[Case, Verdict]] = []
+    tally, ratios, skips, met = Counter[str](), [0.0], [""], [""]
+    phases = [Phase.generate, Phase.shrink] if options.shrink else [Phase.generate]
+
+    @hypothesis.seed(zlib.crc32(f"{options.seed} {unit}".encode()))
+    @settings(
+        max_examples=options.examples or EXAMPLES[unit.level], database=None, deadline=None, phases=phases,
+        suppress_health_check=list(HealthCheck), report_multiple_bugs=False, verbosity=hypothesis.Verbosity.quiet,
+    )  # fmt: skip
+    @given(prop.structure(unit.method, target.info()))
+    def each(structure: dict[str, Any]) -> None:
+        case = prop.case(unit.method, structure, options.seed)
+        outcome = examine(target, case, clock)
+        verdict = outcome.verdict
+        entry = next((e for e in entries if e.explains(case, verdict.kind)), None) if verdict.kind else None
+        if outcome.skipped:
+            skips.append(outcome.skipped)
+        elif entry:
+            met.append(entry.reason)
+        elif verdict.kind:
+            wrong.append((case, verdict))
+            raise Wrong
+        else:
+            ratios.append(verdict.ratio or 0.0)
+        tally["skip" if outcome.skipped else "known" if entry else "pass"] += 1
+
+    try:
+        each()
+    except (Wrong, Flaky):
+        case, verdict = wrong[-1]
+        return {**failure(name, case, verdict, options), "examples": sum(tally.values())}
+    status = "known" if tally["known"] or entries else "pass" if tally["pass"] else "skip"
+    detail = {"known": met[-1] or (entries[0].reason if entries else ""), "skip": skips[-1]}.get(status, "")
+    return {"status": status, "examples": tally["pass"], "ratio": float(f"{max(ratios):.3g}"), "detail": detail}
+
+
+def failure(name: str, case: Case, verdict: Verdict, options: Options) -> Event:
+    m = case.meta
+    path = Path(options.folder) / f"{name.replace(':', '-').replace('/', '_')[:40]}-{m['method']}-{m['level']}-{m['property']}.safetensors"
+    case.save(path)
+    error = bool(verdict.kind and verdict.kind.startswith("error"))
+    return {
+        "status": "error" if error else "fail", "ratio": verdict.ratio, "case": str(path), "kind": verdict.kind,
+        "replay": f"refpeft replay {path} {name}", "detail": verdict.detail,
+    }  # fmt: skip
+
+
+# ── one case ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def examine(target: Target, case: Case, clock: Clock | None = None) -> Outcome:
+    """Ask the target, ask the specification, compare. Anything the target raises is its answer."""
+    clock = clock or Clock()
+    began = time.perf_counter()
+    try:
+        got = {name: np.asarray(a) for name, a in target.run(case).items()}
+    except Skip as skip:
+        return Outcome(Verdict(), str(skip) or "no reason given")
+    except Exception as error:  # whatever a target throws is a finding
+        text = " ".join(str(error).split())[:300]
+        return Outcome(Verdict(f"error:{type(error).__name__}", None, f"{type(error).__name__}: {text}"))
+    finally:
+        clock.target += time.perf_counter() - began
+    began = time.perf_counter()
+    try:
+        return Outcome(Yardstick(case).judge(got))
+    finally:
+        clock.spec += time.perf_counter() - began
+
+
+def replay(path: str | Path, target: str) -> Outcome:
+    """One stored case again."""
+    return examine(opened(target), Case.read(path))
+
+
+def smaller(case: Case, **meta: Any) -> Case:
+    return replace(case, meta={**case.meta, **meta})

@@ -1,0 +1,77 @@
+"""Known failures: stored cases that a target is known to answer otherwise, and why. Checked both ways.
+
+`known/<target>.json` holds a list of entries. A stored case that now passes, or fails in another way, is reported as an
+unexpected pass; a drawn case that fails as an entry describes counts as known and the search for others goes on.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+
+from refpeft.conformance.case import Case
+
+FOLDER = Path(__file__).parent / "known"
+CLASSES = ("bug", "convention")
+
+
+@dataclass(frozen=True)
+class Entry:
+    method: str
+    level: str
+    property: str
+    kind: str  # as in a verdict: value, shape, dtype, names, error:Type
+    case: Path
+    reason: str
+    cls: str  # bug: theirs, should be mended; convention: another choice that they document
+    versions: str  # of the target, as in requirements: '>=0.13,<0.21'
+    match: Mapping[str, Any]  # what else fails in this way: dotted names of the case's fields, and their values
+
+    def concerns(self, method: str, level: str, property: str) -> bool:
+        return (self.method, self.level, self.property) == (method, level, property)
+
+    def explains(self, case: Case, kind: str | None) -> bool:
+        return kind == self.kind and all(field(case.meta, name) == value for name, value in self.match.items())
+
+    def read(self) -> Case:
+        return Case.read(self.case)
+
+
+def field(meta: Any, dotted: str) -> Any:
+    for name in dotted.split("."):
+        meta = meta.get(name) if isinstance(meta, Mapping) else None
+    return meta
+
+
+def load(info: Mapping[str, Any], path: str | None = None) -> Sequence[Entry]:
+    """The entries that apply to this version of the target."""
+    file = Path(path) if path else FOLDER / f"{info['name']}.json"
+    if not path and not file.is_file():
+        return []
+    return [e for e in parse(file) if SpecifierSet(e.versions).contains(str(info.get("version", "0")), prereleases=True)]
+
+
+@cache
+def parse(file: Path) -> Sequence[Entry]:
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file")
+    entries = []
+    for n, raw in enumerate(json.loads(file.read_text(encoding="utf-8"))):
+        try:
+            raw = {"versions": "", "match": {}, **raw}
+            entry = entry_of(raw, file)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{file}: entry {n}: {error}") from None
+        entries.append(entry)
+    return entries
+
+
+def entry_of(raw: Mapping[str, Any], file: Path) -> Entry:
+    fields = {name: value for name, value in raw.items() if name not in ("class", "case")}
+    if raw["class"] not in CLASSES:
+        raise TypeError(f"class must be one of {CLASSES}, found {raw['class']!r}")
+    return Entry(**fields, cls=raw["class"], case=file.parent / raw["case"])

@@ -1,0 +1,28 @@
+"""Targets: the implementations under test, one file each, opened by name."""
+
+import importlib
+from collections.abc import Callable, Mapping
+
+from refpeft.conformance.targets.base import FEATURES, Skip, Target
+
+__all__ = ["FEATURES", "TARGETS", "Skip", "Target", "open_target"]
+
+TARGETS: Mapping[str, tuple[str, str]] = {  # name → what it is, module:factory (called with what follows the colon)
+    "spec": ("this specification itself", "refpeft.conformance.targets.spec:Spec"),
+    "peft": ("Hugging Face peft, as installed", "refpeft.conformance.targets.peft:Peft"),
+    "onnxruntime": ("our ONNX export, run by onnxruntime", "refpeft.conformance.targets.onnxruntime:OnnxRuntime"),
+    "program:": ("any program that speaks JSON lines: program:CMD", "refpeft.conformance.targets.program:Program"),
+    "python:": ("any Python object: python:package.module:object", "refpeft.conformance.targets.python:load"),
+    "mutant:": ("a deliberately wrong copy of the specification: mutant:NAME", "refpeft.conformance.mutants:target"),
+}
+
+
+def open_target(name: str) -> Target:
+    """The target of this name: 'spec', 'peft', 'onnxruntime', 'program:CMD', 'python:pkg.mod:obj', 'mutant:NAME'."""
+    head, colon, rest = name.partition(":")
+    known = TARGETS.get(head + colon)
+    if known is None or (colon and not rest):
+        raise ValueError(f"unknown target {name!r}: expected one of {', '.join(t + ('…' * t.endswith(':')) for t in TARGETS)}")
+    module, _, factory = known[1].partition(":")
+    make: Callable[..., Target] = getattr(importlib.import_module(module), factory)
+    return make(rest) if colon else make()

@@ -1,0 +1,53 @@
+"""What a target is: something that says what it can do, and answers cases."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from refpeft.conformance.case import Case
+from refpeft.ops import Array
+
+Arrays = dict[str, Array]
+Info = Mapping[str, Any]
+
+
+class Skip(Exception):  # noqa: N818 - the word for it everywhere
+    """Raised by `run` for what the target cannot be asked, with the reason. A skip is never a pass."""
+
+
+class Target(Protocol):
+    """info() → name, version, and what is declared:
+
+        levels     of layer, model, lifecycle, export
+        methods    of `refpeft methods`
+        dtypes     of float16, bfloat16, float32, float64
+        features   what it can be asked to do, see FEATURES
+
+    run(case) → the arrays that the case wants, by name.
+    """
+
+    def info(self) -> Info: ...
+    def run(self, case: Case) -> Arrays: ...
+    def close(self) -> None: ...
+
+
+FEATURES: Mapping[str, str] = {
+    "forward": "run forwards",
+    "grads": "give gradients of the adapter's parameters, and of a layer's input",
+    "frozen": "say which parameters are trained",
+    "init": "make a fresh adapter by itself",
+    "change": "take new values for an adapter's parameters, in place",
+    "merge": "fold an adapter into the weights",
+    "unmerge": "take it out again",
+    "disable": "run as if there were no adapter, and go back",
+    "several": "hold several adapters, several of them active",
+    "weighted": "make an adapter that is a weighted sum of others",
+    "delete": "forget an adapter",
+    "save": "write an adapter's tensors to a safetensors file, and read them back",
+    "embedding": "adapt embeddings",
+    "conv1d": "adapt layers that store W as [i, o]",
+    "bias": "lora_bias: a bias on B",
+    "modules_to_save": "train modules whole beside the adapter",
+    "patterns": "rank_pattern and alpha_pattern",
+    "cache": "decode with keys and values kept from before",
+    "tied": "tied input and output embeddings",
+}
