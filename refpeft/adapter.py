@@ -50,8 +50,11 @@ class Adapter:
 
 def each(adapters: Sequence[Adapter]) -> Callable[[Part], Part]:
     """`wrap` for a model: first the tensors that adapters replace whole, then each adapter's method, in order."""
+    touched = {path for adapter in adapters for path in adapter.by_module}
 
     def wrap(part: Part) -> Part:
+        if part.path not in touched:
+            return part
         part = replaced(adapters, part)
         for adapter, φ in found(adapters, part.path):
             method = METHODS[adapter.method]

@@ -259,7 +259,7 @@ def _softmax(x: Array) -> Array:
 
 def _top(x: Array) -> Array:
     """The largest entry of each row, at least the lowest finite number: a constant, which cancels."""
-    return np.max(x.real, axis=-1, keepdims=True, initial=np.finfo(x.dtype).min)
+    return np.maximum.reduce(x.real, axis=-1, keepdims=True, initial=np.finfo(x.dtype).min)
 
 
 @op
@@ -305,7 +305,7 @@ def attention(q: Array, k: Array, v: Array, mask: Array | None = None, scale: fl
     S = Q @ K.swapaxes(2, 3)
     if mask is not None:
         S = S.reshape(b, h, s, t)
-        S += np.where(mask, 0, -np.inf).astype(S.real.dtype)
+        S += np.where(mask, S.real.dtype.type(0), S.real.dtype.type(-np.inf))
         S = S.reshape(b, g, n * s, t)
     P = _softmax(S)
 

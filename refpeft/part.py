@@ -141,6 +141,8 @@ def make(path: str, kind: str, W: Array, b: Array | None, W_key: Key, b_key: Key
         y, vjp = op(x)
 
         def back(dy: Lazy, want: Want) -> tuple[Lazy, Grads]:
+            if W_key not in want and b_key not in want:
+                return link(vjp, dy, 1)[0], {}
             dx, dW, *db = link(vjp, dy, 2 if b is None else 3)
             return dx, base_grads(want, kind, W_key, dW, b_key, *db)
 
