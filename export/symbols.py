@@ -334,6 +334,11 @@ def take_along_axis(g: Graph, x: Symbol, at: Symbol, axis: int) -> Symbol:
     return g.emit("GatherElements", (x, at), x.dtype, at.shape, axis=axis)
 
 
+def put_along_axis(g: Graph, into: Symbol, at: Symbol, values: Any, axis: int) -> None:
+    values = operand(g, values, into.dtype).expand(*at.shape)
+    write(into, g.emit("ScatterElements", (into, at, values), into.dtype, into.shape, axis=axis))
+
+
 def cumsum(g: Graph, x: Symbol, axis: int) -> Symbol:
     return g.emit("CumSum", (x, g.constant(axis, INT)), x.dtype, x.shape)
 
@@ -345,7 +350,7 @@ def zeros_like(g: Graph, x: Symbol, dtype: Any = None) -> Symbol:
 
 FUNCTIONS: Mapping[Any, Callable[..., Any]] = {
     np.arange: arange, np.where: where, np.concatenate: concatenate, np.cumsum: cumsum,
-    np.take_along_axis: take_along_axis, np.zeros_like: zeros_like,
+    np.take_along_axis: take_along_axis, np.put_along_axis: put_along_axis, np.zeros_like: zeros_like,
     np.sum: lambda g, x, axis=None, **options: reduced(np.add, x, axis, **options),
     np.max: lambda g, x, axis=None, **options: reduced(np.maximum, x, axis, **options),
     np.swapaxes: lambda g, x, i, j: x.swapaxes(i, j),
