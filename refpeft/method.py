@@ -78,7 +78,7 @@ def together(f: Run, g: Run) -> Run:
 
         def back(dy: Lazy, want: Want) -> tuple[Lazy, Grads]:
             dx_f, grads_f = back_f(dy, want)
-            dx_g, grads_g = back_g(dy, want)
+            dx_g, grads_g = back_g(Once(lambda: dy().astype(z.dtype)) if narrows(z, y) else dy, want)
             return plus(dx_f, dx_g), join(grads_f, grads_g)
 
         return as_dtype(y + z, y), back
@@ -123,7 +123,11 @@ def masked(δ: Run, mask: Array | None) -> Run:
 
 def as_dtype(y: Array, like: Array) -> Array:
     """A 16-bit layer stays one, though its adapter be float32."""
-    return y.astype(like.dtype) if is_half(like.dtype) and y.dtype != like.dtype else y
+    return y.astype(like.dtype) if narrows(y, like) else y
+
+
+def narrows(y: Array, like: Array) -> bool:
+    return is_half(like.dtype) and y.dtype != like.dtype
 
 
 # ── reading configs, as HF peft reads them ───────────────────────────────────────────────────────────────────────────

@@ -137,7 +137,7 @@ def merge(cfg: Config, W: Array, b: Array | None, φ: Values) -> Merged:
     W1 = as_dtype(W + ΔW(cfg, φ), W)
     b1 = b
     if β is not None:
-        b1 = s * β if b is None else as_dtype(b + s * β, b)
+        b1 = as_dtype(s * β if b is None else b + s * β, W)
 
     def vjp(dW1: Lazy, db1: Lazy) -> tuple[Lazy, dict[str, Lazy]]:
         return dW1, {**dΔW(cfg, φ, dW1), "β": Once(lambda: s * db1())}
