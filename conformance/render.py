@@ -146,3 +146,38 @@ def view(name: str, array: np.ndarray[Any, Any]) -> Mapping[str, str | None]:
     kind = f"{array.dtype} [{', '.join(map(str, array.shape))}]"
     text = np.array2string(array, precision=6, max_line_width=64, separator=" ") if 0 < array.size <= SMALL else None
     return {"name": name, "kind": kind, "text": text}
+
+
+# ── the picture ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+STEP, MARGIN, WIDTH = 21, 20, 1060  # pixels: from cell to cell, around everything, of a band of levels
+TILT = math.radians(55)  # of the labels
+LETTER = 6.3  # the width of one, about
+
+
+def svg(report: Report) -> str:
+    """The matrix, for a README: a block for each level, side by side as far as they fit."""
+    longest = LETTER * max((len(result["property"]) for result in report.results), default=0)
+    head, lean = math.ceil(longest * math.sin(TILT)) + 10, math.ceil(longest * math.cos(TILT))
+    blocks: list[dict[str, Any]] = []
+    x, y, widest, tallest = MARGIN, 50, 640, 0
+    for level in report.levels:
+        methods, properties = report.methods(level), report.properties(level)
+        left = math.ceil(max(map(len, methods)) * LETTER) + 12
+        wide = left + len(properties) * STEP + lean  # the last label leans over
+        if x > MARGIN and x + wide > WIDTH:
+            x, y, tallest = MARGIN, y + tallest, 0
+        blocks.append({"level": level, "methods": methods, "properties": properties, "x": x + left, "y": y})
+        x += wide
+        widest, tallest = max(widest, x), max(tallest, head + len(methods) * STEP + 34)
+    layout = {"blocks": blocks, "head": head, "step": STEP, "width": widest, "height": y + tallest}
+    return environment().get_template("matrix.svg.jinja").render(report=report, statuses=STATUSES, **layout)
+
+
+def badge(report: Report) -> str:
+    """A small picture: refpeft | 90 of 92 as specified."""
+    passed, asked = report.counts.get("pass", 0), sum(n for s, n in report.counts.items() if s != "undeclared")
+    text = f"{passed} of {asked} as specified" if report.complete else "incomplete"
+    colour = "#2f7d4f" if report.ok else "#c1352b"
+    widths = {"left": 58, "right": math.ceil(len(text) * LETTER) + 16}
+    return environment().get_template("badge.svg.jinja").render(text=text, colour=colour, **widths)

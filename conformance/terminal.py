@@ -81,7 +81,7 @@ def emphasis(cells: Sequence[Event | None]) -> str:
 
 def legend(report: Report) -> Text:
     parts = Text()
-    for status in reversed(report.counts):
+    for status in reversed(list(report.counts)):
         mark, meaning = STATUSES[status]
         parts.append("   " if parts else "").append(mark, style=COLOURS[status]).append(f" {meaning}", style="dim")
     return parts

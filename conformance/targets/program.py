@@ -12,6 +12,7 @@ What the program writes to stderr is shown with its failures. A program that die
 else has failed that case; it is started anew for the next one.
 """
 
+import atexit
 import contextlib
 import json
 import os
@@ -49,18 +50,25 @@ class BadAnswer(Exception):  # noqa: N818
     """The program's answer is not what the protocol says."""
 
 
+FAILURES = (ProgramError, ProgramDied, ProgramHung, BadAnswer)
+
+
 class Program:
     def __init__(self, command: str, timeout: float = TIMEOUT) -> None:
         self.command = command
         self.timeout = timeout
         self.folder = tempfile.TemporaryDirectory(prefix="refpeft-")
         self.process: Process | None = None
+        self.declared: Info | None = None
+        atexit.register(self.close)
 
     def info(self) -> Info:
-        try:
-            return self.ask({"start": SPEC_VERSION}, Process(self.command))
-        except (ProgramError, ProgramDied, ProgramHung, BadAnswer) as error:
-            raise ValueError(f"program {self.command!r} did not start: {error}") from None
+        if self.declared is None:
+            try:
+                self.declared = self.ask({"start": SPEC_VERSION})
+            except FAILURES as error:
+                raise ValueError(f"program {self.command!r} did not start: {error}") from None
+        return self.declared
 
     def run(self, case: Case) -> Arrays:
         folder = Path(self.folder.name)
@@ -68,8 +76,8 @@ class Program:
         answer.unlink(missing_ok=True)
         case.save(question)
         if self.process is None:
-            self.info()
-        reply = self.ask({"run": str(question), "out": str(answer)}, self.process)
+            self.ask({"start": SPEC_VERSION})
+        reply = self.ask({"run": str(question), "out": str(answer)})
         if "skip" in reply:
             raise Skip(str(reply["skip"]))
         if not reply.get("ok"):
@@ -79,12 +87,11 @@ class Program:
         try:
             return read(answer)[0]
         except ValueError as error:
-            raise BadAnswer(f"the program's arrays cannot be read: {error}") from None
+            raise BadAnswer("the program answered ok but its file of arrays is not a safetensors file") from None
 
-    def ask(self, message: Mapping[str, Any], process: "Process | None") -> dict[str, Any]:
-        """One line there, one line back. After any failure but an error that it reports itself, the process is ended."""
-        assert process is not None
-        self.process = process
+    def ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """One line there, one line back. After a failure that it did not report itself, the process is ended."""
+        process = self.process = self.process or Process(self.command)
         try:
             reply = process.ask(message, self.timeout)
         except BaseException:
@@ -102,6 +109,7 @@ class Program:
     def close(self) -> None:
         self.stop()
         self.folder.cleanup()
+        atexit.unregister(self.close)
 
 
 class Process:
@@ -119,7 +127,8 @@ class Process:
             raise ValueError(f"cannot start program {command!r}: {error.strerror}") from None
         self.answers: queue.Queue[str] = queue.Queue()
         self.said: deque[str] = deque(maxlen=TAIL)
-        assert self.popen.stdout and self.popen.stderr
+        assert self.popen.stdout
+        assert self.popen.stderr
         self.threads = [
             threading.Thread(target=forward, args=(self.popen.stdout, self.answers.put), daemon=True),
             threading.Thread(target=forward, args=(self.popen.stderr, self.said.append), daemon=True),
@@ -155,7 +164,7 @@ class Process:
 
     def stop(self) -> None:
         """Ask it to end; end it, with what it has started, if it does not."""
-        assert self.popen.stdin and self.popen.stdout and self.popen.stderr
+        assert self.popen.stdin
         with contextlib.suppress(OSError):
             self.popen.stdin.write('{"stop": true}\n')
             self.popen.stdin.close()
@@ -167,12 +176,11 @@ class Process:
             self.popen.wait()
         for thread in self.threads:
             thread.join(timeout=1)
-        self.popen.stdout.close()
-        self.popen.stderr.close()
 
 
 def forward(stream: IO[str], put: Any) -> None:
     """Every line, then "" for the end."""
-    for line in stream:
-        put(line)
+    with stream:
+        for line in stream:
+            put(line)
     put("")
