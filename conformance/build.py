@@ -1,0 +1,152 @@
+"""From a drawn structure to a case: the numbers, and the fields that say what is asked."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+import refpeft
+from refpeft.conformance import tiny
+from refpeft.conformance.case import DTYPES, SPEC_VERSION, Case
+from refpeft.conformance.numbers import generator, integers, normal
+from refpeft.conformance.targets.spec import LATIN, part
+from refpeft.methods import METHODS
+from refpeft.model import Model
+from refpeft.ops import Array
+
+Meta = dict[str, Any]
+
+
+def meta(method: str, level: str, prop: str, s: Mapping[str, Any], seed: int) -> Meta:
+    return {
+        "spec_version": SPEC_VERSION, "id": f"{method}/{level}/{prop}", "method": method, "level": level, "property": prop,
+        "regime": s.get("regime", "float"), "edge": s.get("edge", "none"), "seed": seed, "dtype": s["dtype"],
+    }  # fmt: skip
+
+
+# ── one layer ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def layer(method: str, prop: str, s: Mapping[str, Any], seed: int, want: Sequence[str]) -> Case:
+    """x, dy, W, b and the method's parameters, for one layer."""
+    exact, edge, dtype = s["regime"] == "exact", s["edge"], DTYPES[s["dtype"]]
+    draw: Draw = small_integers(seed + s["draw"]) if exact else gaussian(seed + s["draw"])
+    shape = [0, s["batch"][1]] if edge == "empty-batch" else [1, 1] if edge == "one-token" else s["batch"]
+    o, i = s["o"], s["i"]
+    arrays = {"W": draw("W", (o, i)), "dy": draw("dy", (*shape, o)), "x": inputs(s["kind"], seed, draw, shape, i)}
+    if s["bias"]:
+        arrays["b"] = draw("b", (o,))
+    params = parameters(method, s, arrays, draw, seed)
+    if exact and method == "dora":
+        exact_dora(arrays, params, METHODS[method].Config(**s["config"]).scale)
+    if edge == "zeros":
+        params = {n: v if n == "m" else v * 0 for n, v in params.items()}
+    if edge == "zero-row":
+        arrays["W"][0] = params["B"][0] = 0
+    if edge == "repeated-rows" and arrays["x"].size:
+        arrays["x"][:] = arrays["x"][:1, :1]
+    if s["kind"] != "linear":
+        arrays["W"] = arrays["W"].T.copy()
+    arrays |= params
+    if "changed" in want:
+        arrays |= {f"new/{n}": v + (2 if exact and n != "m" else 0.5 * v if n != "m" else v) for n, v in params.items()}
+    wide = np.float32 if np.dtype(dtype).itemsize == 2 else dtype  # parameters of adapters on 16-bit layers are float32
+    typed = {n: typed_as(a, wide if n.removeprefix("new/") in params else dtype) for n, a in arrays.items()}
+    if edge == "strided":
+        typed["x"] = np.repeat(typed["x"], 2, axis=-1)[..., ::2] if typed["x"].ndim > 2 else typed["x"]
+    about = {"layer": {"kind": s["kind"], "path": "layer"}, "config": s["config"], "params": list(params), "want": list(want)}
+    return Case(meta(method, "layer", prop, s, seed) | about, typed)
+
+
+Draw = Callable[[str, tuple[int, ...]], Array]
+
+
+def gaussian(seed: int) -> Draw:
+    return lambda name, shape: normal(seed, name, shape)
+
+
+def small_integers(seed: int) -> Draw:
+    return lambda name, shape: integers(seed, name, shape, -3, 3).astype(np.float64)
+
+
+def typed_as(a: Array, dtype: Any) -> Array:
+    return a if a.dtype.kind in "iu" else a.astype(dtype)
+
+
+def inputs(kind: str, seed: int, draw: Draw, shape: Sequence[int], i: int) -> Array:
+    return integers(seed, "ids", tuple(shape), 0, i - 1) if kind == "embedding" else draw("x", (*shape, i))
+
+
+def parameters(method: str, s: Mapping[str, Any], arrays: Mapping[str, Array], draw: Draw, seed: int) -> dict[str, Array]:
+    """Those that the method's own `init` makes, moved away from where it starts them."""
+    m = METHODS[method]
+    W = arrays["W"].T if s["kind"] != "linear" else arrays["W"]
+    φ = m.init(m.Config(**s["config"]), part(s["kind"], W, arrays.get("b")), generator(seed, "init"))
+    if s["regime"] == "exact":
+        return {LATIN.get(n, n): draw(n, v.shape) for n, v in φ.items()}
+    return {LATIN.get(n, n): v + 0.5 * draw(n, v.shape) for n, v in φ.items()}
+
+
+def exact_dora(arrays: dict[str, Array], φ: dict[str, Array], s: float) -> None:
+    """V = W + s B A with one entry in each row, a power of two: its norm, and m over it, are exact."""
+    (r, i), o = φ["A"].shape, len(φ["B"])
+    φ["A"][:] = 0
+    φ["A"][np.arange(r), np.arange(r) % i] = 2.0 ** (np.arange(r) % 2)
+    k = np.arange(o) % r
+    φ["B"] = np.where(np.arange(r) == k[:, None], np.where(φ["B"] < 0, -1.0, 1.0), 0.0)
+    V = np.where(np.arange(i) == (k % i)[:, None], 2.0 ** (1 + np.arange(o) % 3)[:, None], 0.0)
+    arrays["W"] = V - s * φ["B"] @ φ["A"]
+    φ["m"] = V.max(1) * 2.0 ** np.sign(φ["m"])
+
+
+# ── a whole model ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def model(
+    method: str,
+    level: str,
+    prop: str,
+    s: Mapping[str, Any],
+    seed: int,
+    adapters: Mapping[str, Mapping[str, Any]] | None = None,
+    changed: Sequence[str] = (),
+    **fields: Any,
+) -> Case:
+    """A model, adapters by name with their configs (one called 'default' unless given), ids, and what else is asked."""
+    dtype, seed = DTYPES[s["dtype"]], seed + s["draw"]
+    source = tiny.config_json(s["family"], s["architecture"], s["layers"], **s.get("model", {}))
+    base = tiny.model(source, seed, dtype)
+    adapters = adapters or {"default": s["config"]}
+    ids = integers(seed, "ids", tuple(s["batch"]), 2, tiny.VOCAB - 1)
+    arrays: dict[str, Array] = {f"model/{n}": v for n, v in base.params.items()} | {"ids": ids}
+    for n, (name, config) in enumerate(adapters.items()):
+        arrays |= {f"{name}/{k}": v for k, v in adapter(method, config, base, seed + 10 * n).items()}
+    for name in changed:
+        arrays |= {f"new-{name}/{k}": v for k, v in adapter(method, adapters[name], base, seed + 1000).items()}
+    if s.get("padded"):
+        arrays |= padded(s, ids, source.get("pad_token_id") or 0)
+    if "other_logits" in fields.get("want", ()):
+        arrays["other_ids"] = np.where(np.arange(ids.shape[1]) == ids.shape[1] - 1, 2 + (ids - 1) % (tiny.VOCAB - 2), ids)
+    about = {"model": source, "adapters": {n: {"method": method, "config": c} for n, c in adapters.items()}, "active": list(adapters)}
+    case = Case(meta(method, level, prop, s, seed) | about | fields, arrays)
+    return with_dout(case, base, seed) if "grads" in fields.get("want", ()) else case
+
+
+def adapter(method: str, config: Mapping[str, Any], base: Model, seed: int) -> dict[str, Array]:
+    """Its parameters, moved away from where the method starts them."""
+    fresh = refpeft.init(method, config, base, seed=0)
+    return {n: (v + 0.5 * normal(seed, n, v.shape) / max(v.shape[-1:] or (1,)) ** 0.5).astype(v.dtype) for n, v in fresh.params.items()}
+
+
+def padded(s: Mapping[str, Any], ids: Array, pad: int) -> dict[str, Array]:
+    """Row n loses its last n positions (BERT's kind: its first), but keeps one."""
+    b, t = ids.shape
+    keep = np.arange(t) < np.maximum(t - 1 - np.arange(b), 1)[:, None]
+    if s.get("left"):
+        keep = keep[:, ::-1]
+    return {"ids": np.where(keep, ids, pad), "attention_mask": keep.astype(np.int64)}
+
+
+def with_dout(case: Case, base: Model, seed: int) -> Case:
+    out, _ = base(case.arrays["ids"], None, **{n: case.arrays[n] for n in ("attention_mask",) if n in case.arrays})
+    return Case(case.meta, {**case.arrays, "dout": normal(seed, "dout", out.shape).astype(out.dtype)})

@@ -1,0 +1,87 @@
+"""Structure, drawn by Hypothesis: shapes, ranks, options, layers. Never numbers; those come from `numbers`.
+
+A structure is a dict that a JSON file can hold, and its simplest values come first, which is where shrinking goes.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from hypothesis import strategies as st
+
+from refpeft.conformance import tiny
+
+Structure = dict[str, Any]
+Strategy = st.SearchStrategy[Structure]
+EDGES = ("none", "zeros", "one-token", "full-rank", "repeated-rows", "empty-batch", "strided")
+
+
+@st.composite
+def layer(draw: Any, method: str, info: Mapping[str, Any], **fixed: Any) -> Structure:
+    """One layer with one adapter. `fixed` fields are not drawn."""
+    features, dtypes = info["features"], info["dtypes"]
+    kinds = ["linear", *(kind for kind in ("conv1d", "embedding") if kind in features)]
+    s: Structure = {"kind": draw(st.sampled_from(kinds)), "regime": draw(st.sampled_from(["exact", "float"]))}
+    s = {**s, **{k: v for k, v in fixed.items() if k in s}}
+    s["edge"] = "none" if s["regime"] == "exact" else draw(st.sampled_from(EDGES))
+    s["o"] = draw(st.integers(1, 7))
+    s["i"] = s["o"] if draw(st.booleans()) else draw(st.integers(1, 7))
+    s["dtype"] = draw(st.sampled_from([d for d in (EXACT if s["regime"] == "exact" else FLOAT) if d in dtypes]))
+    s["bias"] = s["kind"] != "embedding" and draw(st.booleans())
+    s["batch"] = [draw(st.integers(1, 3)), draw(st.integers(1, 4))]
+    s["draw"] = draw(st.integers(0, 3))
+    s["config"] = draw(config(method, features, s["kind"], s["regime"] == "exact", s["edge"], min(s["o"], s["i"])))
+    return {**s, **fixed}
+
+
+FLOAT = ("float32", "float64")
+EXACT = ("float32", "float64")
+HALF = ("bfloat16", "float16")
+
+
+@st.composite
+def config(draw: Any, method: str, features: list[str], kind: str, exact: bool, edge: str, smallest: int) -> Structure:
+    """r and α with α ≠ r most of the time; in the exact regime such that the scale is a power of two."""
+    root = method == "rslora"
+    r = draw(st.sampled_from([4, 1] if exact and root else [2, 1, 3, 4]))
+    if edge == "full-rank":
+        r = smallest
+    if exact:
+        s = draw(st.sampled_from([2.0, 0.5, 1.0, 4.0]))
+        α = s * (r**0.5 if root else r)
+    else:
+        α = draw(st.sampled_from([3.0, 16.0, 1.0, 0.5, float(r)]))
+    own: Structure = {"r": r, "lora_alpha": α}
+    if "bias" in features and method != "dora" and kind != "embedding":
+        own["lora_bias"] = draw(st.booleans())
+    return own | FLAGS.get(method, {})
+
+
+FLAGS: Mapping[str, Structure] = {"rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
+
+
+@st.composite
+def model(
+    draw: Any,
+    method: str,
+    info: Mapping[str, Any],
+    families: tuple[str, ...] = tuple(tiny.FAMILIES),
+    architectures: tuple[str, ...] = ("", tiny.CLASSIFIER),
+    layers: int = 2,
+    **fixed: Any,
+) -> Structure:
+    """A tiny model and where an adapter goes. '' stands for the family's language model."""
+    family = draw(st.sampled_from([f for f in families if "conv1d" in info["features"] or f != "gpt2"]))
+    architecture = draw(st.sampled_from(architectures)) or tiny.LM[family]
+    linears = tiny.LINEARS[family]
+    own = draw(config(method, [], "linear", False, "none", 4))
+    own["target_modules"] = draw(st.lists(st.sampled_from(linears), min_size=1, max_size=3, unique=True))
+    floats = ["float32"] if family in ("llama", "qwen2") else ["float32", "float64"]
+    return {
+        "family": family,
+        "architecture": architecture,
+        "layers": draw(st.integers(1, layers)),
+        "dtype": draw(st.sampled_from([d for d in floats if d in info["dtypes"]])),
+        "config": own,
+        "batch": [draw(st.integers(1, 2)), draw(st.integers(1, 5))],
+        "draw": draw(st.integers(0, 3)),
+    } | fixed

@@ -1,0 +1,264 @@
+"""The specification as a target: the reference of every property, and what mutants are made from.
+
+Layer cases run one part of `refpeft.part`; model and lifecycle cases run `refpeft.Model`. Nothing is computed here.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+import refpeft
+from refpeft.adapter import Adapter
+from refpeft.checkpoint.families import describe
+from refpeft.conformance.case import DTYPES, Case
+from refpeft.conformance.targets.base import FEATURES, Arrays
+from refpeft.method import Phi
+from refpeft.methods import METHODS
+from refpeft.model import Model
+from refpeft.ops import Array
+from refpeft.part import BASE, Part, make, stored
+
+GREEK = {"bias": "β"}  # names in cases → names in the formulae
+LATIN = {"β": "bias"}
+
+
+class Spec:
+    def info(self) -> Mapping[str, Any]:
+        return {
+            "name": "spec", "version": refpeft.__version__, "levels": ["layer", "model", "lifecycle", "export"],
+            "methods": list(METHODS), "dtypes": list(DTYPES), "features": list(FEATURES),
+        }  # fmt: skip
+
+    def run(self, case: Case) -> Arrays:
+        if "steps" in case.meta:
+            return self.session(case).run(case.meta["steps"])
+        return self.layer(case) if case.level == "layer" else self.model(case)
+
+    def close(self) -> None:
+        pass
+
+    def layer(self, case: Case) -> Arrays:
+        return answers(Layer(case), case.meta["want"])
+
+    def model(self, case: Case) -> Arrays:
+        return answers(Whole(case), case.meta["want"])
+
+    def session(self, case: Case) -> "Session":
+        return Session(case)
+
+
+def answers(subject: Any, want: Sequence[str]) -> Arrays:
+    """One method per thing that a case can want."""
+    found: Arrays = {}
+    for name in want:
+        found |= getattr(subject, name)()
+    return found
+
+
+# ── one layer ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Layer:
+    """y = wrap(part)(x), as a model of one layer called 'layer'."""
+
+    def __init__(self, case: Case) -> None:
+        meta, a = case.meta, case.arrays
+        self.case, self.x, self.dy = case, a["x"], a.get("dy")
+        self.method = METHODS[case.method]
+        self.cfg = self.method.Config(**meta["config"], target_modules=["layer"])
+        self.φ = {GREEK.get(n, n): a[n] for n in meta["params"]}
+        self.part = part(meta["layer"]["kind"], a["W"], a.get("b"))
+
+    def adapted(self, φ: Mapping[str, Array] | None = None) -> Part:
+        values = self.φ if φ is None else φ
+        return self.method.wrap(self.cfg, Phi(values, {n: (0, n) for n in values}), self.part)
+
+    def output(self) -> Arrays:
+        return {"y": self.adapted().run(self.x)[0]}
+
+    def first_row(self) -> Arrays:
+        return {"y_row": self.adapted().run(self.x[:1])[0]}
+
+    def grads(self) -> Arrays:
+        _, back = self.adapted().run(self.x)
+        want = {(0, n) for n in self.φ}
+        dx, grads = back(lambda: self.dy, want)
+        found = {"d" + LATIN.get(n, n): grads[0, n]() for n in self.φ}
+        return found if self.part.kind == "embedding" else {"dx": dx(), **found}
+
+    def trained(self) -> Arrays:
+        names = ["W", *(["b"] if self.part.b is not None else []), *(LATIN.get(n, n) for n in self.φ)]
+        return {f"trained/{n}": np.array(n not in ("W", "b")) for n in names}
+
+    def fresh(self) -> Arrays:
+        """The base's own output, which is what a fresh adapter must give; and the shapes of its parameters."""
+        shapes = {f"shape/{LATIN.get(n, n)}": np.array(v.shape) for n, v in self.φ.items()}
+        return {"y_fresh": self.part.run(self.x)[0], **shapes}
+
+    def changed(self) -> Arrays:
+        """The output after new values were written into the parameters of an adapter that has already run."""
+        new = {n: self.case.arrays["new/" + LATIN.get(n, n)] for n in self.φ}
+        return {"y": self.adapted().run(self.x)[0], "y_changed": self.adapted(new).run(self.x)[0]}
+
+    def merged(self) -> Arrays:
+        kind = self.part.kind
+        W, b, _ = self.method.merge(self.cfg, self.part.W, self.part.b, self.φ)
+        found = {"W_merged": np.ascontiguousarray(stored(kind, W)), "y_merged": part(kind, stored(kind, W), b).run(self.x)[0]}
+        return found if b is None else {**found, "b_merged": b}
+
+    def unmerged(self) -> Arrays:
+        a = self.case.arrays
+        found = {"W_unmerged": a["W"], "y_unmerged": self.adapted().run(self.x)[0]}
+        return {**found, "b_unmerged": a["b"]} if "b" in a else found
+
+    def disabled(self) -> Arrays:
+        return {"y_disabled": self.part.run(self.x)[0], "y_enabled": self.adapted().run(self.x)[0]}
+
+
+def part(kind: str, W: Array, b: Array | None) -> Part:
+    return make("layer", kind, stored(kind, W), b, (BASE, "W"), (BASE, "b"))
+
+
+# ── a whole model ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Whole:
+    """A model with the adapters that `active` names, in order."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.base = model_of(case)
+        self.inputs = {n: case.arrays[n] for n in ("attention_mask", "token_type_ids") if n in case.arrays}
+        self.active = [adapter_of(case, name, self.base) for name in case.meta["active"]]
+
+    def logits(self) -> Arrays:
+        return {"logits": self.real(self.base(self.case.arrays["ids"], self.active, **self.inputs)[0])}
+
+    def real(self, out: Array) -> Array:
+        """What is said at padded positions is nobody's business: zero."""
+        mask = self.inputs.get("attention_mask")
+        return out if mask is None or out.ndim < 3 else np.where(mask[..., None] > 0, out, out.dtype.type(0))
+
+    def other_logits(self) -> Arrays:
+        return {"other_logits": self.base(self.case.arrays["other_ids"], self.active)[0]}
+
+    def grads(self) -> Arrays:
+        out, vjp = self.base(self.case.arrays["ids"], self.active, **self.inputs)
+        names = self.case.meta["active"]
+        return {f"grad/{n}/{k}": v for n, grads in zip(names, vjp(self.case.arrays["dout"]), strict=True) for k, v in grads.items()}
+
+    def merged(self) -> Arrays:
+        return {f"merged/{n}": v for n, v in refpeft.merge(self.base, self.active).params.items()}
+
+    def merged_logits(self) -> Arrays:
+        merged = refpeft.merge(self.base, self.active)
+        return {"merged_logits": self.real(merged(self.case.arrays["ids"], **self.inputs)[0])}
+
+    def decoded(self) -> Arrays:
+        """The logits of one position after the other, from the keys and values of those before."""
+        ids, out, cache = self.case.arrays["ids"], [], None
+        for t in range(ids.shape[1]):
+            y, cache = self.base.decode(ids[:, t : t + 1], cache, self.active)
+            out.append(y)
+        return {"decoded": np.concatenate(out, axis=1)}
+
+    def count(self) -> Arrays:
+        return {"count": np.array(sum(v.size for a in self.active for v in a.params.values()))}
+
+
+def model_of(case: Case) -> Model:
+    source = case.meta["model"]
+    fields, sites, _ = describe(source)
+    return Model(fields, sites, tensors(case, "model/"), source)
+
+
+def adapter_of(case: Case, name: str, model: Model) -> Adapter:
+    """The adapter `name`, its tensors being the case's arrays '<name>/<tensor>'."""
+    meta = case.meta["adapters"][name]
+    return Adapter(meta["method"], METHODS[meta["method"]].Config(**meta["config"]), tensors(case, name + "/"))
+
+
+def tensors(case: Case, prefix: str) -> Arrays:
+    return {n.removeprefix(prefix): a for n, a in case.arrays.items() if n.startswith(prefix)}
+
+
+# ── a life: steps, and what the model says after each ────────────────────────────────────────────────────────────────
+
+
+class Session:
+    """The invariant of all lifecycles: the model says what the specification says of the adapters active now."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.base = case, model_of(case)
+        self.adapters: dict[str, Adapter] = {}
+        self.active: list[str] = []
+        self.enabled = True
+        self.merged: Model | None = None
+        self.files: dict[str, Adapter] = {}
+
+    def run(self, steps: Sequence[Mapping[str, Any]]) -> Arrays:
+        found: Arrays = {}
+        for k, step in enumerate(steps):
+            said = getattr(self, step["do"])(**{n: v for n, v in step.items() if n != "do"}) or {}
+            found |= {f"{k}/{name}": a for name, a in said.items()} | {f"{k}/logits": self.logits()}
+        return found
+
+    def logits(self) -> Array:
+        model, adapters = (self.merged, []) if self.merged else (self.base, self.now())
+        return model(self.case.arrays["ids"], adapters)[0]
+
+    def now(self) -> list[Adapter]:
+        return [self.adapters[name] for name in self.active] if self.enabled else []
+
+    def add(self, adapter: str) -> None:
+        self.adapters[adapter] = adapter_of(self.case, adapter, self.base)
+        self.active = self.active or [adapter]
+
+    def activate(self, adapters: Sequence[str]) -> None:
+        self.active = list(adapters)
+
+    def merge(self, safe: bool = False) -> None:
+        """Merging what is merged already changes nothing."""
+        self.merged = self.merged or refpeft.merge(self.base, self.now())
+
+    def unmerge(self) -> None:
+        self.merged = None
+
+    def disable(self) -> None:
+        self.enabled = False
+
+    def enable(self) -> None:
+        self.enabled = True
+
+    def weighted(self, adapter: str, of: Sequence[str], weights: Sequence[float], how: str) -> None:
+        """ΔW = Σ wₖ ΔWₖ: adapters whose α is wₖ αₖ, side by side. `how` they are to be summed is the target's concern."""
+        for name, w in zip(of, weights, strict=True):
+            self.adapters[f"{adapter}.{name}"] = scaled(self.adapters[name], w)
+        self.active = [f"{adapter}.{name}" for name in of]
+
+    def delete(self, adapter: str) -> None:
+        del self.adapters[adapter]
+        self.active = [name for name in self.active if name != adapter] or list(self.adapters)[:1]
+
+    def save(self, adapter: str) -> Arrays:
+        self.files[adapter] = self.adapters[adapter]
+        return {f"file/{name}": a for name, a in self.files[adapter].params.items()}
+
+    def load(self, adapters: Sequence[str]) -> None:
+        """A new base model, with these saved adapters; the first of them active."""
+        self.adapters = {name: self.files[name] for name in adapters}
+        self.active, self.merged, self.enabled = [adapters[0]], None, True
+
+    def change(self, adapter: str) -> None:
+        """New values written into the parameters of an adapter."""
+        new = tensors(self.case, f"new-{adapter}/")
+        self.adapters[adapter] = self.adapters[adapter].replace(params=new)
+
+
+def scaled(adapter: Adapter, w: float) -> Adapter:
+    cfg = adapter.config
+    pattern = {path: w * α for path, α in cfg.alpha_pattern.items()}
+    return adapter.replace(config=replace(cfg, lora_alpha=w * cfg.lora_alpha, alpha_pattern=pattern))
+

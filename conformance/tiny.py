@@ -1,0 +1,77 @@
+"""Tiny models: a config.json of each family, and weights at the scale of trained ones, from the seed and their names."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from refpeft.checkpoint.families import describe
+from refpeft.conformance.numbers import normal
+from refpeft.model import Model, Site
+
+VOCAB = 13
+WIDE = {"vocab_size": VOCAB, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 12, "max_position_embeddings": 12}
+FAMILIES: Mapping[str, dict[str, Any]] = {
+    "gpt2": {"vocab_size": VOCAB, "n_embd": 8, "n_head": 2, "n_positions": 12},
+    "llama": {**WIDE, "num_key_value_heads": 1},
+    "qwen2": {**WIDE, "num_key_value_heads": 1},
+    "bert": {**WIDE, "type_vocab_size": 2, "pad_token_id": 0},
+    "roberta": {**WIDE, "type_vocab_size": 2, "pad_token_id": 1},
+}
+PREFIX = {"gpt2": "GPT2", "llama": "Llama", "qwen2": "Qwen2", "bert": "Bert", "roberta": "Roberta"}
+LM = {"gpt2": "LMHeadModel", "llama": "ForCausalLM", "qwen2": "ForCausalLM", "bert": "ForMaskedLM", "roberta": "ForMaskedLM"}
+CLASSIFIER = "ForSequenceClassification"
+CAUSAL = ("gpt2", "llama", "qwen2")
+LINEARS = {  # what adapters are usually put on
+    "gpt2": ("c_attn", "c_fc", "attn.c_proj", "mlp.c_proj"),
+    "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "qwen2": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "bert": ("query", "key", "value", "attention.output.dense", "intermediate.dense"),
+    "roberta": ("query", "key", "value", "attention.output.dense", "intermediate.dense"),
+}
+HEAD = {"gpt2": "score", "llama": "score", "qwen2": "score", "bert": "classifier", "roberta": "classifier"}
+
+
+def config_json(family: str, architecture: str, layers: int, **more: Any) -> dict[str, Any]:
+    depth = {"n_layer": layers} if family == "gpt2" else {"num_hidden_layers": layers}
+    own = {"model_type": family, "architectures": [PREFIX[family] + architecture], **FAMILIES[family], **depth, **more}
+    if architecture == CLASSIFIER:
+        own |= {"num_labels": 3} | ({"pad_token_id": 0} if family in CAUSAL else {})
+    return own
+
+
+def model(source: dict[str, Any], seed: int, dtype: Any) -> Model:
+    fields, sites, _ = describe(source)
+    params: dict[str, Any] = {}
+    for role, site in sites.items():
+        shape = shape_of(source, fields, role, site)
+        noise = normal(seed, site.weight, shape)
+        W = 1 + 0.1 * noise if site.kind.endswith("norm") else noise / math.sqrt(shape[-1])
+        params.setdefault(site.weight, W.T.copy() if site.kind == "conv1d" else W)
+        if has_bias(source["model_type"], role, site):
+            params.setdefault(site.bias, 0.1 * normal(seed, site.bias, shape[:1]))
+    return Model(fields, sites, {name: v.astype(dtype) for name, v in params.items()}, source)
+
+
+def shape_of(c: dict[str, Any], fields: Any, role: str, site: Site) -> tuple[int, ...]:
+    """[o, i] of a matrix, [v, d] of an embedding, [d] of a norm."""
+    d, e = fields.hidden_size, fields.head_dim
+    wide, narrow = fields.num_heads * e, fields.num_kv_heads * e
+    inner = c.get("intermediate_size") or 4 * d
+    if site.kind.endswith("norm"):
+        return (d,)
+    sizes: dict[str, tuple[int, ...]] = {
+        "embed.token": (VOCAB, d), "embed.position": (12, d), "embed.type": (2, d),
+        "qkv": (wide + 2 * narrow, d), "q": (wide, d), "k": (narrow, d), "v": (narrow, d), "o": (d, wide),
+        "up": (inner, d), "gate": (inner, d), "down": (d, inner),
+        "pooler": (d, d), "head.dense": (d, d), "head.out": (c.get("num_labels", VOCAB), d),
+    }  # fmt: skip
+    return sizes.get(role) or sizes[role.rpartition(".")[2]]
+
+
+def has_bias(family: str, role: str, site: Site) -> bool:
+    """Which layers HF gives a bias."""
+    if site.kind in ("embedding", "rms_norm"):
+        return False
+    if family in ("bert", "roberta"):
+        return True
+    return role != "head.out" if family == "gpt2" else family == "qwen2" and role.endswith(("attn.q", "attn.k", "attn.v"))
