@@ -87,7 +87,7 @@ class Program:
         try:
             return read(answer)[0]
         except ValueError as error:
-            raise BadAnswer("the program answered ok but its file of arrays is not a safetensors file") from None
+            raise BadAnswer(f"the arrays it wrote: {str(error).removeprefix(f'{answer}: ')}") from None
 
     def ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """One line there, one line back. After a failure that it did not report itself, the process is ended."""

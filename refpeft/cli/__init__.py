@@ -8,12 +8,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-EXTRAS = {
-    "onnxruntime": "cpu] or refpeft[gpu",
-    "torch": "peft",
-    "transformers": "peft",
-    "peft": "peft",
-}
+from refpeft.cli.errors import sentence
+
 COMMANDS = {  # in the order of `refpeft --help`
     "check": ("check", "replay", "targets", "mutants", "report"),
     "methods": ("methods",),
@@ -48,17 +44,6 @@ app = typer.Typer(
 def stop(message: str, code: int = 2) -> NoReturn:
     typer.secho(f"refpeft: {message}", err=True, fg=typer.colors.RED if code == 2 else None)
     raise typer.Exit(code)
-
-
-def sentence(error: Exception) -> str:
-    """What went wrong, in one line: which file, or which extra is missing, or the sentence that the error came with."""
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        package = error.name.partition(".")[0]
-        extra = EXTRAS.get(package)
-        return f"this needs {package}: pip install " + (f"'refpeft[{extra}]'" if extra else package)
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def version(wanted: bool) -> None:

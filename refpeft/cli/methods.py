@@ -16,8 +16,7 @@ def methods(
 ) -> None:
     """List the methods, or read one: paper, formulae, claims, config fields, checkpoint keys.
 
-    [dim]refpeft methods[/dim]
-    [dim]refpeft methods lora[/dim]
+    [cyan]refpeft methods lora[/cyan]
     """
     from rich.console import Console
 

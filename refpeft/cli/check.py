@@ -1,0 +1,265 @@
+"""`refpeft check`, `replay`, `report`, `targets`, `mutants`: the conformance suite from the command line."""
+
+import json
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from refpeft.cli.errors import missing
+
+if TYPE_CHECKING:
+    from refpeft.conformance.case import Case
+    from refpeft.conformance.engine import Outcome
+    from refpeft.conformance.report import Event, Report
+
+Target = Annotated[str, typer.Argument(metavar="TARGET", help="What to check; see [bold]refpeft targets[/bold].")]
+Names = list[str] | None
+Methods = Annotated[Names, typer.Option("--method", "-m", metavar="NAME", help="Only this method (repeatable).")]
+Levels = Annotated[
+    Names, typer.Option("--level", "-l", metavar="LEVEL", help="Only layer, model, lifecycle or export (repeatable).")
+]
+Properties = Annotated[Names, typer.Option("--property", "-p", metavar="NAME", help="Only this property (repeatable).")]
+Model = Annotated[
+    Path | None, typer.Option("--model", metavar="DIR", help="Also on the weights of this HF model folder.")
+]
+Examples = Annotated[int | None, typer.Option(min=1, metavar="N", help="Drawn examples for each property.")]
+Seed = Annotated[int, typer.Option(metavar="S", help="What the drawn examples depend on.")]
+Shard = Annotated[str, typer.Option(metavar="I/N", help="Do part I of N; [bold]refpeft report[/bold] joins the parts.")]
+Workers = Annotated[int, typer.Option(min=1, metavar="N", help="Processes to work in.")]
+Dask = Annotated[str | None, typer.Option(metavar="ADDRESS", help="Work on the Dask cluster at this address instead.")]
+Known = Annotated[Path | None, typer.Option(metavar="FILE", help="Known failures, instead of those shipped.")]
+Update = Annotated[bool, typer.Option("--update", help="Add what fails to the file of --known.")]
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results as JSON lines.")]
+Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one HTML page.")]
+Junit = Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Write the report as JUnit XML.")]
+Svg = Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Write the matrix as a picture.")]
+Badge = Annotated[Path | None, typer.Option("--badge", metavar="FILE", help="Write a badge (SVG).")]
+Reports = Annotated[list[Path], typer.Argument(metavar="REPORT...", help="What check --json wrote.")]
+CaseFile = Annotated[Path, typer.Argument(metavar="CASE", help="A case that a check stored (.safetensors).")]
+
+
+def check(
+    target: Target,
+    method: Methods = None,
+    level: Levels = None,
+    property: Properties = None,
+    model: Model = None,
+    examples: Examples = None,
+    seed: Seed = 0,
+    shard: Shard = "1/1",
+    workers: Workers = 1,
+    dask: Dask = None,
+    known: Known = None,
+    update: Update = False,
+    json_file: Json = None,
+    html: Html = None,
+    junit: Junit = None,
+    svg: Svg = None,
+) -> None:
+    """Is this implementation right, and where not?
+
+    Every property that the target declares is tried on drawn examples. One that
+    fails is made as small as possible and stored, to be looked at and replayed.
+
+    The installed HF peft, everything:
+    [cyan]refpeft check peft[/cyan]
+
+    One method on one level, with a page to read:
+    [cyan]refpeft check peft -m dora -l layer --html report.html[/cyan]
+
+    A program of your own, in any language:
+    [cyan]refpeft check "program:node my_lora.mjs" -m lora[/cyan]
+
+    An eighth of the work:
+    [cyan]refpeft check peft --shard 2/8 --json part2.jsonl[/cyan]
+
+    Exit code 0: as expected. 1: something differs, or fails no longer.
+    2: could not run.
+    """
+    from refpeft.conformance import engine
+    from refpeft.conformance.report import build, writer
+
+    if update and not known:
+        raise ValueError("--update needs --known FILE, the file to write")
+    views = {"html": html, "junit": junit, "svg": svg}
+    writable(json_file, *views.values())
+    options: dict[str, Any] = {"examples": examples, "seed": seed, "shard": part(shard), "known": known}
+    if model:
+        options["model"] = model
+    seen: list[Event] = []
+    with executor(workers, dask) as pool, progress() as step, writer(json_file) as write:
+        for event in engine.check(target, method, level, property, executor=pool, **options):
+            for use in (seen.append, write, step):
+                use(event)
+    finish(build(seen), views)
+
+
+def finish(report: "Report", views: dict[str, Path | None]) -> None:
+    """Show a report, write its views, exit 0 or 1."""
+    from rich.console import Console
+
+    from refpeft.conformance import render, terminal
+
+    console = Console(highlight=False)
+    terminal.show(report, console)
+    for name, path in views.items():
+        if path:
+            path.write_text(getattr(render, name)(report), encoding="utf-8")
+            console.print(f"[dim]{name:5}  {path}[/dim]", soft_wrap=True)
+    raise typer.Exit(0 if report.ok else 1)
+
+
+def writable(*paths: Path | None) -> None:
+    """Better to hear it before the work than after."""
+    for path in paths:
+        if path and not path.parent.is_dir():
+            raise ValueError(f"{path}: there is no folder {path.parent}")
+        if path and path.is_dir():
+            raise ValueError(f"{path}: expected a file to write, found a folder")
+
+
+def part(shard: str) -> tuple[int, int]:
+    i, _, n = shard.partition("/")
+    if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
+        raise ValueError(f"--shard: expected I/N with 1 ≤ I ≤ N, found {shard!r}")
+    return int(i), int(n)
+
+
+@contextmanager
+def executor(workers: int, dask: str | None) -> Iterator[Executor | None]:
+    if dask:
+        from distributed import Client  # type: ignore[import-not-found, unused-ignore]
+
+        with Client(dask) as client:
+            yield client.get_executor()
+    elif workers > 1:
+        from concurrent.futures import ProcessPoolExecutor
+        from multiprocessing import get_context
+
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+        try:
+            yield pool
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+    else:
+        yield None
+
+
+@contextmanager
+def progress() -> Iterator[Callable[["Event"], None]]:
+    """What is being done, on stderr, if someone is looking."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def step(event: "Event") -> None:
+            if event["type"] == "header":
+                bar.update(task, total=event.get("units"), description=f"checking {event['target']['name']}")
+            elif event["type"] == "result":
+                place = f"{event['level']} {event['method']} {event['property']}"
+                bar.update(task, advance=1, description=f"{place:36}")
+
+        yield step
+
+
+def report(files: Reports, html: Html = None, junit: Junit = None, svg: Svg = None, badge: Badge = None) -> None:
+    """Show a report again, or join the shards of one run.
+
+    [cyan]refpeft report run.jsonl --html report.html[/cyan]
+    [cyan]refpeft report part*.jsonl[/cyan]
+    """
+    from refpeft.conformance.report import read_reports
+
+    views = {"html": html, "junit": junit, "svg": svg, "badge": badge}
+    writable(*views.values())
+    finish(read_reports(files), views)
+
+
+def replay(case: CaseFile, target: Target, json_file: Json = None) -> None:
+    """Put one stored case to a target again.
+
+    [cyan]refpeft replay .refpeft/cases/peft-dora-layer-merge.safetensors peft[/cyan]
+
+    Exit code 0: the answer is as specified. 1: it is not, or it is skipped.
+    2: could not run.
+    """
+    from rich.console import Console
+
+    from refpeft.conformance import engine, terminal
+    from refpeft.conformance.case import Case
+
+    writable(json_file)
+    result = answered(Case.read(case), str(case), engine.replay(case, target))
+    Console(highlight=False).print(terminal.story(result))
+    save(json_file, [result])
+    raise typer.Exit(0 if result["status"] == "pass" else 1)
+
+
+def answered(case: "Case", path: str, outcome: "Outcome") -> "Event":
+    """The result of one case, in the form of those of a whole check."""
+    from refpeft.conformance.properties import PROPERTIES
+    from refpeft.conformance.yardstick import LIMIT
+
+    place = {"level": case.level, "method": case.method, "property": case.meta["property"]}
+    found = [p for p in PROPERTIES if (p.level, p.name) == (case.level, case.meta["property"])]
+    verdict = outcome.verdict
+    kind = verdict.kind or ""
+    status = "skip" if outcome.skipped else "error" if kind.startswith("error") else "fail" if kind else "pass"
+    return place | {
+        "type": "result", "required": not found or found[0].required, "status": status,
+        "statement": found[0].statement if found else "The answer is that of the specification.",
+        "ratio": verdict.ratio, "limit": LIMIT[case.level], "kind": verdict.kind,
+        "detail": outcome.skipped or verdict.detail, "case": path, "replay": None, 
+        "claims": case.meta.get("claims", []),
+    }  # fmt: skip
+
+
+def save(path: Path | None, rows: Sequence[Any]) -> None:
+    if path:
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+NEEDS = {"peft": "peft", "onnxruntime": "onnxruntime"}  # target → the package that it drives
+
+
+def targets(json_file: Json = None) -> None:
+    """List what can be checked, and whether it is installed."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from refpeft.conformance.targets import TARGETS
+
+    rows = [{"name": name, "about": about, **installed(name)} for name, (about, _) in TARGETS.items()]
+    table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False, header_style="bold")
+    table.add_column("target", style="bold cyan", no_wrap=True)
+    table.add_column("what it is")
+    table.add_column("here", style="dim")
+    for row in rows:
+        table.add_row(row["name"] + "…" * row["name"].endswith(":"), row["about"], row["here"])
+    Console(highlight=False).print(table)
+    save(json_file, rows)
+
+
+def installed(target: str) -> dict[str, Any]:
+    """Is what the target drives there, in which version, and if not, which extra brings it?"""
+    package = NEEDS.get(target)
+    if package is None:
+        return {"ready": True, "here": "ready"}
+    try:
+        return {"ready": True, "here": f"{package} {metadata.version(package)}"}
+    except metadata.PackageNotFoundError:
+        return {"ready": False, "here": missing(package)}
+
+
+def mutants() -> None:
+    """Check the checker: every deliberately wrong implementation must be found out."""
