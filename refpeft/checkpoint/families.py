@@ -1,6 +1,6 @@
 """The families: HF's names for the transformer's layers, as data.
 
-A family says how its config.json becomes a `refpeft.model.Config`, and where each site of the model is found in the
+A family says how its config.json becomes a `refpeft.config.Config`, and where each site of the model is found in the
 checkpoint. Adding one is adding a table here.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from refpeft.model import Config, Site
+from refpeft.config import Config, Site
 
 Json = Mapping[str, Any]
 

@@ -1,0 +1,85 @@
+"""What goes into a model besides its parameters: token ids, who may see whom, and where each token stands."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from refpeft.config import Config
+from refpeft.ops import Array
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """ids [b, s], mask [b or 1, 1, s or 1, t] (None: all is seen), types [b, s], places [b or 1, s]."""
+
+    ids: Array
+    mask: Array | None
+    types: Array
+    places: Array
+
+
+def read(
+    c: Config,
+    ids: Any,
+    attention_mask: Any = None,
+    token_type_ids: Any = None,
+    position_ids: Any = None,
+    start: int = 0,
+    sizes: tuple[int | None, int | None, int | None] = (None, None, None),
+) -> Inputs:
+    """Checked, and completed by what HF takes where nothing is given. `start`: how many positions came before.
+    `sizes`: how many tokens, positions and types there are (None: no such table)."""
+    ids, attention_mask, token_type_ids, position_ids = (
+        np.asarray(a) if isinstance(a, list | tuple) else a for a in (ids, attention_mask, token_type_ids, position_ids)
+    )
+    check("ids", ids, ("batch", "positions"), sizes[0])
+    b, s = ids.shape
+    types = np.zeros_like(ids) if token_type_ids is None else token_type_ids
+    places = place(c, ids, start) if position_ids is None else position_ids
+    if isinstance(ids, np.ndarray) and position_ids is None and sizes[1] is not None and start + s > sizes[1]:
+        raise ValueError(f"a sequence of {start + s} positions does not fit the model, which has {sizes[1]}")
+    check("token_type_ids", types, (b, s), sizes[2])
+    check("position_ids", places, (places.shape[0] if places.shape[:1] == (1,) else b, s), sizes[1])
+    check("attention_mask", attention_mask, (b, start + s), None)
+    return Inputs(ids, visible(c, ids, start, attention_mask), types, places)
+
+
+def check(name: str, a: Any, shape: tuple[Any, ...], size: int | None) -> None:
+    """NumPy would read a negative id from the end and stretch a mask of another shape: both are refused."""
+    if not isinstance(a, np.ndarray):
+        return
+    wanted = f"[{', '.join(map(str, shape))}]"
+    named = isinstance(shape[0], str)
+    if (a.ndim != 2 if named else a.shape != shape) or (a.dtype.kind not in "iu" and name != "attention_mask"):
+        raise ValueError(f"{name} must be integers {wanted}, found {a.dtype} {list(a.shape)}")
+    if size is not None and a.size and (a.min() < 0 or a.max() >= size):
+        bad = a.min() if a.min() < 0 else a.max()
+        raise ValueError(f"{name} holds {bad}, but the model has {size} entries there (0 to {size - 1})")
+
+
+def visible(c: Config, ids: Array, start: int, attention_mask: Array | None) -> Array | None:
+    """A query may see the keys up to its own place if the model is causal, and no padding."""
+    s = ids.shape[1]
+    mask = None
+    if c.causal:
+        q, k = np.arange(s, like=ids), np.arange(start + s, like=ids)
+        mask = (k[None, :] <= q[:, None] + start)[None, None]
+    if attention_mask is None:
+        return mask
+    keep = attention_mask[:, None, None, :] > 0
+    return keep if mask is None else keep & mask
+
+
+def place(c: Config, ids: Array, start: int) -> Array:
+    """Position of each token, counted from the start; RoBERTa counts non-padding ids only, from pad_token_id + 1."""
+    if c.positions == "nonpad":
+        real = (ids != c.pad_token_id).astype(ids.dtype)
+        return np.cumsum(real, axis=1) * real + c.pad_token_id
+    return (np.arange(ids.shape[1], like=ids) + start)[None, :]
+
+
+def last(c: Config, ids: Array) -> Array:
+    """Index [b] of the last id that is not padding; of the very last where no padding id is defined."""
+    at = np.arange(ids.shape[1], like=ids) + np.zeros_like(ids)
+    return (at if c.pad_token_id is None else np.where(ids != c.pad_token_id, at, 0)).max(axis=1)
