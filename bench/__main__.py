@@ -1,0 +1,68 @@
+"""All benchmarks, one after the other, then one table: what was to be reached, and what was measured.
+
+    make bench        or        python -m bench
+
+Ratios are ours/theirs, both measured here and now, taking turns; below 1 is faster, or smaller.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).parent
+STEP_LIMITS = {"d=64": 0.2, "d=256": 0.8, "gpt2-small": 1.0}
+Figure = tuple[str, float, float, str]  # what, measured, at most, its unit
+
+
+def run(script: str) -> dict[str, Any]:
+    """A benchmark prints its own table and leaves its figures in a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        figures = Path(folder) / "figures.json"
+        done = subprocess.run([sys.executable, HERE / script, "--json", figures], check=False)
+        if not figures.is_file():
+            sys.exit(f"Not well: {script} did not finish (exit code {done.returncode}), see above.")
+        found: dict[str, Any] = json.loads(figures.read_text())
+        return found
+
+
+def step_figures(found: dict[str, Any]) -> Iterator[Figure]:
+    for shape, limit in STEP_LIMITS.items():
+        measured = found[f"{shape}, peft"]
+        yield f"training step, {shape}: time against transformers + peft", measured["ratio"], limit, ""
+        yield f"training step, {shape}: peak memory", measured["a_mb"] / measured["b_mb"], 1.0, ""
+
+
+def export_figures(found: dict[str, Any]) -> Iterator[Figure]:
+    yield "export, gpt2-small merged: time against torch.onnx.export", found["ratio"], 0.08, ""
+    yield "export, gpt2-small merged: peak anonymous memory", found["anonymous_mb"], 200, " MB"
+
+
+def main() -> None:
+    console = Console()
+    figures: list[Figure] = []
+    for script, read in (("step.py", step_figures), ("export.py", export_figures)):
+        console.print(f"\n[bold]bench/{script}[/]")
+        figures += read(run(script))
+    table = Table(title="What was to be reached", title_justify="left")
+    table.add_column("figure")
+    for name in ("measured", "at most", ""):
+        table.add_column(name, justify="right")
+    for what, measured, limit, unit in figures:
+        verdict = "reached" if measured <= limit else "[red]missed[/]"
+        table.add_row(what, f"{measured:.3g}{unit}", f"{limit:g}{unit}", verdict)
+    console.print(table)
+    missed = sum(measured > limit for _, measured, limit, _ in figures)
+    if missed:
+        sys.exit(f"Not well: {missed} of {len(figures)} figures missed.")
+    console.print(f"All is well: {len(figures)} figures reached.")
+
+
+if __name__ == "__main__":
+    main()
