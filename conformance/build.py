@@ -49,13 +49,18 @@ def layer(method: str, prop: str, s: Mapping[str, Any], seed: int, want: Sequenc
         arrays["W"] = arrays["W"].T.copy()
     arrays |= params
     if "changed" in want:
-        arrays |= {f"new/{n}": v + (2 if exact and n != "m" else 0.5 * v if n != "m" else v) for n, v in params.items()}
+        arrays |= {f"new/{n}": v for n, v in other(params, exact and method == "dora").items()}
     wide = np.float32 if np.dtype(dtype).itemsize == 2 else dtype  # parameters of adapters on 16-bit layers are float32
     typed = {n: typed_as(a, wide if n.removeprefix("new/") in params else dtype) for n, a in arrays.items()}
     if edge == "strided":
         typed["x"] = np.repeat(typed["x"], 2, axis=-1)[..., ::2] if typed["x"].ndim > 2 else typed["x"]
     about = {"layer": {"kind": s["kind"], "path": "layer"}, "config": s["config"], "params": list(params), "want": list(want)}
     return Case(meta(method, "layer", prop, s, seed) | about, typed)
+
+
+def other(params: Mapping[str, Array], only_m: bool) -> dict[str, Array]:
+    """Other values of the same parameters; of m only where the rest must stay for the norm to be exact."""
+    return {n: v * 2 if n == "m" or not only_m else v for n, v in params.items()}
 
 
 Draw = Callable[[str, tuple[int, ...]], Array]

@@ -29,7 +29,7 @@ def layer(draw: Any, method: str, info: Mapping[str, Any], **fixed: Any) -> Stru
     s["bias"] = s["kind"] != "embedding" and draw(st.booleans())
     s["batch"] = [draw(st.integers(1, 3)), draw(st.integers(1, 4))]
     s["draw"] = draw(st.integers(0, 3))
-    s["config"] = draw(config(method, features, s["kind"], s["regime"] == "exact", s["edge"], min(s["o"], s["i"])))
+    s["config"] = draw(config(method, features, s["bias"], s["regime"] == "exact", s["edge"], min(s["o"], s["i"])))
     return {**s, **fixed}
 
 
@@ -39,7 +39,7 @@ HALF = ("bfloat16", "float16")
 
 
 @st.composite
-def config(draw: Any, method: str, features: list[str], kind: str, exact: bool, edge: str, smallest: int) -> Structure:
+def config(draw: Any, method: str, features: list[str], biased: bool, exact: bool, edge: str, smallest: int) -> Structure:
     """r and α with α ≠ r most of the time; in the exact regime such that the scale is a power of two."""
     root = method == "rslora"
     r = draw(st.sampled_from([4, 1] if exact and root else [2, 1, 3, 4]))
@@ -51,7 +51,7 @@ def config(draw: Any, method: str, features: list[str], kind: str, exact: bool, 
     else:
         α = draw(st.sampled_from([3.0, 16.0, 1.0, 0.5, float(r)]))
     own: Structure = {"r": r, "lora_alpha": α}
-    if "bias" in features and method != "dora" and kind != "embedding":
+    if "bias" in features and method != "dora" and biased:
         own["lora_bias"] = draw(st.booleans())
     return own | FLAGS.get(method, {})
 
@@ -73,7 +73,7 @@ def model(
     family = draw(st.sampled_from([f for f in families if "conv1d" in info["features"] or f != "gpt2"]))
     architecture = draw(st.sampled_from(architectures)) or tiny.LM[family]
     linears = tiny.LINEARS[family]
-    own = draw(config(method, [], "linear", False, "none", 4))
+    own = draw(config(method, [], False, False, "none", 4))
     own["target_modules"] = draw(st.lists(st.sampled_from(linears), min_size=1, max_size=3, unique=True))
     floats = ["float32"] if family in ("llama", "qwen2") else ["float32", "float64"]
     return {

@@ -1,0 +1,376 @@
+"""HF peft, as installed: any version from 0.5 on. What it can do is found out by looking, not by its version.
+
+Layer cases adapt a module that has one layer; models are transformers' own, made from the case's config, with eager
+attention. Parameters are copied in, and nothing is downloaded.
+"""
+
+import contextlib
+import inspect
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import peft
+import torch
+import transformers
+from transformers.pytorch_utils import Conv1D
+
+from refpeft.conformance.case import DTYPES, Case, read
+from refpeft.conformance.targets.base import FEATURES, Arrays, Skip
+from refpeft.conformance.targets.spec import answers
+from refpeft.ops import Array
+
+PREFIX = "base_model.model."
+SHORT = {"A": "lora_A.weight", "B": "lora_B.weight", "bias": "lora_B.bias", "m": "lora_magnitude_vector"}
+SHORT_EMBEDDING = {"A": "lora_embedding_A", "B": "lora_embedding_B", "m": "lora_magnitude_vector"}
+FIELDS = frozenset(inspect.signature(peft.LoraConfig).parameters)
+FLAG = {"rslora": "use_rslora", "dora": "use_dora"}
+NEEDED = {"bias": "lora_bias", "patterns": "alpha_pattern"}  # features that stand or fall with a config field
+
+
+class Peft:
+    def __init__(self) -> None:
+        torch.set_num_threads(1)
+        transformers.logging.set_verbosity_error()
+
+    def info(self) -> Mapping[str, Any]:
+        return {
+            "name": "peft", "version": peft.__version__, "levels": ["layer", "model", "lifecycle"],
+            "methods": ["lora", *(method for method, flag in FLAG.items() if flag in FIELDS)], "dtypes": list(DTYPES),
+            "features": [f for f in FEATURES if NEEDED.get(f, "r") in FIELDS],
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        }  # fmt: skip
+
+    def run(self, case: Case) -> Arrays:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if "steps" in case.meta:
+                with tempfile.TemporaryDirectory() as folder:
+                    return Session(case, Path(folder)).run(case.meta["steps"])
+            subject = Layer(case) if case.level == "layer" else Whole(case)
+            return answers(subject, case.meta["want"])
+
+    def close(self) -> None:
+        pass
+
+
+# ── numbers, configs, names ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def tensor(a: Array) -> Any:
+    """The same numbers and strides as a torch tensor; bfloat16 by its bits, which NumPy and torch do not share."""
+    if a.dtype == DTYPES["bfloat16"]:
+        return torch.from_numpy(a.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(a)
+
+
+def array(t: Any) -> Array:
+    t = t.detach()
+    if t.dtype == torch.bfloat16:
+        return np.array(t.contiguous().view(torch.int16).numpy()).view(DTYPES["bfloat16"])
+    return np.array(t.numpy())
+
+
+def lora_config(fields: Mapping[str, Any], **more: Any) -> Any:
+    unknown = [name for name in fields if name not in FIELDS]
+    if unknown:
+        raise Skip(f"peft {peft.__version__} has no config field {unknown[0]!r}")
+    return peft.LoraConfig(**fields, **more)
+
+
+def parameters(model: Any, adapter: str) -> dict[str, Any]:
+    """An adapter's parameters, under the names they have in its file (without the prefix)."""
+    found = {}
+    for full, p in model.named_parameters():
+        name = full.removeprefix(PREFIX)
+        own = name.replace(f".modules_to_save.{adapter}.", ".")
+        own = re.sub(rf"\.(lora_[A-Za-z_]+)\.{re.escape(adapter)}(?=\.|$)", r".\1", own)
+        if own != name:
+            found[own.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")] = p
+    return found
+
+
+def write(model: Any, adapter: str, values: Mapping[str, Array]) -> None:
+    """Values into an adapter's parameters, in place; all of them, and no others."""
+    there = parameters(model, adapter)
+    if there.keys() != values.keys():
+        odd = sorted(there.keys() ^ values.keys())[0]
+        raise ValueError(f"the parameters of the adapter are not those of the specification: {odd}")
+    with torch.no_grad():
+        for name, p in there.items():
+            if p.dtype == tensor(values[name]).dtype:
+                p.copy_(tensor(values[name]).reshape(p.shape))
+            else:
+                p.data = tensor(values[name]).reshape(p.shape).clone()
+
+
+# ── one layer ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Toy(torch.nn.Module):
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Any) -> Any:
+        return self.layer(x)
+
+
+class Layer:
+    def __init__(self, case: Case) -> None:
+        self.case, a = case, case.arrays
+        self.kind = case.meta["layer"]["kind"]
+        config = lora_config(case.meta["config"], target_modules=["layer"], fan_in_fan_out=self.kind == "conv1d")
+        self.model = peft.get_peft_model(Toy(plain(self.kind, a["W"], a.get("b"))), config).eval()
+        self.x = tensor(a["x"])
+        self.short = SHORT_EMBEDDING if self.kind == "embedding" else SHORT
+        if "fresh" not in case.meta["want"]:
+            self.write("")
+
+    def write(self, prefix: str) -> None:
+        values = {f"layer.{self.short[n]}": self.case.arrays[prefix + n] for n in self.case.meta["params"]}
+        write(self.model, "default", values)
+
+    def own(self) -> dict[str, Any]:
+        """A, B, … by their names in cases."""
+        there = parameters(self.model, "default")
+        return {n: there[f"layer.{s}"] for n, s in self.short.items() if f"layer.{s}" in there}
+
+    @property
+    def base(self) -> Any:
+        layer = self.model.base_model.model.layer
+        return getattr(layer, "base_layer", layer)
+
+    def y(self, x: Any = None) -> Array:
+        return array(self.model(self.x if x is None else x))
+
+    def output(self) -> Arrays:
+        return {"y": self.y()}
+
+    def first_row(self) -> Arrays:
+        return {"y_row": self.y(self.x[:1])}
+
+    def grads(self) -> Arrays:
+        x = self.x if self.kind == "embedding" else self.x.clone().requires_grad_()
+        self.model(x).backward(tensor(self.case.arrays["dy"]))
+        found = {f"d{n}": array(p.grad).reshape(self.case.arrays[n].shape) for n, p in self.own().items()}
+        return found if self.kind == "embedding" else {"dx": array(x.grad), **found}
+
+    def trained(self) -> Arrays:
+        base = {"W": self.base.weight, "b": getattr(self.base, "bias", None)}
+        there = {**base, **self.own()}
+        return {f"trained/{n}": np.array(p.requires_grad) for n, p in there.items() if p is not None and n in self.asked}
+
+    @property
+    def asked(self) -> Sequence[str]:
+        return ["W", *(["b"] if "b" in self.case.arrays else []), *self.case.meta["params"]]
+
+    def fresh(self) -> Arrays:
+        return {"y_fresh": self.y(), **{f"shape/{n}": np.array(p.shape) for n, p in self.own().items()}}
+
+    def changed(self) -> Arrays:
+        y = self.y()
+        self.write("new/")
+        return {"y": y, "y_changed": self.y()}
+
+    def weights(self, state: str) -> Arrays:
+        found = {f"W_{state}": array(self.base.weight), f"y_{state}": self.y()}
+        bias = getattr(self.base, "bias", None)
+        return found if bias is None or "b" not in self.asked else {**found, f"b_{state}": array(bias)}
+
+    def merged(self) -> Arrays:
+        self.model.merge_adapter()
+        return self.weights("merged")
+
+    def unmerged(self) -> Arrays:
+        self.model.merge_adapter()
+        self.model.unmerge_adapter()
+        return self.weights("unmerged")
+
+    def disabled(self) -> Arrays:
+        with self.model.disable_adapter():
+            y = self.y()
+        return {"y_disabled": y, "y_enabled": self.y()}
+
+
+def plain(kind: str, W: Array, b: Array | None) -> Any:
+    """torch's or transformers' layer with these weights."""
+    if kind == "embedding":
+        layer = torch.nn.Embedding(*W.shape)
+    elif kind == "conv1d":
+        layer = Conv1D(W.shape[1], W.shape[0])
+    else:
+        layer = torch.nn.Linear(W.shape[1], W.shape[0], bias=b is not None)
+    layer.weight = torch.nn.Parameter(tensor(W).clone())
+    if kind != "embedding" and (b is not None or kind == "conv1d"):
+        layer.bias = torch.nn.Parameter(tensor(np.zeros(W.shape[1], W.dtype) if b is None else b).clone())
+    return layer
+
+
+# ── a whole model ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def base_model(case: Case) -> Any:
+    """transformers' model with the case's weights, all of which must find their place."""
+    source = {k: v for k, v in case.meta["model"].items() if k not in ("architectures", "model_type")}
+    config = transformers.CONFIG_MAPPING[case.meta["model"]["model_type"]](**source)
+    config._attn_implementation = "eager"
+    weights = {n.removeprefix("model/"): tensor(a).clone() for n, a in case.arrays.items() if n.startswith("model/")}
+    model = getattr(transformers, case.meta["model"]["architectures"][0])(config)
+    model.to(next(iter(weights.values())).dtype)
+    _, unexpected = model.load_state_dict(weights, strict=False)
+    if unexpected:
+        raise ValueError(f"transformers has no parameter {unexpected[0]}")
+    return model.eval()
+
+
+def adapter_config(case: Case, name: str) -> Any:
+    gpt2 = case.meta["model"]["model_type"] == "gpt2"
+    return lora_config(case.meta["adapters"][name]["config"], fan_in_fan_out=gpt2)
+
+
+def values_of(case: Case, prefix: str) -> Arrays:
+    return {n.removeprefix(prefix): a for n, a in case.arrays.items() if n.startswith(prefix)}
+
+
+def add(case: Case, model: Any, name: str) -> Any:
+    config = adapter_config(case, name)
+    if isinstance(model, peft.PeftModel):
+        model.add_adapter(name, config)
+    else:
+        model = peft.get_peft_model(model, config, adapter_name=name)
+    write(model, name, values_of(case, name + "/"))
+    return model.eval()
+
+
+def output(model: Any, ids: Array, mask: Array | None = None, **more: Any) -> Any:
+    out = model(input_ids=tensor(ids), attention_mask=None if mask is None else tensor(mask), **more)
+    return out.logits if hasattr(out, "logits") else out.last_hidden_state
+
+
+class Whole:
+    def __init__(self, case: Case) -> None:
+        self.case, self.names = case, case.meta["active"]
+        self.ids, self.mask = case.arrays["ids"], case.arrays.get("attention_mask")
+        self.model, self.unloaded = base_model(case), None
+        for name in self.names:
+            self.model = add(case, self.model, name)
+        if len(self.names) > 1:
+            self.model.base_model.set_adapter(self.names)
+
+    def real(self, y: Array) -> Array:
+        """Zero at padded positions."""
+        if self.mask is None or y.ndim < 3:
+            return y
+        return np.where(self.mask[..., None] > 0, y, y.dtype.type(0))
+
+    def logits(self) -> Arrays:
+        with torch.no_grad():
+            return {"logits": self.real(array(output(self.model, self.ids, self.mask)))}
+
+    def other_logits(self) -> Arrays:
+        with torch.no_grad():
+            return {"other_logits": array(output(self.model, self.case.arrays["other_ids"]))}
+
+    def grads(self) -> Arrays:
+        output(self.model, self.ids, self.mask).backward(tensor(self.case.arrays["dout"]))
+        found = {f"grad/{a}/{n}": p for a in self.names for n, p in parameters(self.model, a).items()}
+        return {n: array(p.grad if p.grad is not None else torch.zeros_like(p)) for n, p in found.items()}
+
+    def plain(self) -> Any:
+        self.unloaded = self.unloaded or self.model.merge_and_unload()
+        return self.unloaded
+
+    def merged(self) -> Arrays:
+        return {f"merged/{n}": array(p) for n, p in self.plain().named_parameters()}
+
+    def merged_logits(self) -> Arrays:
+        with torch.no_grad():
+            return {"merged_logits": self.real(array(output(self.plain(), self.ids, self.mask)))}
+
+    def decoded(self) -> Arrays:
+        found, cache = [], None
+        with torch.no_grad():
+            for t in range(self.ids.shape[1]):
+                out = self.model(input_ids=tensor(self.ids[:, t : t + 1]), past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                found.append(array(out.logits))
+        return {"decoded": np.concatenate(found, axis=1)}
+
+    def count(self) -> Arrays:
+        return {"count": np.array(sum(p.numel() for p in self.model.parameters() if p.requires_grad))}
+
+
+# ── a life ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Session:
+    def __init__(self, case: Case, folder: Path) -> None:
+        self.case, self.folder = case, folder
+        self.model = base_model(case)
+        self.disabled: Any = None
+
+    def run(self, steps: Sequence[Mapping[str, Any]]) -> Arrays:
+        found: Arrays = {}
+        for k, step in enumerate(steps):
+            said = getattr(self, step["do"])(**{n: v for n, v in step.items() if n != "do"}) or {}
+            with torch.no_grad():
+                said["logits"] = array(output(self.model, self.case.arrays["ids"]))
+            found |= {f"{k}/{name}": a for name, a in said.items()}
+        return found
+
+    def add(self, adapter: str) -> None:
+        self.model = add(self.case, self.model, adapter)
+
+    def activate(self, adapters: Sequence[str]) -> None:
+        if len(adapters) == 1:
+            self.model.set_adapter(adapters[0])
+        else:
+            self.model.base_model.set_adapter(list(adapters))
+
+    def merge(self, safe: bool = False) -> None:
+        if safe and "safe_merge" not in inspect.signature(self.model.merge_adapter).parameters:
+            raise Skip("merge_adapter has no safe_merge here")
+        self.model.merge_adapter(**({"safe_merge": True} if safe else {}))
+
+    def unmerge(self) -> None:
+        self.model.unmerge_adapter()
+
+    def disable(self) -> None:
+        self.disabled = contextlib.ExitStack()
+        self.disabled.enter_context(self.model.disable_adapter())
+
+    def enable(self) -> None:
+        self.disabled.close()
+
+    def weighted(self, adapter: str, of: Sequence[str], weights: Sequence[float], how: str) -> None:
+        self.model.add_weighted_adapter(list(of), list(weights), adapter, combination_type=how)
+        self.model.set_adapter(adapter)
+
+    def delete(self, adapter: str) -> None:
+        self.model.delete_adapter(adapter)
+
+    def save(self, adapter: str) -> Arrays:
+        self.model.save_pretrained(str(self.folder), selected_adapters=[adapter], safe_serialization=True)
+        tensors, _ = read(self.folder / adapter / "adapter_model.safetensors")
+        return {f"file/{name.removeprefix(PREFIX)}": a for name, a in tensors.items()}
+
+    def load(self, adapters: Sequence[str]) -> None:
+        first, *others = adapters
+        self.model = peft.PeftModel.from_pretrained(base_model(self.case), str(self.folder / first), adapter_name=first)
+        for name in others:
+            self.model.load_adapter(str(self.folder / name), adapter_name=name)
+        self.model.eval()
+
+    def change(self, adapter: str) -> None:
+        write(self.model, adapter, values_of(self.case, f"new-{adapter}/"))
+
