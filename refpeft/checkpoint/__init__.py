@@ -1,10 +1,7 @@
-"""HF model and adapter folders ↔ arrays."""
+"""HF model and adapter folders ↔ arrays: the one place of the specification that reads and writes files."""
 
-from typing import Any
+from refpeft.checkpoint.adapters import load_adapter, save_adapter
+from refpeft.checkpoint.models import load, save
+from refpeft.checkpoint.safetensors import Malformed
 
-
-def load(path: Any, dtype: Any = None) -> Any:
-    raise NotImplementedError
-
-
-load_adapter = save = save_adapter = load
+__all__ = ["Malformed", "load", "load_adapter", "save", "save_adapter"]
