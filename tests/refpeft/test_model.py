@@ -350,7 +350,7 @@ class Counter:
     def thunk(self, d: Any, key: tuple[str, int]) -> Any:
         def counted() -> Array:
             self.pulled.append(key)
-            return d()  # type: ignore[no-any-return]
+            return d()
 
         return d and counted
 
