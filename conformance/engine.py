@@ -7,6 +7,8 @@ executor can run them: a process pool, or Dask's `Client.get_executor()`.
 import datetime
 import importlib.metadata
 import platform
+import re
+import shlex
 import time
 import zlib
 from collections import Counter
@@ -29,7 +31,7 @@ from refpeft.conformance.targets import Skip, Target, open_target
 from refpeft.conformance.yardstick import LIMIT, Verdict, Yardstick
 from refpeft.methods import METHODS
 
-EXAMPLES = {"layer": 20, "model": 6, "lifecycle": 5, "export": 3}
+EXAMPLES = {"layer": 12, "model": 3, "lifecycle": 2, "export": 2}  # drawn, beside the corners
 LEVELS = tuple(EXAMPLES)
 CASES = ".refpeft/cases"
 Event = dict[str, Any]
@@ -97,7 +99,7 @@ def check(
             progress(event)
         return event
 
-    yield emit(header(target, info, options, shard))
+    yield emit(header(target, info, options, shard) | {"units": len(units)})
     for row in results(target, units, options, executor):
         counts[row["status"]] += 1
         seconds.update({"spec": row["spec_seconds"], "target": row["target_seconds"]})
@@ -170,9 +172,8 @@ def find(unit: Unit) -> Property:
 
 def declared(info: Mapping[str, Any], unit: Unit, prop: Property) -> bool:
     """Does the target say it can do what the property asks?"""
-    return (
-        unit.method in info["methods"] and unit.level in info["levels"] and set(prop.needs) <= set(info["features"])
-    )
+    able = unit.method in info["methods"] and unit.level in info["levels"] and set(prop.needs) <= set(info["features"])
+    return able and not prop.structure(unit.method, info).is_empty
 
 
 def run_unit(target: str, unit: Unit, options: Options) -> Event:
@@ -213,13 +214,7 @@ def drawn(
     tally, ratios, skips, met = Counter[str](), [0.0], [""], [""]
     phases = [Phase.generate, Phase.shrink] if options.shrink else [Phase.generate]
 
-    @hypothesis.seed(zlib.crc32(f"{options.seed} {unit}".encode()))
-    @settings(
-        max_examples=options.examples or EXAMPLES[unit.level], database=None, deadline=None, phases=phases,
-        suppress_health_check=list(HealthCheck), report_multiple_bugs=False, verbosity=hypothesis.Verbosity.quiet,
-    )  # fmt: skip
-    @given(prop.structure(unit.method, target.info()))
-    def each(structure: dict[str, Any]) -> None:
+    def ask(structure: dict[str, Any]) -> None:
         case = prop.case(unit.method, structure, options.seed)
         outcome = examine(target, case, clock)
         verdict = outcome.verdict
@@ -235,7 +230,18 @@ def drawn(
             ratios.append(verdict.ratio or 0.0)
         tally["skip" if outcome.skipped else "known" if entry else "pass"] += 1
 
+    @hypothesis.seed(zlib.crc32(f"{options.seed} {unit}".encode()))
+    @settings(
+        max_examples=options.examples or EXAMPLES[unit.level], database=None, deadline=None, phases=phases,
+        suppress_health_check=list(HealthCheck), report_multiple_bugs=False, verbosity=hypothesis.Verbosity.quiet,
+    )  # fmt: skip
+    @given(prop.structure(unit.method, target.info()))
+    def each(structure: dict[str, Any]) -> None:
+        ask(structure)
+
     try:
+        for structure in prop.corners(unit.method, target.info()):
+            ask(structure)
         each()
     except (Wrong, Flaky):
         case, verdict = wrong[-1]
@@ -247,12 +253,13 @@ def drawn(
 
 def failure(name: str, case: Case, verdict: Verdict, options: Options) -> Event:
     m = case.meta
-    path = Path(options.folder) / f"{name.replace(':', '-').replace('/', '_')[:40]}-{m['method']}-{m['level']}-{m['property']}.safetensors"
+    short = re.sub(r"[^\w.]+", "-", name)[:40]
+    path = Path(options.folder) / f"{short}-{m['method']}-{m['level']}-{m['property']}.safetensors"
     case.save(path)
     error = bool(verdict.kind and verdict.kind.startswith("error"))
     return {
         "status": "error" if error else "fail", "ratio": verdict.ratio, "case": str(path), "kind": verdict.kind,
-        "replay": f"refpeft replay {path} {name}", "detail": verdict.detail,
+        "replay": shlex.join(["refpeft", "replay", str(path), name]), "detail": verdict.detail,
     }  # fmt: skip
 
 

@@ -24,6 +24,7 @@ class Property:
     level: str
     statement: str
     draw: Callable[[str, Info], Strategy]
+    corners: Callable[[str, Info], Sequence[Structure]]  # what is always asked, before anything is drawn
     make: Callable[[str, Structure, int], Case]
     needs: Sequence[str] = ()
     claims: Sequence[str] = ()  # as the methods' docstrings label them: L2 of LoRA, D2 of DoRA
@@ -52,8 +53,12 @@ def layer(name: str, statement: str, want: Sequence[str], needs: Sequence[str], 
     fixed = {key: more.pop(key) for key in ("kind", "dtype", "edge", "regime") if key in more}
 
     def draw(method: str, info: Info) -> Strategy:
-        choices = {k: st.sampled_from([c for c in v if k != "dtype" or c in info["dtypes"]]) for k, v in fixed.items()}
-        return st.fixed_dictionaries(choices).flatmap(lambda own: strategies.layer(method, info, **own))
+        able = {"dtype": info["dtypes"], "kind": ["linear", *info["features"]]}
+        choices = {k: [c for c in v if c in able.get(k, v)] for k, v in fixed.items()}
+        if not all(choices.values()):
+            return st.nothing()  # of what this property needs the target declares none
+        own = st.fixed_dictionaries({k: st.sampled_from(v) for k, v in choices.items()})
+        return own.flatmap(lambda own: strategies.layer(method, info, **own))
 
     return Property(
         name, "layer", statement, draw, lambda m, s, seed: build.layer(m, name, s, seed, want), needs, claims, **more
@@ -95,7 +100,7 @@ def whole(
     want: Sequence[str],
     needs: Sequence[str],
     claims: Sequence[str] = (),
-    also: Mapping[str, Strategy] | None = None,
+    also: Mapping[str, Sequence[Any]] | None = None,
     configs: Callable[[Structure], Mapping[str, Any]] = lambda s: {},
     adapters: Callable[[Structure], Mapping[str, Any] | None] = lambda s: None,
     families: tuple[str, ...] = tuple(tiny.FAMILIES),
@@ -106,13 +111,18 @@ def whole(
 
     def draw(method: str, info: Info) -> Strategy:
         base = strategies.model(method, info, families, **fixed)
-        return st.builds(lambda s, extra: {**s, **extra}, base, st.fixed_dictionaries(dict(also or {})))
+        extra = st.fixed_dictionaries({k: st.sampled_from(v) for k, v in (also or {}).items()})
+        return st.builds(lambda s, own: {**s, **own}, base, extra)
+
+    def corners(method: str, info: Info) -> Sequence[Structure]:
+        plain = strategies.model_corners(method, info, families, fixed.get("architectures", ("",)))
+        return [{**s, **{k: v[n % len(v)] for k, v in (also or {}).items()}} for n, s in enumerate(plain)]
 
     def make(method: str, s: Structure, seed: int) -> Case:
         s = {**s, "config": {**s["config"], **configs(s)}}
         return build.model(method, "model", name, s, seed, adapters(s), want=list(want))
 
-    return Property(name, "model", statement, draw, make, needs, claims, **more)
+    return Property(name, "model", statement, draw, corners, make, needs, claims, **more)
 
 
 def patterns(s: Structure) -> Structure:
@@ -127,23 +137,23 @@ def two(s: Structure) -> Mapping[str, Any]:
     return {"first": first, "second": {**first, "r": first["r"] + 1, "lora_alpha": 2 * first["lora_alpha"] + 1}}
 
 
-PADDED = {"padded": st.just(True), "batch": st.tuples(st.integers(2, 3), st.integers(2, 5))}
+PADDED = {"padded": [True], "batch": [[2, 3], [2, 5], [3, 4]]}
 MODEL = [
     whole("logits", "The model's output is that of the formula.", ["logits"], ["forward"], ["L3"]),
     whole("param-grads", "The gradients of all the adapter's parameters are those of the formula.", ["grads"], ["grads"]),
     whole("merge", "The merged model has the base's tensors, no more and no fewer, equal to the formula's, and its output.",
           ["merged", "merged_logits"], ["merge"], ["L2", "D2"]),
     whole("causal", "A later token changes nothing before it.", ["logits", "other_logits"], ["forward"], families=CAUSAL,
-          architectures=("",), also={"batch": st.tuples(st.integers(1, 2), st.integers(2, 5))}),
+          architectures=("",), also={"batch": [[1, 2], [2, 5]]}),
     whole("padding", "Padding changes nothing at the positions that are not padding.", ["logits"], ["forward"], also=PADDED),
     whole("order", "Two active adapters give the same in either order, each with its own rank and scale.", ["logits"],
           ["forward", "several"], ["L4", "D5"], adapters=lambda s: dict(reversed(two(s).items()) if s["swap"] else two(s)),
-          also={"swap": st.booleans()}),
+          also={"swap": [False, True]}),
     whole("two-merged", "Two adapters merged are two adapters active.", ["merged", "merged_logits"], ["merge", "several"],
           ["L4", "D5"], adapters=two, methods=["lora", "rslora"]),
     whole("patterns", "Each layer's rank and scale follow rank_pattern and alpha_pattern, each for itself.",
           ["logits", "merged_logits"], ["forward", "merge", "patterns"], configs=patterns,
-          also={"key": st.sampled_from(["{}", "layers.0..*{}"])}, methods=["lora", "rslora", "dora"]),
+          also={"key": ["{}", "[a-z]*.0..*{}"]}, methods=["lora", "rslora", "dora"]),
     whole("incremental", "Decoding with keys and values kept gives what decoding without gives.", ["logits", "decoded"],
           ["forward", "cache"], families=CAUSAL, architectures=("",)),
     whole("count", "The number of trained parameters.", ["count"], ["frozen"]),
@@ -151,8 +161,8 @@ MODEL = [
           ["forward", "grads", "merge", "embedding"], ["L5", "D6"], families=("bert", "roberta"), architectures=("Model",),
           configs=lambda s: {"target_modules": ["word_embeddings"]}),
     whole("tied", "Adapting one of two tied layers changes that one only, merged or not.", ["logits", "merged_logits"],
-          ["forward", "merge", "tied"], families=("gpt2",), architectures=("LMHeadModel",), required=False,
-          configs=lambda s: {"target_modules": [s["which"]]}, also={"which": st.just("lm_head")}),
+          ["forward", "merge", "tied", "embedding"], families=("gpt2",), architectures=("LMHeadModel",), required=False,
+          configs=lambda s: {"target_modules": [s["which"]]}, also={"which": ["lm_head", "wte"]}),
 ]  # fmt: skip
 
 
@@ -179,20 +189,25 @@ def life(
         base = strategies.model(method, info, architectures=architectures, layers=1)
         return st.builds(lambda s, n: {**s, "program": n}, base, st.integers(0, len(programs) - 1))
 
+    def corners(method: str, info: Info) -> Sequence[Structure]:
+        plain = strategies.model_corners(method, info, ("gpt2", "bert"), architectures)
+        return [{**s, "program": n} for n in range(len(programs)) for s in plain[: 1 if len(programs) > 1 else 2]]
+
     def make(method: str, s: Structure, seed: int) -> Case:
         s = {**s, "config": {**s["config"], **configs(s)}}
         return build.model(method, "lifecycle", name, s, seed, adapters(s), changed, steps=list(programs[s["program"]]))
 
-    return Property(name, "lifecycle", statement, draw, make, needs, claims, **more)
+    return Property(name, "lifecycle", statement, draw, corners, make, needs, claims, **more)
 
 
 def do(what: str, **arguments: Any) -> Mapping[str, Any]:
     return {"do": what, **arguments}
 
 
-def sum_of(how: str, *weights: float) -> Steps:
-    of = ["first", "second"][: len(weights)]
-    return [*BOTH, do("weighted", adapter="sum", of=of, weights=list(weights), how=how)]
+def weighted(how: str, *weights: list[float]) -> Steps:
+    """One sum after the other, each under a name of its own."""
+    both = ["first", "second"]
+    return [do("weighted", adapter=f"{how}{n}", of=both[: len(w)], weights=w, how=how) for n, w in enumerate(weights)]
 
 
 def head(s: Structure) -> Structure:
@@ -226,7 +241,7 @@ LIFE = [
     life("delete", "A deleted adapter is gone, and the others are as before.",
          [[*BOTH, do("activate", adapters=["first"]), do("delete", adapter="second")]], ["several", "delete"]),
     life("weighted", "A weighted sum of adapters is the sum of the weighted ΔW; weight 0 adds nothing, weight −w subtracts.",
-         [sum_of("linear", 1.0, 0.0), sum_of("linear", 0.5), sum_of("linear", -1.0), sum_of("cat", 1.0, 1.0), sum_of("cat", 0.5, 0.25)],
+         [[*BOTH, *weighted("linear", [1.0, 0.0], [0.5], [-1.0]), *weighted("cat", [1.0, 1.0], [0.5, -0.25], [0.0, 1.0])]],
          ["several", "weighted"], ["L3"], adapters=lambda s: {"first": s["config"], "second": s["config"]}, methods=["lora", "rslora"]),
     life("save-load", "Saved and loaded beside each other, adapters whose names contain each other are as before.",
          [[*FOO, do("save", adapter="foo"), do("save", adapter="foobar"), do("load", adapters=["foo", "foobar"]),

@@ -52,7 +52,13 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        return self.complete and bool(self.footer and self.footer["ok"])
+        """Everything as expected, and something at all shown to be so."""
+        return self.complete and bool(self.footer and self.footer["ok"]) and self.shown
+
+    @property
+    def shown(self) -> bool:
+        """Was anything tried? Where all is skipped or undeclared, nothing was."""
+        return any(result["status"] not in ("skip", "undeclared") for result in self.results)
 
     @cached_property
     def counts(self) -> Mapping[str, int]:
@@ -61,7 +67,12 @@ class Report:
 
     @property
     def seconds(self) -> Mapping[str, float]:
-        return dict((self.footer or {}).get("seconds", {}))
+        """Spent in the specification, in the target, and in the engine between them."""
+        return {part: s for part, s in (self.footer or {}).get("seconds", {}).items() if part != "wall"}
+
+    @property
+    def wall(self) -> float:
+        return float((self.footer or {}).get("seconds", {}).get("wall", sum(self.seconds.values())))
 
     @cached_property
     def levels(self) -> Sequence[str]:
@@ -91,6 +102,8 @@ class Report:
             return f"Incomplete: shard {shards} is missing ({said})."
         if self.footer is None:
             return f"Incomplete: the run was cut off before its end ({said})."
+        if not self.shown:
+            return f"Nothing was shown to be right: {said}."
         return f"All as expected: {said}." if self.ok else f"Not as expected: {said}."
 
 

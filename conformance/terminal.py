@@ -1,15 +1,17 @@
 """A report on the terminal: the matrix, what differs, where the time went, and the verdict."""
 
+import textwrap
 from collections.abc import Iterator, Sequence
 
 from rich.columns import Columns
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from refpeft.conformance.report import STATUSES, Event, Report
 
+NBSP = "\u00a0"
 COLOURS = {
     "pass": "green",
     "fail": "bold red",
@@ -22,25 +24,26 @@ COLOURS = {
 
 
 def show(report: Report, console: Console) -> None:
-    console.print(heading(report))
+    console.print(heading(report, console.width))
     console.print()
     console.print(matrices(report, console.width))
     console.print(legend(report))
     for failure in report.failures:
         console.print()
-        console.print(story(failure))
+        story(failure, console)
     console.print()
     if report.seconds:
         console.print(times(report))
     console.print(Text(report.verdict, style="bold green" if report.ok else "bold red"))
 
 
-def heading(report: Report) -> Text:
+def heading(report: Report, width: int) -> Text:
     header = report.header
     text = Text.assemble((report.target, "bold"), " against the specification ", (f"v{header['spec_version']}", "bold"))
     versions = header.get("versions", {})
     about = [f"seed {header['seed']}", *(f"{name} {version}" for name, version in versions.items())]
-    return text.append("\n" + " · ".join(about), style="dim")
+    lines = textwrap.wrap(" · ".join(part.replace(" ", NBSP) for part in about), width)
+    return text.append("\n" + "\n".join(lines).replace(NBSP, " "), style="dim")
 
 
 # ── the matrix ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -90,7 +93,7 @@ def legend(report: Report) -> Text:
 # ── what differs ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def story(result: Event) -> Group:
+def story(result: Event, console: Console) -> None:
     """One result that is not as expected: what should hold, what was found, and how to see it again."""
     mark, _ = STATUSES[result["status"]]
     title = Text(
@@ -102,7 +105,9 @@ def story(result: Event) -> Group:
     grid.add_column(overflow="fold")
     for label, value in facts(result):
         grid.add_row(label, Text(value))
-    return Group(title, Padding(grid, (0, 0, 0, 2)))
+    console.print(title, Padding(grid, (0, 0, 0, 2)), sep="\n")
+    if result.get("replay"):
+        console.print(Text("  replay  ", style="dim").append(result["replay"], style="cyan"), soft_wrap=True)
 
 
 def facts(result: Event) -> Iterator[tuple[str, str]]:
@@ -118,8 +123,6 @@ def facts(result: Event) -> Iterator[tuple[str, str]]:
         )
     if result.get("case"):
         yield "case", result["case"]
-    if result.get("replay"):
-        yield "replay", result["replay"]
 
 
 def number(x: float) -> str:
@@ -128,5 +131,5 @@ def number(x: float) -> str:
 
 
 def times(report: Report) -> Text:
-    seconds = report.seconds
-    return Text("time   " + " · ".join(f"{name} {value:.1f} s" for name, value in seconds.items()), style="dim")
+    parts = ", ".join(f"{name} {value:.1f} s" for name, value in report.seconds.items())
+    return Text(f"{report.wall:.1f} s: {parts}", style="dim")

@@ -41,7 +41,8 @@ def load(place: str) -> Python:
         if not hasattr(found, name):
             raise ValueError(f"python:{place}: {name!r} is not in {module!r}")
         found = getattr(found, name)
-    target = found() if isinstance(found, type) or not hasattr(found, "run") else found
+    makes = isinstance(found, type) or (callable(found) and not hasattr(found, "run"))
+    target = found() if makes else found
     missing = [name for name in ("info", "run") if not callable(getattr(target, name, None))]
     if missing:
         raise ValueError(

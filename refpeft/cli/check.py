@@ -200,7 +200,7 @@ def replay(case: CaseFile, target: Target, json_file: Json = None) -> None:
 
     writable(json_file)
     result = answered(Case.read(case), str(case), engine.replay(case, target))
-    Console(highlight=False).print(terminal.story(result))
+    terminal.story(result, Console(highlight=False))
     save(json_file, [result])
     raise typer.Exit(0 if result["status"] == "pass" else 1)
 
@@ -219,7 +219,7 @@ def answered(case: "Case", path: str, outcome: "Outcome") -> "Event":
         "type": "result", "required": not found or found[0].required, "status": status,
         "statement": found[0].statement if found else "The answer is that of the specification.",
         "ratio": verdict.ratio, "limit": LIMIT[case.level], "kind": verdict.kind,
-        "detail": outcome.skipped or verdict.detail, "case": path, "replay": None, 
+        "detail": outcome.skipped or verdict.detail, "case": path, "replay": None,
         "claims": case.meta.get("claims", []),
     }  # fmt: skip
 
