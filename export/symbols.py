@@ -107,7 +107,7 @@ class Symbol(NDArrayOperatorsMixin):
     def __bool__(self) -> bool:
         raise TypeError(f"the value of {self.node.name} is not known before the graph runs")
 
-    def __len__(self) -> int:
+    def __iter__(self) -> Any:
         raise TypeError(f"{self.node.name} cannot be iterated over")
 
     def __repr__(self) -> str:
