@@ -76,7 +76,7 @@ CASES: dict[str, Callable[..., Any]] = {
     "new axes": lambda on: on[:, None, None, :] & on[:, None, :, None],
     "rows by index": lambda W, ids: W[ids],
     "arange": lambda ids: np.arange(ids.shape[1], like=ids) + np.arange(3, like=ids)[:, None, None] + ids,
-    "causal mask": lambda ids: (np.arange(ids.shape[1], like=ids)[None, :] <= np.arange(ids.shape[1], like=ids)[:, None]),
+    "causal mask": lambda ids: np.arange(ids.shape[1], like=ids)[None, :] <= np.arange(ids.shape[1], like=ids)[:, None],
     "where": lambda x, on: np.where(on[..., None], x, -np.inf),
     "where of numbers": lambda on: np.where(on, 0.0, -np.inf),
     "concatenate": lambda x: np.concatenate([x, 2 * x], axis=1),
