@@ -102,7 +102,7 @@ def test_a_program_that_hangs_is_ended_and_started_anew(fake: Make) -> None:
     program.timeout = 0.2
     assert program.process is not None
     popen, began = program.process.popen, time.perf_counter()
-    with pytest.raises(ProgramHung, match="no answer within 0.2 s"):
+    with pytest.raises(ProgramHung, match="no answer within"):
         program.run(CASE)
     assert time.perf_counter() - began < 5
     assert popen.poll() is not None

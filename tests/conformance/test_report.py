@@ -36,12 +36,14 @@ def result(
     return {
         "type": "result", "method": method, "level": level, "property": property, "required": True, "status": status,
         "examples": 20, "ratio": 0.8 if status == "pass" else None, "limit": 5.0, "statement": "y is the formula's.",
-        "claims": [], "case": None, "replay": None, "kind": None, "detail": "", "spec_seconds": 0.1, "target_seconds": 0.2,
+        "claims": [], "case": None, "replay": None, "kind": None, "detail": "",
+        "spec_seconds": 0.1, "target_seconds": 0.2,
     } | more  # fmt: skip
 
 
 FAILED = {
-    "ratio": 31000.0, "kind": "value", "detail": "W: off by 0.02 of its size", "claims": ["L2"], "replay": "refpeft replay c t",
+    "ratio": 31000.0, "kind": "value", "detail": "W: off by 0.02 of its size", "claims": ["L2"],
+    "replay": "refpeft replay c t",
 }  # fmt: skip
 
 
@@ -165,7 +167,7 @@ def shown(found: Report, width: int, colour: bool = False) -> str:
 
 
 MIXED = [
-    result("forward"), result("merge", "fail", **FAILED), result("unmerge", "known"), result("init", "skip", detail="no"),
+    result("forward"), result("merge", "fail", **FAILED), result("unmerge", "known"), result("init", "skip"),
     result("frozen", "undeclared"), result("batch", "error", kind="error:KeyError", detail="KeyError: 'x'"),
     result("switch", "unexpected-pass", level="lifecycle"), result("forward", method="dora", required=False),
 ]  # fmt: skip
