@@ -129,11 +129,10 @@ def main(json_file: Path | None) -> None:
     for what, label in (("seconds", "seconds"), ("anonymous", "peak anonymous MB"), ("resident", "peak resident MB")):
         print(f"{label:28}{median(0, what):10.2f}{median(1, what):12.2f}")
     ratio = statistics.median(a["seconds"] / b["seconds"] for a, b in rounds)
-    print(
-        f"\ntime ratio {ratio:.3f} (at most {LIMIT}), peak anonymous memory {median(0, 'anonymous'):.0f} MB (at most {LIMIT_MB})"
-    )
+    memory = median(0, "anonymous")
+    print(f"\ntime ratio {ratio:.3f} (at most {LIMIT}), peak anonymous memory {memory:.0f} MB (at most {LIMIT_MB})")
     if json_file:
-        json_file.write_text(json.dumps({"ratio": ratio, "anonymous_mb": median(0, "anonymous"), "rounds": rounds}))
+        json_file.write_text(json.dumps({"ratio": ratio, "anonymous_mb": memory, "rounds": rounds}))
 
 
 if __name__ == "__main__":

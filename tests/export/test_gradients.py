@@ -68,7 +68,8 @@ def test_loss_and_gradients(case: str) -> None:
     graph = None
     for batch, length in ((1, 4), (3, 9)):
         inputs = dict(example(model, batch, length))
-        out, _ = model(*[list(inputs.values())[0], None, *list(inputs.values())[1:]])
+        ids, *rest = inputs.values()
+        out, _ = model(ids, None, *rest)
         labels = np.random.default_rng(0).integers(0, out.shape[-1], out.shape[:-1])
         labels[..., ::3] = -100 if labels.ndim == 2 else labels[..., ::3]
         graph = graph or graph_of(model, adapter, labels, inputs)
