@@ -53,16 +53,26 @@ def layer(name: str, statement: str, want: Sequence[str], needs: Sequence[str], 
     fixed = {key: more.pop(key) for key in ("kind", "dtype", "edge", "regime") if key in more}
 
     def draw(method: str, info: Info) -> Strategy:
-        able = {"dtype": info["dtypes"], "kind": ["linear", *info["features"]]}
-        choices = {k: [c for c in v if c in able.get(k, v)] for k, v in fixed.items()}
+        choices = possible(fixed, info)
         if not all(choices.values()):
             return st.nothing()  # of what this property needs the target declares none
         own = st.fixed_dictionaries({k: st.sampled_from(v) for k, v in choices.items()})
         return own.flatmap(lambda own: strategies.layer(method, info, **own))
 
-    return Property(
-        name, "layer", statement, draw, lambda m, s, seed: build.layer(m, name, s, seed, want), needs, claims, **more
-    )
+    def corners(method: str, info: Info) -> Sequence[Structure]:
+        return strategies.layer_corners(method, info, possible(fixed, info))
+
+    def make(method: str, s: Structure, seed: int) -> Case:
+        return build.layer(method, name, s, seed, want)
+
+    return Property(name, "layer", statement, draw, corners, make, needs, claims, **more)
+
+
+def possible(fixed: Mapping[str, Sequence[Any]], info: Info) -> Mapping[str, Sequence[Any]]:
+    """Without the dtypes and kinds of layer that the target does not declare."""
+    able = {"dtype": info["dtypes"], "kind": ["linear", *info["features"]]}
+    return {k: [c for c in v if c in able.get(k, v)] for k, v in fixed.items()}
+
 
 
 LAYER = [

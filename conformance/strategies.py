@@ -3,7 +3,8 @@
 A structure is a dict that a JSON file can hold, and its simplest values come first, which is where shrinking goes.
 """
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hypothesis import strategies as st
@@ -31,6 +32,39 @@ def layer(draw: Any, method: str, info: Mapping[str, Any], **fixed: Any) -> Stru
     s["draw"] = draw(st.integers(0, 3))
     s["config"] = draw(config(method, features, s["bias"], s["regime"] == "exact", s["edge"], min(s["o"], s["i"])))
     return {**s, **fixed}
+
+
+def layer_corners(method: str, info: Mapping[str, Any], fixed: Mapping[str, Sequence[Any]]) -> list[Structure]:
+    """Every kind of layer, square and not, in both regimes, and every combination of what is `fixed`."""
+    kinds = ["linear", *(kind for kind in ("conv1d", "embedding") if kind in info["features"])]
+    axes = {"kind": kinds, "regime": ["exact", "float"], "i": [3, 4]} | dict(fixed)
+    found = []
+    for n, values in enumerate(itertools.product(*axes.values())):
+        s = dict(zip(axes, values, strict=True))
+        bias = s["kind"] != "embedding" and (s["i"] == 3 or s["kind"] == "conv1d")
+        own: Structure = {"r": 4 if method == "rslora" else 2, "lora_alpha": 8.0} | FLAGS.get(method, {})
+        if bias and "bias" in info["features"] and method != "dora":
+            own["lora_bias"] = True
+        wide = [d for d in EXACT if d in info["dtypes"]] or info["dtypes"]
+        dtype = wide[n // 2 % len(wide)]
+        found.append({"o": 3, "bias": bias, "batch": [2, 2], "draw": n, "dtype": dtype, "edge": "none", "config": own} | s)
+    return found
+
+
+def model_corners(
+    method: str, info: Mapping[str, Any], families: Sequence[str], architectures: Sequence[str]
+) -> list[Structure]:
+    """One model of each family, with adapters on two kinds of layers of unlike shapes."""
+    there = [f for f in families if "conv1d" in info["features"] or f != "gpt2"] or ["llama"]
+    own: Structure = {"r": 2, "lora_alpha": 6.0} | FLAGS.get(method, {})
+    return [
+        {
+            "family": family, "architecture": architectures[0] or tiny.LM[family], "layers": 1, "dtype": "float32",
+            "config": {**own, "target_modules": list(tiny.LINEARS[family][:2]) + list(tiny.LINEARS[family][-1:])},
+            "batch": [2, 3], "draw": n,
+        }
+        for n, family in enumerate(there)
+    ]  # fmt: skip
 
 
 FLOAT = ("float32", "float64")

@@ -8,7 +8,7 @@ float   ratio = ‖got − ref‖ / max(dither, ‖spec − ref‖, u ‖ref‖)
         for a model: it differs by what rounding the inputs would have changed anyway.
 
 The dither costs eight more runs of the specification, so it is drawn only for what the other two do not excuse: a ratio
-below 1 is an upper bound.
+below a quarter of the limit is an upper bound.
 """
 
 from collections.abc import Mapping
@@ -63,7 +63,7 @@ class Yardstick:
         if not off > 0:
             return off
         own = max(distance(self.spec[name], ref), unit(self.spec[name]) * norm(ref))
-        if off > own:
+        if off > self.limit / 4 * own:
             own = max(own, *(distance(d[name], ref) for d in self.dithered))
         return off / own if own else float("inf")
 
