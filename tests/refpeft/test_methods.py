@@ -480,8 +480,8 @@ def test_companions_are_not_trained() -> None:
 
 REFUSED = [
     ({"r": 0}, "r must be a positive integer, found 0"),
-    ({"r": 2.0}, "r must be a positive integer, found 2.0"),
-    ({"r": True}, "r must be a positive integer, found True"),
+    ({"r": 2.0}, "r must be .*int.*, found 2.0"),
+    ({"r": True}, "r must be .*int.*, found True"),
     ({"rank_pattern": {"c_attn": -1}}, "rank_pattern.*c_attn.* must be a positive integer, found -1"),
     ({"init_lora_weights": "loftq"}, "init_lora_weights must be one of .*, found 'loftq'"),
     ({"bias": "some"}, "bias must be 'none', 'all' or 'lora_only', found 'some'"),
