@@ -48,7 +48,7 @@ class Unit:
 class Options:
     seed: int = 0
     examples: int | None = None
-    folder: str = CASES
+    folder: str | None = CASES  # where a case that fails is stored; None: nowhere
     shrink: bool = True
     known: str | None = None  # path of a file of known failures; None: the one shipped for the target, if any
 
@@ -253,14 +253,14 @@ def drawn(
 
 def failure(name: str, case: Case, verdict: Verdict, options: Options) -> Event:
     m = case.meta
+    error = bool(verdict.kind and verdict.kind.startswith("error"))
+    row = {"status": "error" if error else "fail", "ratio": verdict.ratio, "kind": verdict.kind, "detail": verdict.detail}
+    if options.folder is None:
+        return row
     short = re.sub(r"[^\w.]+", "-", name)[:40]
     path = Path(options.folder) / f"{short}-{m['method']}-{m['level']}-{m['property']}.safetensors"
     case.save(path)
-    error = bool(verdict.kind and verdict.kind.startswith("error"))
-    return {
-        "status": "error" if error else "fail", "ratio": verdict.ratio, "case": str(path), "kind": verdict.kind,
-        "replay": shlex.join(["refpeft", "replay", str(path), name]), "detail": verdict.detail,
-    }  # fmt: skip
+    return {**row, "case": str(path), "replay": shlex.join(["refpeft", "replay", str(path), name])}
 
 
 # ── one case ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -138,7 +138,7 @@ def whole(
 def patterns(s: Structure) -> Structure:
     """Keys that several layers match, and a rank_pattern and an alpha_pattern that disagree about which."""
     names = s["config"]["target_modules"]
-    return {"rank_pattern": {names[-1]: 3}, "alpha_pattern": {s["key"].format(names[0]): 5.0, names[0]: 7.0}}
+    return {"rank_pattern": {names[0]: 3}, "alpha_pattern": {s["key"].format(names[0]): 5.0, names[-1]: 7.0}}
 
 
 def two(s: Structure) -> Mapping[str, Any]:
