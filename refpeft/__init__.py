@@ -14,9 +14,9 @@ from refpeft.check import check_model, check_op
 from refpeft.checkpoint import load, load_adapter, save, save_adapter
 from refpeft.methods import METHODS
 from refpeft.model import Model
-from refpeft.tune import init, merge
+from refpeft.tune import dropout, init, merge
 
 __all__ = [
-    "METHODS", "Adapter", "Model", "check_model", "check_op", "init", "load", "load_adapter", "merge", "save", "save_adapter",
+    "METHODS", "Adapter", "Model", "check_model", "check_op", "dropout", "init", "load", "load_adapter", "merge", "save", "save_adapter",
 ]  # fmt: skip
 __version__ = "0.1.0"

@@ -155,21 +155,36 @@ def at(pattern: Mapping[str, Any] | None, path: str, default: Any) -> Any:
 
 def targeted(cfg: Targets, path: str) -> bool:
     """Does the config target the module at this path? A string is a regular expression for the whole path, a list holds
-    paths or their ends (from a dot on); `exclude_modules` likewise; `layers_to_transform` picks layers by number."""
-    if matches(cfg.exclude_modules, path) or not matches(cfg.target_modules, path):
+    paths or their ends (from a dot on); `exclude_modules` likewise; what is trained whole is never adapted;
+    `layers_to_transform` picks layers by number, except for modules that the list names in full."""
+    if excluded(cfg, path) or not matches(cfg.target_modules, path):
         return False
+    return not numbered(cfg) or path in (cfg.target_modules or ()) or layer(cfg, path) in numbered(cfg)
+
+
+def excluded(cfg: Targets, path: str) -> bool:
+    """Excluded by name, or inside a module that is trained whole (whose names are regular expressions here)."""
+    whole = (rf"(^|.*\.){name}($|\..*)" for name in cfg.modules_to_save or ())
+    return matches(cfg.exclude_modules, path) or any(re.match(pattern, path) for pattern in whole)
+
+
+def numbered(cfg: Targets) -> Sequence[int]:
+    """The layers to transform; empty means all."""
     layers = cfg.layers_to_transform
-    if layers is None or path in (cfg.target_modules or ()):
-        return True
-    patterns = cfg.layers_pattern or r"[^.]*"
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    found = next((m for p in patterns if (m := re.match(rf".*\.{p}\.(\d+)\.", path))), None)
-    return found is not None and int(found[1]) in ([layers] if isinstance(layers, int) else layers)
+    return [layers] if isinstance(layers, int) else layers or ()
+
+
+def layer(cfg: Targets, path: str) -> int | None:
+    """A module's layer: the first number in its path that follows one of the layers_pattern (any name, if none)."""
+    patterns = [cfg.layers_pattern] if isinstance(cfg.layers_pattern, str) else cfg.layers_pattern
+    forms = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in patterns] if patterns and any(patterns) else [r".*?\.[^.]*\.(\d+)\."]
+    found = next((m for form in forms if (m := re.match(form, path))), None)
+    return int(found[1]) if found else None
 
 
 def matches(names: str | Sequence[str] | None, path: str) -> bool:
     if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
+        return bool(names) and re.fullmatch(names, path) is not None
     return any(path == name or path.endswith("." + name) for name in names or ())
 
 

@@ -1,16 +1,19 @@
 """From a method to an adapter, and from a model with adapters to a model without: `init` and `merge`."""
 
+import re
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import UnionType
 from typing import Any
 
 import numpy as np
 
 from refpeft.adapter import Adapter, found, replaced
-from refpeft.method import DEFAULT_TARGETS, Method, Targets, as_dtype, matches, targeted
+from refpeft.method import DEFAULT_TARGETS, Method, Targets, as_dtype, excluded, targeted
 from refpeft.methods import METHODS
 from refpeft.model import Model, Site, adapter_list
-from refpeft.ops import Array
+from refpeft.ops import Array, is_half
 from refpeft.part import Part, stored
 
 LINEAR = ("linear", "conv1d")
@@ -23,10 +26,13 @@ def init(method: str, config: Any, model: Model, seed: int = 0) -> Adapter:
         raise ValueError(f"unknown method {method!r}: there are {', '.join(METHODS)}")
     m = METHODS[method]
     cfg = configured(m, method, config, model)
+    chosen = targets(cfg, model)
+    if hasattr(cfg, "fan_in_fan_out"):  # a fact of the layers, which HF peft wants to be told
+        cfg = replace(cfg, fan_in_fan_out=all(model.sites[role].kind == "conv1d" for role in chosen))
     rng = np.random.default_rng(seed)
     params: dict[str, Array] = {}
     frozen: dict[str, Array] = {}
-    for role in targets(cfg, model):
+    for role in chosen:
         part = model.part(role)
         for name, value in m.init(cfg.at(part.path), part, rng).items():
             (frozen if name in m.FROZEN else params)[f"{part.path}.{key(m, part.kind, name)}"] = value
@@ -40,12 +46,65 @@ def configured(m: Method, method: str, config: Any, model: Model) -> Any:
         unknown = config.keys() - m.Config.__dataclass_fields__.keys()
         if unknown:
             raise ValueError(
-                f"{method} has no config field {sorted(unknown)[0]!r}: {', '.join(m.Config.__dataclass_fields__)}"
+                f"{method} has no config field {min(unknown, key=str)!r}: {', '.join(m.Config.__dataclass_fields__)}"
             )
+        config = {name: sorted(v, key=str) if isinstance(v, set | frozenset) else v for name, v in config.items()}
+        check_types(m, config)
         config = m.Config(**config)
+    check_patterns(config)
     if config.target_modules is None:
         config = replace(config, target_modules=DEFAULT_TARGETS[model.config.family])
     return config
+
+
+def check_types(m: Method, fields: Mapping[str, Any]) -> None:
+    hints = typing.get_type_hints(m.Config)
+    for name, value in fields.items():
+        if not fits(value, hints[name]):
+            raise ValueError(f"{name} must be {readable(hints[name])}, found {value!r}")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Is this a value of the annotated type? An int is a float too, a bool is neither, a str is no sequence."""
+    kind, inner = typing.get_origin(hint), typing.get_args(hint)
+    if kind in (typing.Union, UnionType):
+        return any(fits(value, h) for h in inner)
+    if kind is Sequence:
+        return isinstance(value, list | tuple) and all(fits(v, inner[0]) for v in value)
+    if kind is Mapping:
+        return isinstance(value, Mapping) and all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def readable(hint: Any) -> str:
+    name = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+    return name.replace("collections.abc.", "").replace("NoneType", "None")
+
+
+def check_patterns(cfg: Any) -> None:
+    """What HF peft refuses in a config, and regular expressions that are none."""
+    if isinstance(cfg.target_modules, str) and not (cfg.layers_to_transform is None and cfg.layers_pattern is None):
+        raise ValueError("layers_to_transform and layers_pattern need target_modules to be a list, found a string")
+    if cfg.layers_pattern and cfg.layers_to_transform is None:
+        raise ValueError("layers_pattern needs layers_to_transform, which is not set")
+    for name in (
+        "target_modules",
+        "exclude_modules",
+        "layers_pattern",
+        "modules_to_save",
+        "rank_pattern",
+        "alpha_pattern",
+    ):
+        value = getattr(cfg, name, None)
+        if isinstance(value, str) or name not in ("target_modules", "exclude_modules"):
+            patterns: list[str] = [value] if isinstance(value, str) else list(value or ())
+            for pattern in patterns:
+                try:
+                    re.compile(pattern)
+                except re.error as e:
+                    raise ValueError(f"{name}: {pattern!r} is not a regular expression: {e}") from None
 
 
 def key(m: Method, kind: str, name: str) -> str:
@@ -57,15 +116,13 @@ def key(m: Method, kind: str, name: str) -> str:
 
 def targets(cfg: Targets, model: Model) -> list[str]:
     """The sites that a config targets. Nothing matched, or something that cannot be adapted, is an error."""
-    if cfg.target_modules == "all-linear":
-        found = [r for r, s in model.sites.items() if s.kind in LINEAR and r != "head.out"]
-        return [r for r in found if not matches(cfg.exclude_modules, model.sites[r].path)]
+    if isinstance(cfg.target_modules, str) and cfg.target_modules.lower() == "all-linear":
+        found = [r for r, s in model.sites.items() if s.kind in LINEAR and not (r == "head.out" and language(model))]
+        return [r for r in found if not excluded(cfg, model.sites[r].path)]
+    for path, kind in modules(model).items():
+        if kind not in MATRIX and targeted(cfg, path):
+            raise ValueError(f"target_modules {cfg.target_modules!r} matches {path}, a {kind}, which has no matrix")
     found = [role for role, site in model.sites.items() if targeted(cfg, site.path)]
-    for role in found:
-        if model.sites[role].kind not in MATRIX:
-            raise ValueError(
-                f"target_modules matches {model.sites[role].path}, a {model.sites[role].kind}, which has no matrix"
-            )
     if not found:
         known = sorted({site.path.rpartition(".")[2] for site in model.sites.values() if site.kind in MATRIX})
         raise ValueError(
@@ -74,18 +131,56 @@ def targets(cfg: Targets, model: Model) -> list[str]:
     return found
 
 
+def language(model: Model) -> bool:
+    """Are the outputs words, from every position, and not classes, from one?"""
+    return not {"first", "last"} & set(model.config.head)
+
+
+def modules(model: Model) -> dict[str, str]:
+    """Every module by its path, with its kind: the layers, and the containers around them."""
+    kinds = {site.path: site.kind for site in model.sites.values()}
+    parts = [path.split(".") for path in kinds]
+    return {".".join(p[:n]): "container" for p in parts for n in range(1, len(p))} | kinds
+
+
 def saved_whole(cfg: Any, model: Model) -> dict[str, str]:
-    """Tensors that are trained whole, by the adapter's name for them → the model's: `modules_to_save`, then `bias`."""
+    """Tensors that are trained whole, by the adapter's name for them → the model's: `modules_to_save`, then `bias`.
+
+    As in HF peft, an entry of `modules_to_save` stands for every module whose path ends in it, and all that is inside.
+    """
     whole: dict[str, str] = {}
     chosen = set(targets(cfg, model))
+    saved = [path for path in modules(model) if path.endswith(tuple(cfg.modules_to_save or ()))]
+    if cfg.modules_to_save and not saved:
+        raise ValueError(f"modules_to_save {cfg.modules_to_save!r} matches no module of the model")
     for role, site in model.sites.items():
-        parents = [site.path.rpartition(".")[0], site.path]
-        if any(matches(cfg.modules_to_save, path) for path in parents):
+        if any(site.path == path or site.path.startswith(path + ".") for path in saved):
             whole[site.path + ".weight"] = site.weight
             whole[site.path + ".bias"] = site.bias
         elif cfg.bias == "all" or (cfg.bias == "lora_only" and role in chosen):
             whole[site.path + ".bias"] = site.bias
     return {name: tensor for name, tensor in whole.items() if tensor in model.params}
+
+
+def dropout(adapter: Adapter, model: Model, ids_shape: tuple[int, int], seed: int = 0) -> Adapter:
+    """The adapter with masks for its `lora_dropout` p on inputs of this shape [b, s]: 0 with probability p, else
+    1/(1 − p), drawn from `seed` alone. Embeddings get none, since their inputs are ids (as in HF peft)."""
+    rng, p = np.random.default_rng(seed), adapter.config.lora_dropout
+    masks: dict[str, Array] = {}
+    for role in targets(adapter.config, model) if p else ():
+        part = model.part(role)
+        if part.kind in LINEAR:
+            pooled = role in pooled_roles(model)
+            shape = (ids_shape[0], part.W.shape[1]) if pooled else (*ids_shape, part.W.shape[1])
+            dtype = np.float32 if is_half(part.W.dtype) else part.W.dtype
+            masks[part.path] = np.where(rng.random(shape) < p, 0, 1 / (1 - p)).astype(dtype)
+    return adapter.replace(masks=masks)
+
+
+def pooled_roles(model: Model) -> Sequence[str]:
+    """The layers of the head that see one position only."""
+    head = model.config.head
+    return head[next((n for n, step in enumerate(head) if step in ("first", "last")), len(head)) :]
 
 
 def merge(model: Model, adapter: Adapter | Sequence[Adapter]) -> Model:

@@ -1,8 +1,247 @@
+"""HF peft adapter folders ↔ `Adapter`.
+
+Everything in adapter_config.json is either read as HF peft reads it, or without influence on the function, or refused
+by name. Every tensor of adapter_model.safetensors is accounted for.
+
+* dtypes as in HF peft: an adapter's own parameters take the dtype of the layer they adapt, but float32 for layers of
+  16 bits, whatever the file has (its `autocast_adapter_dtype`); tensors that replace the model's take the model's.
+* init_lora_weights 'pissa' or 'olora' in a file means that A and B belong on top of a base from which the factors
+  that A and B started from were subtracted: HF peft subtracts them from the base again while loading. Here they are
+  computed from the base in the same way and kept beside A and B (`refpeft.methods.lora`). 'pissa_niter_k' draws random
+  numbers there, hence is refused, like the other ways of changing the base.
+* saved, such an adapter is the plain one of twice the rank, with init_lora_weights true.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 
-def load_adapter(path: Any, model: Any) -> Any:
-    raise NotImplementedError
+from refpeft import tune
+from refpeft.adapter import Adapter
+from refpeft.checkpoint import folder, safetensors
+from refpeft.checkpoint.safetensors import Malformed, show
+from refpeft.methods import METHODS, lora
+from refpeft.model import Model
+from refpeft.ops import Array, is_half
+from refpeft.part import Part
+
+PREFIX = "base_model.model."
+FILE = "adapter_model.safetensors"
+IGNORED = {  # without influence on the function
+    "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version",
+    "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core",
+    "qalora_group_size", "use_dora",
+}  # fmt: skip
+PLAIN_INITS = ("eva", "mica")  # they leave the base alone: A and B in the file are all there is
+METHOD_FLAGS = {"lora": (False, False), "rslora": (True, False), "dora": (False, True)}  # use_rslora, use_dora
 
 
-save_adapter = load_adapter
+# ── loading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def load_adapter(path: str | os.PathLike[str], model: Model) -> Adapter:
+    """The adapter of an HF peft folder, for this model."""
+    where = folder.existing(path)
+    method, cfg = read_config(where / "adapter_config.json", model)
+    found = module_names(folder.tensors(where, "adapter_model"))
+    chosen = {model.sites[role].path: model.part(role) for role in tune.targets(cfg, model)}
+    own = {name: spec for part in chosen.values() for name, spec in expected(method, cfg, part).items()}
+    whole = tune.saved_whole(cfg, model)
+    params: dict[str, Array] = {}
+    for name, (shape, dtype) in own.items():
+        params[name] = take(found, [name, name + ".weight"], name, shape, dtype, model)
+    for name, tensor in whole.items():
+        path_, _, leaf = name.rpartition(".")
+        aliases = [f"{path_}.base_layer.{leaf}", name] if path_ in chosen else [name]
+        like = model.params[tensor]
+        params[name] = take(found, aliases, name, like.shape, like.dtype, model)
+    check_rest(found, cfg, model, chosen)
+    return Adapter(method, cfg, params, start(cfg, chosen))
+
+
+def read_config(path: Path, model: Model) -> tuple[str, Any]:
+    """The method and its Config, from adapter_config.json."""
+    raw = safetensors.read_json(path)
+    if raw.get("peft_type") != "LORA":
+        raise Malformed(f"{path.name}: peft_type must be 'LORA', found {show(raw.get('peft_type'))}")
+    for flag in ("use_dora", "use_rslora"):
+        if not isinstance(raw.get(flag) or False, bool):
+            raise Malformed(f"{path.name}: {flag} must be true or false, found {show(raw[flag])}")
+    method = "dora" if raw.get("use_dora") else "rslora" if raw.get("use_rslora") else "lora"
+    known = METHODS[method].Config.__dataclass_fields__.keys()
+    for name, value in raw.items():
+        if name not in known and name not in IGNORED and value not in (None, False, "", [], {}):
+            raise Malformed(f"{path.name}: {show(name)} is set to {show(value)}, which is not supported")
+    fields = {n: v for n, v in raw.items() if n in known and n != "use_dora" and v is not None}
+    try:
+        return method, tune.configured(METHODS[method], method, meant(fields, raw), model)
+    except ValueError as e:
+        raise Malformed(f"{path.name}: {e}") from None
+
+
+def meant(fields: dict[str, Any], raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Where HF peft reads a field as something else than it says."""
+    how = fields.get("init_lora_weights", True)
+    if how in PLAIN_INITS:
+        fields["init_lora_weights"] = True
+    elif isinstance(how, str) and how not in lora.INITS:
+        raise ValueError(f"init_lora_weights={show(how)} changes the base model in a way that the file does not hold")
+    if raw.get("task_type") in ("SEQ_CLS", "TOKEN_CLS"):  # HF peft trains their heads whole, named or not
+        saved = fields.get("modules_to_save") or []
+        fields["modules_to_save"] = [*saved, *(n for n in ("classifier", "score") if n not in saved)]
+    return fields
+
+
+def module_names(tensors: Mapping[str, Array]) -> dict[str, Array]:
+    """The file's tensors without the prefix of HF peft's wrapper."""
+    for name in tensors:
+        if not name.startswith(PREFIX):
+            raise Malformed(f"{FILE}: tensor names must begin with {PREFIX!r}, found {show(name)}")
+    return {name.removeprefix(PREFIX): a for name, a in tensors.items()}
+
+
+Spec = tuple[tuple[int, ...], Any]  # shape, dtype
+
+
+def expected(method: str, cfg: Any, part: Part) -> dict[str, Spec]:
+    """The tensors that the adapter has for one module."""
+    (o, i), r = part.W.shape, cfg.at(part.path).r
+    shapes: dict[str, tuple[int, ...]] = {"A": (r, i), "B": (o, r)}
+    if cfg.lora_bias:
+        shapes["β"] = (o,)
+    if method == "dora":
+        shapes["m"] = (o,)
+    dtype = np.float32 if is_half(part.W.dtype) else part.W.dtype
+    return {f"{part.path}.{tune.key(METHODS[method], part.kind, n)}": (s, dtype) for n, s in shapes.items()}
+
+
+def take(found: dict[str, Array], aliases: list[str], name: str, shape: tuple[int, ...], dtype: Any, m: Model) -> Array:
+    """One tensor, taken out of those found."""
+    at = next((alias for alias in aliases if alias in found), None)
+    if at is None:
+        raise Malformed(f"{FILE}: tensor {PREFIX + aliases[0]!r} is missing{elsewhere(found, m)}")
+    a = found.pop(at)
+    if a.shape != shape:
+        raise Malformed(f"{FILE}: tensor {PREFIX + at!r}: expected shape {list(shape)}, found {show(list(a.shape))}")
+    if not (a.dtype.kind == "f" or is_half(a.dtype)):
+        raise Malformed(f"{FILE}: tensor {PREFIX + at!r}: expected a float dtype, found {a.dtype}")
+    return a.astype(dtype, copy=False)
+
+
+def elsewhere(found: Mapping[str, Array], m: Model) -> str:
+    """What to add about a missing tensor if none of the file's belongs to a module of this model."""
+    paths = {site.path for site in m.sites.values()}
+    if not found or any(name.startswith(tuple(p + "." for p in paths)) for name in found):
+        return ""
+    return f": this is an adapter of another base, its tensors are named like {show(PREFIX + min(found))}"
+
+
+def check_rest(found: Mapping[str, Array], cfg: Any, model: Model, chosen: Mapping[str, Part]) -> None:
+    """What is left in the file may only repeat the base model (as HF peft does for targeted embeddings)."""
+    for name, a in found.items():
+        parts = name.split(".")
+        bare = ".".join(p for p in parts if p not in ("base_layer", "original_module"))
+        if cfg.bias == "all" and parts[-2:] == ["modules_to_save", "bias"]:
+            continue  # a second copy of what is stored without 'modules_to_save'
+        if cfg.bias == "all" and bare in TIED_BIASES:
+            continue  # the other name of a bias that has been read
+        tensor = tensor_of(model, bare)
+        if tensor is None:
+            raise Malformed(
+                f"{FILE}: tensor {show(PREFIX + name)} is not one that this adapter has{elsewhere(found, model)}"
+            )
+        like = model.params[tensor]
+        if a.shape != like.shape or not np.array_equal(a.astype(like.dtype, copy=False), like):
+            raise Malformed(
+                f"{FILE}: tensor {show(PREFIX + name)} differs from the model's, so the adapter belongs to another base"
+            )
+
+
+TIED_BIASES = ("cls.predictions.bias", "lm_head.bias")
+
+
+def tensor_of(model: Model, name: str) -> str | None:
+    """The model's tensor behind a name of a module's weight or bias."""
+    for site in model.sites.values():
+        for tensor, leaf in ((site.weight, ".weight"), (site.bias, ".bias")):
+            if site.path + leaf == name and tensor in model.params:
+                return tensor
+    return None
+
+
+def start(cfg: Any, chosen: Mapping[str, Part]) -> dict[str, Array]:
+    """A₀ and B₀ of a pissa or olora file, from the base."""
+    frozen: dict[str, Array] = {}
+    if cfg.init_lora_weights not in ("pissa", "olora"):
+        return frozen
+    for path, part in chosen.items():
+        if part.kind == "embedding" or (part.kind == "conv1d" and cfg.init_lora_weights == "olora"):
+            raise Malformed(
+                f"adapter_config.json: {cfg.init_lora_weights} is not defined for {path}, a {part.kind} layer"
+            )
+        dtype = np.float32 if is_half(part.W.dtype) else part.W.dtype
+        A0, B0 = lora.factors(cfg.at(path), part.W)
+        frozen |= {f"{path}.lora_A0.weight": A0.astype(dtype), f"{path}.lora_B0.weight": B0.astype(dtype)}
+    return frozen
+
+
+# ── saving ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:
+    """An HF peft folder that HF peft and `load_adapter` read, written whole or not at all."""
+    if adapter.method not in METHOD_FLAGS:
+        raise ValueError(f"{adapter.method} adapters have no HF folder: only {', '.join(METHOD_FLAGS)} do")
+    config = as_json(adapter)
+    tensors = {PREFIX + stored_name(adapter, name): a for name, a in plain_params(adapter).items()}
+    with folder.new_folder(path) as new:
+        safetensors.write_json(new / "adapter_config.json", config)
+        safetensors.write(new / FILE, tensors)
+
+
+def as_json(adapter: Adapter) -> dict[str, Any]:
+    """adapter_config.json. Ranks and α of an adapter that carries A₀ and B₀ are those of the plain one that it equals."""
+    cfg = doubled(adapter.config) if adapter.frozen else adapter.config
+    use_rslora, use_dora = METHOD_FLAGS[adapter.method]
+    fields = {n: list(v) if isinstance(v, tuple | set | frozenset) else v for n, v in asdict(cfg).items()}
+    if fields.get("detach_norm", False):  # HF peft's reading needs no mention
+        del fields["detach_norm"]
+    fields |= {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "inference_mode": True}
+    return fields | {"use_rslora": cfg.use_rslora or use_rslora, "use_dora": use_dora}
+
+
+def doubled(cfg: Any) -> Any:
+    """The config of rank 2r with the same scale s: α/r = 2α/2r, α/√r = √2α/√(2r)."""
+    k = 2**0.5 if cfg.use_rslora else 2
+    return replace(
+        cfg,
+        r=2 * cfg.r,
+        lora_alpha=k * cfg.lora_alpha,
+        rank_pattern={p: 2 * r for p, r in cfg.rank_pattern.items()},
+        alpha_pattern={p: k * α for p, α in cfg.alpha_pattern.items()},
+        init_lora_weights=True,
+    )
+
+
+def plain_params(adapter: Adapter) -> dict[str, Array]:
+    """A ← [A; A₀], B ← [B, −B₀] where they are kept, everything else as it is."""
+    params = dict(adapter.params)
+    for name, start0 in adapter.frozen.items():
+        if name.endswith(".lora_A0.weight"):
+            full = name.replace(".lora_A0.", ".lora_A.")
+            params[full] = np.concatenate([params[full], start0], axis=0)
+        elif name.endswith(".lora_B0.weight"):
+            full = name.replace(".lora_B0.", ".lora_B.")
+            params[full] = np.concatenate([params[full], -start0], axis=1)
+    return params
+
+
+def stored_name(adapter: Adapter, name: str) -> str:
+    """HF peft keeps an adapted layer's own tensors below 'base_layer'."""
+    path, _, leaf = name.rpartition(".")
+    own, whole = adapter.by_module.get(path, ({}, {}))
+    return f"{path}.base_layer.{leaf}" if own and leaf in whole else name

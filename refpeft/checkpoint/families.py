@@ -32,10 +32,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Family:
-    """`sites` and `layer` map sites to (module path below `base`, kind); {} is the layer's number.
-
-    `shapes`: the shape of each site's W [o, i] (of a norm: [d]) by the names in `sizes`; `sizes` reads them from a config.
-    """
+    """`sites` and `layer` map sites to (module path below `base`, kind); {} is the layer's number."""
 
     base: str
     sites: Mapping[str, tuple[str, str]]
@@ -126,11 +123,11 @@ def always(c: Json, role: str) -> bool:
 
 
 def bert_width(c: Json) -> int:
-    return natural(c, "intermediate_size")
+    return int(natural(c, "intermediate_size"))
 
 
 def gpt2_width(c: Json) -> int:
-    return natural(c, "n_inner", None) or 4 * natural(c, "n_embd")
+    return int(natural(c, "n_inner", None) or 4 * natural(c, "n_embd"))
 
 
 def frequencies(c: Json, e: int) -> np.ndarray[Any, Any]:
@@ -143,18 +140,18 @@ def frequencies(c: Json, e: int) -> np.ndarray[Any, Any]:
     if not isinstance(rope, Mapping):
         raise Malformed(f"config.json: rope_parameters must be an object, found {show(rope)}")
     θ = positive(rope, "rope_theta", None) or positive(c, "rope_theta", 10000.0)
-    f = θ ** (-np.arange(0, e, 2) / e)
+    f: np.ndarray[Any, Any] = θ ** (-np.arange(0, e, 2) / e)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return f
     if kind == "linear":
-        return f / positive(rope, "factor")
+        return f / float(positive(rope, "factor"))
     if kind == "llama3":
         low, high = positive(rope, "low_freq_factor"), positive(rope, "high_freq_factor")
-        L, factor = positive(rope, "original_max_position_embeddings"), positive(rope, "factor")
+        L, factor = positive(rope, "original_max_position_embeddings"), float(positive(rope, "factor"))
         if low >= high:
             raise Malformed(f"config.json: low_freq_factor must be below high_freq_factor, found {low} and {high}")
-        keep = np.clip((L * f / (2 * math.pi) - low) / (high - low), 0, 1)
+        keep: np.ndarray[Any, Any] = np.clip((L * f / (2 * math.pi) - low) / (high - low), 0, 1)
         return f * (keep + (1 - keep) / factor)
     raise Malformed(f"config.json: rope_type must be 'default', 'linear' or 'llama3', found {show(kind)}")
 

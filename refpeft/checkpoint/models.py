@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Mapping
-
 from typing import Any
 
 import ml_dtypes
@@ -36,11 +35,9 @@ def load(path: str | os.PathLike[str], dtype: Any = None) -> Model:
     return Model(p.config, sites, params, source)
 
 
-def float_dtype(dtype: Any) -> np.dtype[Any]:
-    if isinstance(dtype, str) and dtype == "bfloat16":
-        return np.dtype(ml_dtypes.bfloat16)
+def float_dtype(dtype: Any) -> "np.dtype[Any]":
     try:
-        to = np.dtype(dtype)
+        to: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     except TypeError:
         to = np.dtype(object)
     if to.name not in FLOATS:
@@ -115,7 +112,8 @@ def resolve_ties(p: Plan, named: dict[str, Array]) -> None:
             named[original] = named[copy]
         elif not np.array_equal(named[copy], named[original]):
             raise Malformed(
-                f"tensor {copy!r} differs from {original!r}, though config.json ties them: set tie_word_embeddings to false"
+                f"tensor {copy!r} differs from {original!r}, though config.json ties them: "
+                "set tie_word_embeddings to false"
             )
 
 
@@ -123,7 +121,7 @@ def resolve_ties(p: Plan, named: dict[str, Array]) -> None:
 
 
 def save(model: Model, path: str | os.PathLike[str]) -> None:
-    """An HF folder that `load` and transformers read: config.json and model.safetensors, written whole or not at all."""
+    """An HF folder that `load` and transformers read (config.json, model.safetensors), written whole or not at all."""
     tensors = planned_tensors(model)
     source = with_dtype(model.source, tensors)
     with folder.new_folder(path) as new:

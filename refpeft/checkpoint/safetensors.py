@@ -41,7 +41,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LONGEST_HEADER = 100_000_000  # as in the safetensors library
 
 
-class Malformed(ValueError):
+class Malformed(ValueError):  # noqa: N818, it names a state and reads as one
     """A file or folder that is not what it should be; the message is one sentence."""
 
 
@@ -91,7 +91,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    """Keys in their order, since in a rank_pattern the first that matches wins."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
