@@ -23,6 +23,7 @@ from onnx import ModelProto, TensorProto, checker
 
 import refpeft
 from refpeft.adapter import Adapter
+from refpeft.conformance.case import SPEC_VERSION
 from refpeft.export import weights
 from refpeft.export.lowering import RULES
 from refpeft.export.proto import IR_VERSION, OPSET, to_model
@@ -31,6 +32,7 @@ from refpeft.model import Model, Site, adapter_list
 
 DTYPES: Mapping[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16)}
 INLINE_LIMIT = 100_000_000  # bytes; inline weights are held in memory twice here, and once more by whoever loads them
+PROTOBUF_LIMIT = 2_000_000_000
 CARRIED = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -142,8 +144,13 @@ def stored(
 ) -> tuple[Model, dict[str, TensorProto]]:
     """Write the merged tensors. Returns the model that they make, its parameters as what was stored of each."""
     sites: dict[str, Site] = dict(model.sites)
+    size = weights.size(model, dtype)
+    if external is False and size > PROTOBUF_LIMIT:
+        raise ValueError(
+            f"{size / 1e9:.1f} GB of weights do not fit into model.onnx, which can hold 2 GB: keep them beside it"
+        )
     if external is None:
-        external = weights.size(model, dtype) > INLINE_LIMIT
+        external = size > INLINE_LIMIT
     tensors = weights.store(weights.merged(model, adapters, sites), dtype, folder / weights.DATA if external else None)
     tied = {"tie_word_embeddings": False} if sites != model.sites else {}
     return replace(model, sites=sites, params=tensors, source={**model.source, **tied}), tensors
@@ -207,6 +214,7 @@ def carry_over(folder: Path, model: Model, adapters: Sequence[Adapter], result: 
     card = {
         "format": "refpeft export",
         "refpeft": refpeft.__version__,
+        "spec_version": SPEC_VERSION,
         **{k: v for k, v in result.as_json().items() if k != "folder"},
         "opset": OPSET,
         "ir_version": IR_VERSION,

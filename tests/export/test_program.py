@@ -201,6 +201,11 @@ def test_unknown_choices(tmp_path: Path) -> None:
     refused(tmp_path, ValueError, "dtype must be one of float32, float16, found 'int4'", dtype="int4")
 
 
+def test_inline_weights_that_no_protobuf_can_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("refpeft.export.program.PROTOBUF_LIMIT", 1000)
+    refused(tmp_path, ValueError, "do not fit into model.onnx", external=False)
+
+
 def test_no_space_before_and_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
