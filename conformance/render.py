@@ -118,7 +118,8 @@ def claims(result: Event) -> Mapping[str, str]:
     return {label: said.get(label, "") for label in result.get("claims") or ()}
 
 
-TOLD = ("spec_version", "level", "method", "property", "claims", "statement")  # shown elsewhere in the panel
+# fields of a case that the panel shows elsewhere, or that say nothing to a person
+HIDDEN = ("spec_version", "id", "level", "method", "property", "claims", "statement", "structure", "params", "active")
 
 
 def case(result: Event) -> Mapping[str, Any] | None:
@@ -130,16 +131,29 @@ def case(result: Event) -> Mapping[str, Any] | None:
     except ValueError:
         return {"about": {"file": f"{result['case']} (not there when this page was made)"}, "arrays": []}
     about = {
-        name: plain(value) for name, value in found.meta.items() if name not in TOLD and value not in (None, {}, [])
+        name: plain(name, value)
+        for name, value in found.meta.items()
+        if name not in HIDDEN and value not in (None, "none")
     }
     return {"about": about, "arrays": [view(name, array) for name, array in sorted(found.arrays.items())]}
 
 
-def plain(value: Any) -> str:
-    """A field of the question: r = 2, lora_alpha = 3."""
+def plain(name: str, value: Any) -> str:
+    """A field of the question as text: r = 2, lora_alpha = 3; each step and each adapter on a line of its own."""
+    if name == "steps":
+        rest = [{n: v for n, v in step.items() if n != "do"} for step in value]
+        return "\n".join(
+            f"{k} {step['do']} {fields(more)}" for k, (step, more) in enumerate(zip(value, rest, strict=True))
+        )
+    if name == "adapters":
+        return "\n".join(f"{n} ({a['method']}): {fields(a['config'])}" for n, a in value.items())
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} = {json.dumps(v, ensure_ascii=False)}" for name, v in value.items())
+        return fields(value)
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def fields(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} = {plain('', value)}" for name, value in values.items())
 
 
 def view(name: str, array: np.ndarray[Any, Any]) -> Mapping[str, str | None]:
@@ -150,7 +164,7 @@ def view(name: str, array: np.ndarray[Any, Any]) -> Mapping[str, str | None]:
 
 # ── the picture ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-STEP, MARGIN, WIDTH = 21, 20, 1060  # pixels: from cell to cell, around everything, of a band of levels
+STEP, MARGIN, GAP, WIDTH = 21, 20, 24, 1060  # pixels: from cell to cell, around everything, between levels, of a row
 TILT = math.radians(55)  # of the labels
 LETTER = 6.3  # the width of one, about
 
@@ -164,12 +178,16 @@ def svg(report: Report) -> str:
     for level in report.levels:
         methods, properties = report.methods(level), report.properties(level)
         left = math.ceil(max(map(len, methods)) * LETTER) + 12
-        wide = left + len(properties) * STEP + lean  # the last label leans over
-        if x > MARGIN and x + wide > WIDTH:
+        wide = left + len(properties) * STEP
+        if x > MARGIN and x + wide + lean > WIDTH:
             x, y, tallest = MARGIN, y + tallest, 0
-        blocks.append({"level": level, "methods": methods, "properties": properties, "x": x + left, "y": y})
-        x += wide
-        widest, tallest = max(widest, x), max(tallest, head + len(methods) * STEP + 34)
+        named = x == MARGIN or blocks[-1]["methods"] != methods  # the names stand once in a row of blocks
+        left = left if named else GAP
+        blocks.append(
+            {"level": level, "methods": methods, "properties": properties, "named": named, "x": x + left, "y": y}
+        )
+        x += left + len(properties) * STEP
+        widest, tallest = max(widest, x + lean), max(tallest, head + len(methods) * STEP + 34)
     layout = {"blocks": blocks, "head": head, "step": STEP, "width": widest, "height": y + tallest}
     return environment().get_template("matrix.svg.jinja").render(report=report, statuses=STATUSES, **layout)
 

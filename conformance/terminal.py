@@ -73,8 +73,8 @@ def table(report: Report, level: str, methods: Sequence[str]) -> Table:
 
 
 def symbol(result: Event | None) -> Text:
-    status = result["status"] if result else "undeclared"
-    return Text(STATUSES[status][0], style=COLOURS[status])
+    """Nothing where the property does not apply to the method."""
+    return Text(STATUSES[result["status"]][0], style=COLOURS[result["status"]]) if result else Text()
 
 
 def emphasis(cells: Sequence[Event | None]) -> str:
