@@ -17,6 +17,7 @@ from refpeft.model import Model
 from refpeft.tune import dropout, init, merge
 
 __all__ = [
-    "METHODS", "Adapter", "Model", "check_model", "check_op", "dropout", "init", "load", "load_adapter", "merge", "save", "save_adapter",
+    "METHODS", "Adapter", "Model", "check_model", "check_op", "dropout", "init", "load", "load_adapter",
+    "merge", "save", "save_adapter",
 ]  # fmt: skip
 __version__ = "0.1.0"

@@ -15,7 +15,6 @@ by name. Every tensor of adapter_model.safetensors is accounted for.
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ from refpeft.ops import Array, is_half
 from refpeft.part import Part
 
 PREFIX = "base_model.model."
-FILE = "adapter_model.safetensors"
+CONFIG, FILE = "adapter_config.json", "adapter_model.safetensors"
 IGNORED = {  # without influence on the function
     "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version",
     "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core",
@@ -46,11 +45,15 @@ METHOD_FLAGS = {"lora": (False, False), "rslora": (True, False), "dora": (False,
 def load_adapter(path: str | os.PathLike[str], model: Model) -> Adapter:
     """The adapter of an HF peft folder, for this model."""
     where = folder.existing(path)
-    method, cfg = read_config(where / "adapter_config.json", model)
+    raw = safetensors.read_json(where / CONFIG)
+    try:
+        method, cfg = read_config(raw, model)
+        chosen = {model.sites[role].path: model.part(role) for role in tune.targets(cfg, model)}
+        whole = tune.saved_whole(cfg, model)
+    except ValueError as e:
+        raise Malformed(f"{CONFIG}: {e}") from None
     found = module_names(folder.tensors(where, "adapter_model"))
-    chosen = {model.sites[role].path: model.part(role) for role in tune.targets(cfg, model)}
     own = {name: spec for part in chosen.values() for name, spec in expected(method, cfg, part).items()}
-    whole = tune.saved_whole(cfg, model)
     params: dict[str, Array] = {}
     for name, (shape, dtype) in own.items():
         params[name] = take(found, [name, name + ".weight"], name, shape, dtype, model)
@@ -63,24 +66,20 @@ def load_adapter(path: str | os.PathLike[str], model: Model) -> Adapter:
     return Adapter(method, cfg, params, start(cfg, chosen))
 
 
-def read_config(path: Path, model: Model) -> tuple[str, Any]:
+def read_config(raw: Mapping[str, Any], model: Model) -> tuple[str, Any]:
     """The method and its Config, from adapter_config.json."""
-    raw = safetensors.read_json(path)
     if raw.get("peft_type") != "LORA":
-        raise Malformed(f"{path.name}: peft_type must be 'LORA', found {show(raw.get('peft_type'))}")
+        raise ValueError(f"peft_type must be 'LORA', found {show(raw.get('peft_type'))}")
     for flag in ("use_dora", "use_rslora"):
         if not isinstance(raw.get(flag) or False, bool):
-            raise Malformed(f"{path.name}: {flag} must be true or false, found {show(raw[flag])}")
+            raise ValueError(f"{flag} must be true or false, found {show(raw[flag])}")
     method = "dora" if raw.get("use_dora") else "rslora" if raw.get("use_rslora") else "lora"
     known = METHODS[method].Config.__dataclass_fields__.keys()
     for name, value in raw.items():
         if name not in known and name not in IGNORED and value not in (None, False, "", [], {}):
-            raise Malformed(f"{path.name}: {show(name)} is set to {show(value)}, which is not supported")
+            raise ValueError(f"{show(name)} is set to {show(value)}, which is not supported")
     fields = {n: v for n, v in raw.items() if n in known and n != "use_dora" and v is not None}
-    try:
-        return method, tune.configured(METHODS[method], method, meant(fields, raw), model)
-    except ValueError as e:
-        raise Malformed(f"{path.name}: {e}") from None
+    return method, tune.configured(METHODS[method], method, meant(fields, raw), model)
 
 
 def meant(fields: dict[str, Any], raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,9 +179,7 @@ def start(cfg: Any, chosen: Mapping[str, Part]) -> dict[str, Array]:
         return frozen
     for path, part in chosen.items():
         if part.kind == "embedding" or (part.kind == "conv1d" and cfg.init_lora_weights == "olora"):
-            raise Malformed(
-                f"adapter_config.json: {cfg.init_lora_weights} is not defined for {path}, a {part.kind} layer"
-            )
+            raise Malformed(f"{CONFIG}: {cfg.init_lora_weights} is not defined for {path}, a {part.kind} layer")
         dtype = np.float32 if is_half(part.W.dtype) else part.W.dtype
         A0, B0 = lora.factors(cfg.at(path), part.W)
         frozen |= {f"{path}.lora_A0.weight": A0.astype(dtype), f"{path}.lora_B0.weight": B0.astype(dtype)}
@@ -199,12 +196,12 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     config = as_json(adapter)
     tensors = {PREFIX + stored_name(adapter, name): a for name, a in plain_params(adapter).items()}
     with folder.new_folder(path) as new:
-        safetensors.write_json(new / "adapter_config.json", config)
+        safetensors.write_json(new / CONFIG, config)
         safetensors.write(new / FILE, tensors)
 
 
 def as_json(adapter: Adapter) -> dict[str, Any]:
-    """adapter_config.json. Ranks and α of an adapter that carries A₀ and B₀ are those of the plain one that it equals."""
+    """adapter_config.json; with the ranks and α of the plain adapter where this one carries A₀ and B₀."""
     cfg = doubled(adapter.config) if adapter.frozen else adapter.config
     use_rslora, use_dora = METHOD_FLAGS[adapter.method]
     fields = {n: list(v) if isinstance(v, tuple | set | frozenset) else v for n, v in asdict(cfg).items()}
