@@ -45,14 +45,17 @@ def session(path: Path, device: str | None = None) -> Any:
     float32.
     """
     ort = require()
-    wanted = CUDA in ort.get_available_providers() if device is None else device == "cuda"
-    if wanted and hasattr(ort, "preload_dlls"):
+    offered = CUDA in ort.get_available_providers()
+    if device == "cuda" and not offered:
+        raise ValueError("CUDA was asked for, which this onnxruntime does not offer: pip install 'refpeft[gpu]'")
+    cuda = offered and device != "cpu"
+    if cuda and hasattr(ort, "preload_dlls"):
         ort.preload_dlls()  # CUDA's libraries from the nvidia wheels, where those are installed
     options = ort.SessionOptions()
-    options.log_severity_level = 3 if device is None else 2
-    made = ort.InferenceSession(str(path), options, [(CUDA, {"use_tf32": "0"}), CPU] if wanted else [CPU])
+    options.log_severity_level = 3 if device else 4  # falling back is no error unless CUDA was asked for
+    made = ort.InferenceSession(str(path), options, [(CUDA, {"use_tf32": "0"}), CPU] if cuda else [CPU])
     if device == "cuda" and provider(made) != CUDA:
-        raise RuntimeError(f"onnxruntime was asked for CUDA and runs on {provider(made)}")
+        raise ValueError(f"CUDA was asked for, and onnxruntime fell back to {provider(made)}")
     return made
 
 
