@@ -1,6 +1,6 @@
 """Draw what the README shows, from a run of the suite here and now.
 
-    make docs        or        python docs/draw.py
+make docs        or        python docs/draw.py
 """
 
 import subprocess

@@ -8,7 +8,7 @@ Backwards:   dp = dlogits H,   dx_t = mask_t dp / Σ mask,   and from dx on `vjp
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,13 @@ def embed(model: refpeft.Model, t: Tokenizer, texts: list[str], adapter: refpeft
     """Sentence vectors [n, d], normalised to length 1."""
     ids, mask = encode(t, texts)
     p, _ = mean_pool(model(ids, adapter, attention_mask=mask)[0], mask)
-    return p / np.linalg.norm(p, axis=1, keepdims=True)
+    return unit(p)
+
+
+def unit(p: Array) -> Array:
+    """Every row at length 1."""
+    e: Array = p / np.linalg.norm(p, axis=1, keepdims=True)
+    return e
 
 
 def step(
@@ -65,9 +71,14 @@ def step(
     p, vjp_pool = mean_pool(x, mask)
     logits, vjp_head = linear(p, head["H"], head["c"])
     L, vjp_loss = cross_entropy(logits, labels)
-    dlogits = vjp_loss(np.ones_like(L))[0]()
-    dp, dH, dc = vjp_head(dlogits)
-    return float(L), vjp(vjp_pool(dp())), {"H": dH(), "c": dc()}
+    dlogits = called(vjp_loss(np.ones_like(L)))[0]
+    dp, dH, dc = called(vjp_head(dlogits))
+    return float(L), vjp(vjp_pool(dp)), {"H": dH, "c": dc}
+
+
+def called(cotangents: Iterable[Callable[[], Array] | None]) -> list[Array]:
+    """An op answers with functions that compute its cotangents; here all of them are wanted."""
+    return [d() for d in cotangents if d]
 
 
 def adam(lr: float, β1: float = 0.9, β2: float = 0.999, ε: float = 1e-8) -> Callable[[Named, Named], Named]:
@@ -118,7 +129,8 @@ def train(
 def nearest_centre(e: Array, known: Array, labels: Array) -> Array:
     """For each vector of e, the label whose known vectors have the nearest mean: no head, only the space's geometry."""
     centres = np.stack([known[labels == k].mean(0) for k in range(len(TONES))])
-    return (e @ (centres / np.linalg.norm(centres, axis=1, keepdims=True)).T).argmax(1)
+    nearest: Array = (e @ unit(centres).T).argmax(1)
+    return nearest
 
 
 def alike(e: Array, labels: Array, k: int = 5) -> float:

@@ -50,7 +50,9 @@ def test_the_blocks_of_a_section_run(section: str) -> None:
         for command in block.strip().splitlines():
             name, *words = shlex.split(command, comments=True)
             assert name == "refpeft"
-            done = subprocess.run([sys.executable, "-m", "refpeft", *words], capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                [sys.executable, "-m", "refpeft", *words], capture_output=True, text=True, check=False
+            )
             assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
 
 
