@@ -89,6 +89,7 @@ def export(
 
         verification.ready()
     adapters = adapter_list(adapter)
+    representable(model, adapters)
     with staged(Path(out), needs=weights.size(model, DTYPES[dtype])) as folder:
         report("writing the weights")
         whole, tensors = stored(model, adapters, DTYPES[dtype], folder, external)
@@ -110,6 +111,18 @@ def export(
 def chosen(value: str, known: Mapping[str, Any], what: str) -> None:
     if value not in known:
         raise ValueError(f"{what} must be one of {', '.join(known)}, found {value!r}")
+
+
+def representable(model: Model, adapters: Sequence[Adapter]) -> None:
+    """Nothing that an adapter holds may be dropped without a word."""
+    modules = {site.path for site in model.sites.values()}
+    for a in adapters:
+        for path in a.by_module.keys() - modules:
+            raise ValueError(f"the {a.method} adapter has parameters for {path}, a module that the model does not have")
+        if a.masks:
+            raise ValueError(
+                "a dropout mask belongs to one batch and cannot be exported: use adapter.replace(masks={})"
+            )
 
 
 # ── forms ────────────────────────────────────────────────────────────────────────────────────────────────────────────

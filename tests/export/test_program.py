@@ -201,6 +201,18 @@ def test_unknown_choices(tmp_path: Path) -> None:
     refused(tmp_path, ValueError, "dtype must be one of float32, float16, found 'int4'", dtype="int4")
 
 
+def test_what_a_merged_graph_cannot_hold_is_refused(tmp_path: Path) -> None:
+    model = tiny("gpt2", dtype=F32)
+    (adapter,) = adapters_of(model, ADAPTERS["lora"])
+    elsewhere = {"transformer.h.9.attn.c_attn.lora_A.weight": np.ones((2, 16), F32)}
+    stray = adapter.replace(params={**adapter.params, **elsewhere})
+    dropped = adapter.replace(masks={"transformer.h.0.attn.c_attn": np.ones((1, 4, 16), F32)})
+    for wrong, message in ((stray, "parameters for transformer.h.9.attn.c_attn"), (dropped, "dropout mask")):
+        with pytest.raises(ValueError, match=message):
+            export(model, wrong, tmp_path / "out", verify=False)
+    assert not any(tmp_path.iterdir())
+
+
 def test_inline_weights_that_no_protobuf_can_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("refpeft.export.program.PROTOBUF_LIMIT", 1000)
     refused(tmp_path, ValueError, "do not fit into model.onnx", external=False)
