@@ -52,7 +52,9 @@ def load(info: Mapping[str, Any], path: str | None = None) -> Sequence[Entry]:
     file = Path(path) if path else FOLDER / f"{info['name']}.json"
     if not path and not file.is_file():
         return []
-    return [e for e in parse(file) if SpecifierSet(e.versions).contains(str(info.get("version", "0")), prereleases=True)]
+    return [
+        e for e in parse(file) if SpecifierSet(e.versions).contains(str(info.get("version", "0")), prereleases=True)
+    ]
 
 
 @cache
@@ -75,3 +77,28 @@ def entry_of(raw: Mapping[str, Any], file: Path) -> Entry:
     if raw["class"] not in CLASSES:
         raise TypeError(f"class must be one of {CLASSES}, found {raw['class']!r}")
     return Entry(**fields, cls=raw["class"], case=file.parent / raw["case"])
+
+
+# ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def update(file: Path, version: str, results: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """Entries for what fails now, their cases in a folder of the file's name; none for what fails no longer.
+
+    Returns how many came and went. The reason given is what was found, and the class "bug": someone
+    has to look into it and write down what it is.
+    """
+    entries = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    gone = {str(row["case"]) for row in results if row["status"] == "unexpected-pass"}
+    kept = [entry for entry in entries if str(file.parent / entry["case"]) not in gone]
+    failed = [row for row in results if row["status"] in ("fail", "error")]
+    for row in failed:
+        place = {name: row[name] for name in ("method", "level", "property", "kind")}
+        case = f"{file.stem}/{row['method']}-{row['level']}-{row['property']}.safetensors"
+        Case.read(row["case"]).save(file.parent / case)
+        kept.append({**place, "class": "bug", "reason": row["detail"], "versions": f"=={version}", "case": case})
+    for case in {entry["case"] for entry in entries} - {entry["case"] for entry in kept}:
+        (file.parent / case).unlink(missing_ok=True)
+    file.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    parse.cache_clear()
+    return len(failed), len(entries) + len(failed) - len(kept)

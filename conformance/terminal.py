@@ -1,7 +1,8 @@
 """A report on the terminal: the matrix, what differs, where the time went, and the verdict."""
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.columns import Columns
 from rich.console import Console, RenderableType
@@ -10,6 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from refpeft.conformance.report import STATUSES, Event, Report
+
+if TYPE_CHECKING:
+    from refpeft.conformance.mutants import Kill
 
 NBSP = "\u00a0"
 COLOURS = {
@@ -133,3 +137,22 @@ def number(x: float) -> str:
 def times(report: Report) -> Text:
     parts = ", ".join(f"{name} {value:.1f} s" for name, value in report.seconds.items())
     return Text(f"{report.wall:.1f} s: {parts}", style="dim")
+
+
+# ── the mutants ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def show_mutants(kills: Mapping[str, Sequence["Kill"]], console: Console) -> None:
+    """Which property found each of them, on how many seeds."""
+    table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False, header_style="bold")
+    table.add_column("mutant", no_wrap=True)
+    table.add_column("seeds", justify="right", no_wrap=True)
+    table.add_column("found by", style="dim")
+    for name, found in kills.items():
+        killed = [kill for kill in found if kill.by]
+        by = ", ".join(dict.fromkeys(kill.by for kill in killed if kill.by)) or "nothing"
+        table.add_row(name, f"{len(killed)}/{len(found)}", by, style=None if len(killed) == len(found) else "bold red")
+    console.print(table)
+    survivors = [name for name, found in kills.items() if not all(kill.by for kill in found)]
+    verdict = f"Survived on some seed: {', '.join(survivors)}." if survivors else f"All {len(kills)} were found out."
+    console.print(Text("\n" + verdict, style="bold red" if survivors else "bold green"))

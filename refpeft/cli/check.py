@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -83,12 +84,15 @@ def check(
     2: could not run.
     """
     from refpeft.conformance import engine
+    from refpeft.conformance import known as knowledge
     from refpeft.conformance.report import build, writer
 
     if update and not known:
         raise ValueError("--update needs --known FILE, the file to write")
+    if update and known and not known.exists():
+        known.write_text("[]\n", encoding="utf-8")
     views = {"html": html, "junit": junit, "svg": svg}
-    writable(json_file, *views.values())
+    writable(json_file, known, *views.values())
     options: dict[str, Any] = {"examples": examples, "seed": seed, "shard": part(shard), "known": known}
     if model:
         options["model"] = model
@@ -97,6 +101,11 @@ def check(
         for event in engine.check(target, method, level, property, executor=pool, **options):
             for use in (seen.append, write, step):
                 use(event)
+    if update and known:
+        came, went = knowledge.update(
+            known, str(seen[0]["target"]["version"]), [e for e in seen if e["type"] == "result"]
+        )
+        typer.echo(f"{known}: {came} added, {went} removed", err=True)
     finish(build(seen), views)
 
 
@@ -152,22 +161,24 @@ def executor(workers: int, dask: str | None) -> Iterator[Executor | None]:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[["Event"], None]]:
+def progress(total: int | None = None) -> Iterator[Callable[["Event | str"], None]]:
     """What is being done, on stderr, if someone is looking."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description:36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("starting", total=None)
+        task = bar.add_task("starting", total=total)
 
-        def step(event: "Event") -> None:
-            if event["type"] == "header":
+        def step(event: "Event | str") -> None:
+            if isinstance(event, str):
+                bar.update(task, advance=1, description=event)
+            elif event["type"] == "header":
                 bar.update(task, total=event.get("units"), description=f"checking {event['target']['name']}")
             elif event["type"] == "result":
                 place = f"{event['level']} {event['method']} {event['property']}"
-                bar.update(task, advance=1, description=f"{place:36}")
+                bar.update(task, advance=1, description=place)
 
         yield step
 
@@ -261,5 +272,33 @@ def installed(target: str) -> dict[str, Any]:
         return {"ready": False, "here": missing(package)}
 
 
-def mutants() -> None:
-    """Check the checker: every deliberately wrong implementation must be found out."""
+Mutant = Annotated[Names, typer.Argument(metavar="[NAME...]", help="Only these mutants.", show_default=False)]
+Seeds = Annotated[int, typer.Option(min=1, metavar="N", help="Try each with N seeds.")]
+
+
+def mutants(
+    names: Mutant = None, seeds: Seeds = 20, workers: Workers = 1, dask: Dask = None, json_file: Json = None
+) -> None:
+    """Check the checker: every deliberately wrong implementation must be found out.
+
+    Each mutant is the specification with one mistake, named after the kind of real
+    bug that it imitates. Exit code 1: one of them survived.
+
+    [cyan]refpeft mutants --seeds 3 --workers 2[/cyan]
+    """
+    from rich.console import Console
+
+    from refpeft.conformance import mutants as bench
+    from refpeft.conformance import terminal
+
+    for name in names or ():
+        bench.target(name)
+    writable(json_file)
+    kills: dict[str, list[bench.Kill]] = {name: [] for name in names or bench.MUTANTS}
+    with executor(workers, dask) as pool, progress(len(kills) * seeds) as step:
+        for kill in bench.mutants(seeds, names, pool):
+            kills[kill.mutant].append(kill)
+            step(kill.mutant)
+    save(json_file, [asdict(kill) for found in kills.values() for kill in found])
+    terminal.show_mutants(kills, Console(highlight=False))
+    raise typer.Exit(0 if all(kill.by for found in kills.values() for kill in found) else 1)

@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 import refpeft
 from refpeft.cli import app
-from refpeft.conformance import engine
+from refpeft.conformance import engine, mutants
 from refpeft.conformance.case import Case
 from refpeft.conformance.report import read
 from refpeft.conformance.targets import Skip
@@ -154,6 +154,27 @@ def test_an_interrupted_check_ends_quietly_and_its_report_says_so(monkeypatch: p
     assert not read(Path("r.jsonl")).complete
 
 
+def test_known_failures_are_written_met_and_missed_when_they_are_mended(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = ("-p", "merge", "-p", "forward", "--known", "known/wrong.json")
+    Path("known").mkdir()
+    assert checked("Wrong", *known, "--update").exit_code == 1
+    (entry,) = json.loads(Path("known/wrong.json").read_text())
+    assert (entry["property"], entry["kind"], entry["class"]) == ("merge", "value", "bug")
+    assert Path("known", entry["case"]).is_file()
+    engine.opened.cache_clear()
+    monkeypatch.setattr(Wrong, "info", Right.info)
+    met = checked("Wrong", *known, "--json", "met.jsonl")
+    assert read(Path("met.jsonl")).counts == {"known": 1, "pass": 1}, met.stdout
+    assert met.exit_code == 0
+    monkeypatch.setattr(Wrong, "run", Right.run)
+    mended = checked("Wrong", *known, "--update")
+    assert mended.exit_code == 1
+    assert "1 unexpected-pass" in mended.stdout
+    assert "0 added, 1 removed" in mended.stderr
+    assert json.loads(Path("known/wrong.json").read_text()) == []
+    assert not list(Path("known/wrong").iterdir())
+
+
 # ── what cannot be run: one sentence, exit code 2 ────────────────────────────────────────────────────────────────────
 
 
@@ -172,6 +193,7 @@ def test_an_interrupted_check_ends_quietly_and_its_report_says_so(monkeypatch: p
         (("check", "spec", "--update"), "--update needs --known FILE"),
         (("report", "missing.jsonl"), "missing.jsonl: No such file or directory"),
         (("replay", "missing.safetensors", "spec"), "missing.safetensors: no such file"),
+        (("mutants", "lara"), "unknown mutant 'lara'"),
         (("methods", "lara"), "unknown method 'lara': expected one of lora"),
     ],
 )
@@ -217,6 +239,18 @@ def test_methods_are_listed_and_read() -> None:
         "lora_A.weight",
     ):
         assert said in text
+
+
+def test_mutants_are_found_out_or_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = run("mutants", "scale-forgotten-in-merge", "base-trained-too", "--seeds", "2", "--json", "m.jsonl")
+    assert found.exit_code == 0
+    assert "scale-forgotten-in-merge     2/2   lora/layer/merge" in found.stdout
+    assert found.stdout.rstrip().endswith("All 2 were found out.")
+    assert len(Path("m.jsonl").read_text().splitlines()) == 4
+    monkeypatch.setattr(mutants, "mutants", lambda *_: iter([mutants.Kill("base-trained-too", 0, None)]))
+    survived = run("mutants", "base-trained-too", "--seeds", "1")
+    assert survived.exit_code == 1
+    assert "Survived on some seed: base-trained-too." in survived.stdout
 
 
 def test_targets_are_listed() -> None:
