@@ -1,6 +1,7 @@
 """From a drawn structure to a case: the numbers, and the fields that say what is asked."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -54,8 +55,8 @@ def layer(method: str, prop: str, s: Mapping[str, Any], seed: int, want: Sequenc
     typed = {n: typed_as(a, wide if n.removeprefix("new/") in params else dtype) for n, a in arrays.items()}
     if edge == "strided":
         typed["x"] = np.repeat(typed["x"], 2, axis=-1)[..., ::2] if typed["x"].ndim > 2 else typed["x"]
-    about = {"layer": {"kind": s["kind"], "path": "layer"}, "config": s["config"], "params": list(params), "want": list(want)}
-    return Case(meta(method, "layer", prop, s, seed) | about, typed)
+    asked = {"layer": {"kind": s["kind"], "path": "layer"}, "config": s["config"], "params": list(params), "want": list(want)}
+    return Case(meta(method, "layer", prop, s, seed) | asked, typed)
 
 
 def other(params: Mapping[str, Array], only_m: bool) -> dict[str, Array]:
@@ -118,11 +119,11 @@ def model(
     **fields: Any,
 ) -> Case:
     """A model, adapters by name with their configs (one called 'default' unless given), ids, and what else is asked."""
-    dtype, seed = DTYPES[s["dtype"]], seed + s["draw"]
-    source = tiny.config_json(s["family"], s["architecture"], s["layers"], **s.get("model", {}))
-    base = tiny.model(source, seed, dtype)
+    seed += s["draw"]
+    base = stored_model(s["folder"]) if "folder" in s else tiny_model(s, seed)
+    source, vocab = base.source, base.source["vocab_size"]
     adapters = adapters or {"default": s["config"]}
-    ids = integers(seed, "ids", tuple(s["batch"]), 2, tiny.VOCAB - 1)
+    ids = integers(seed, "ids", tuple(s["batch"]), 2, vocab - 1)
     arrays: dict[str, Array] = {f"model/{n}": v for n, v in base.params.items()} | {"ids": ids}
     for n, (name, config) in enumerate(adapters.items()):
         arrays |= {f"{name}/{k}": v for k, v in adapter(method, config, base, seed + 10 * n).items()}
@@ -131,10 +132,30 @@ def model(
     if s.get("padded"):
         arrays |= padded(s, ids, source.get("pad_token_id") or 0)
     if "other_logits" in fields.get("want", ()):
-        arrays["other_ids"] = np.where(np.arange(ids.shape[1]) == ids.shape[1] - 1, 2 + (ids - 1) % (tiny.VOCAB - 2), ids)
-    about = {"model": source, "adapters": {n: {"method": method, "config": c} for n, c in adapters.items()}, "active": list(adapters)}
-    case = Case(meta(method, level, prop, s, seed) | about | fields, arrays)
+        arrays["other_ids"] = np.where(np.arange(ids.shape[1]) == ids.shape[1] - 1, 2 + (ids - 1) % (vocab - 2), ids)
+    asked = {"model": source, "adapters": {n: {"method": method, "config": c} for n, c in adapters.items()}, "active": list(adapters)}
+    case = Case(meta(method, level, prop, s, seed) | asked | fields, arrays)
     return with_dout(case, base, seed) if "grads" in fields.get("want", ()) else case
+
+
+def tiny_model(s: Mapping[str, Any], seed: int) -> Model:
+    return tiny.model(tiny.config_json(s["family"], s["architecture"], s["layers"]), seed, DTYPES[s["dtype"]])
+
+
+@cache
+def stored_model(folder: str) -> Model:
+    model: Model = refpeft.load(folder)
+    return model
+
+
+def about(folder: str) -> dict[str, Any]:
+    """What the structure of a case says of the model in a folder."""
+    base = stored_model(folder)
+    dtype = next(iter(base.params.values())).dtype.name
+    return {
+        "folder": folder, "family": base.source["model_type"], "architecture": base.source["architectures"][0],
+        "layers": base.config.num_layers, "dtype": dtype,
+    }  # fmt: skip
 
 
 def adapter(method: str, config: Mapping[str, Any], base: Model, seed: int) -> dict[str, Array]:

@@ -25,6 +25,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Flaky
 
 from refpeft.conformance import known as knowledge
+from refpeft.conformance.build import about
 from refpeft.conformance.case import SPEC_VERSION, Case
 from refpeft.conformance.properties import PROPERTIES, Property
 from refpeft.conformance.targets import Skip, Target, open_target
@@ -48,6 +49,7 @@ class Unit:
 class Options:
     seed: int = 0
     examples: int | None = None
+    model: str | None = None  # a model folder, for the level model, in place of tiny models
     folder: str | None = CASES  # where a case that fails is stored; None: nowhere
     shrink: bool = True
     known: str | None = None  # path of a file of known failures; None: the one shipped for the target, if any
@@ -79,6 +81,7 @@ def check(
     methods: Sequence[str] | None = None,
     levels: Sequence[str] | None = None,
     properties: Sequence[str] | None = None,
+    model: str | Path | None = None,
     examples: int | None = None,
     seed: int = 0,
     shard: tuple[int, int] = (1, 1),
@@ -89,9 +92,10 @@ def check(
 ) -> Iterator[Event]:
     """The events of a run: a header, one result for each method, level and property, a footer."""
     info = dict(opened(target).info())
-    options = Options(seed, examples, str(folder), known=None if known is None else str(known))
-    units = chosen(info, methods, levels, properties)[shard[0] - 1 :: shard[1]]
-    entries = knowledge.load(info, options.known)
+    options = Options(seed, examples, text(model), str(folder), known=text(known))
+    units = chosen(info, methods, ["model"] if model else levels, properties)
+    units = [u for u in units if not model or find(u).fits(about(str(model)))][shard[0] - 1 :: shard[1]]
+    knowledge.load(info, options.known)  # better to hear of a mistake in it now
     began, counts, seconds = time.perf_counter(), Counter[str](), Counter[str]()
 
     def emit(event: Event) -> Event:
@@ -104,12 +108,15 @@ def check(
         counts[row["status"]] += 1
         seconds.update({"spec": row["spec_seconds"], "target": row["target_seconds"]})
         yield emit(row)
-    del entries
     busy = time.perf_counter() - began
     own = max(0.0, busy - seconds["spec"] - seconds["target"]) if executor is None else 0.0
     ok = not any(counts[s] for s in ("fail", "error", "unexpected-pass"))
     rounded = {k: round(v, 3) for k, v in {**seconds, "engine": own, "wall": busy}.items()}
     yield emit({"type": "footer", "counts": dict(counts), "seconds": rounded, "ok": ok})
+
+
+def text(path: str | Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def header(target: str, info: Mapping[str, Any], options: Options, shard: tuple[int, int]) -> Event:
@@ -180,7 +187,7 @@ def run_unit(target: str, unit: Unit, options: Options) -> Event:
     """The result of one property: known failures first, then drawn cases until one is wrong; that one made small."""
     prop, clock = find(unit), Clock()
     implementation = opened(target)
-    info = implementation.info()
+    info = told(implementation, options)
     row: Event = {
         "type": "result", **asdict(unit), "required": prop.required, "status": "undeclared", "examples": 0,
         "ratio": None, "limit": LIMIT[unit.level], "statement": prop.statement, "claims": list(prop.claims_of(unit.method)),
@@ -195,6 +202,11 @@ def run_unit(target: str, unit: Unit, options: Options) -> Event:
     else:
         row |= drawn(implementation, target, unit, prop, entries, options, clock)
     return row | {"spec_seconds": round(clock.spec, 4), "target_seconds": round(clock.target, 4)}
+
+
+def told(target: Target, options: Options) -> Mapping[str, Any]:
+    """What the target declares, and about the model that it is to be checked on, if one is given."""
+    return {**target.info(), **({"model": about(options.model)} if options.model else {})}
 
 
 def still_fails(target: Target, entry: "knowledge.Entry", clock: Clock) -> bool:
@@ -212,6 +224,7 @@ def drawn(
 ) -> Event:
     wrong: list[tuple[Case, Verdict]] = []
     tally, ratios, skips, met = Counter[str](), [0.0], [""], [""]
+    info = told(target, options)
     phases = [Phase.generate, Phase.shrink] if options.shrink else [Phase.generate]
 
     def ask(structure: dict[str, Any]) -> None:
@@ -235,12 +248,12 @@ def drawn(
         max_examples=options.examples or EXAMPLES[unit.level], database=None, deadline=None, phases=phases,
         suppress_health_check=list(HealthCheck), report_multiple_bugs=False, verbosity=hypothesis.Verbosity.quiet,
     )  # fmt: skip
-    @given(prop.structure(unit.method, target.info()))
+    @given(prop.structure(unit.method, info))
     def each(structure: dict[str, Any]) -> None:
         ask(structure)
 
     try:
-        for structure in prop.corners(unit.method, target.info()):
+        for structure in prop.corners(unit.method, info):
             ask(structure)
         each()
     except (Wrong, Flaky):

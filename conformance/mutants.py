@@ -456,7 +456,7 @@ def hunt(name: str, seed: int) -> Kill:
     from refpeft.conformance.engine import Options, chosen, run_unit
 
     mutant = target(name)
-    options = Options(seed, shrink=False, folder=None)
+    options = Options(seed, folder=None, shrink=False)
     units = chosen(mutant.info(), mutant.methods, None, None)
     for unit in sorted(units, key=lambda u: (u.level, u.property) != mutant.first):
         row = run_unit(f"mutant:{name}", unit, options)

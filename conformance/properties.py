@@ -30,12 +30,19 @@ class Property:
     claims: Sequence[str] = ()  # as the methods' docstrings label them: L2 of LoRA, D2 of DoRA
     required: bool = True
     methods: Sequence[str] | None = None
+    families: Sequence[str] | None = None  # those whose models it is about
+    any_head: bool = True  # or only language models
 
     def applies(self, method: str) -> bool:
         return self.methods is None or method in self.methods
 
     def claims_of(self, method: str) -> Sequence[str]:
         return [c for c in self.claims if c.startswith(CLAIMS.get(method, "?"))]
+
+    def fits(self, about: Mapping[str, Any]) -> bool:
+        """Can it be asked of the model in a folder, which is of one family and architecture?"""
+        causal = about["architecture"].endswith(tiny.LM[about["family"]])
+        return self.families is None or (about["family"] in self.families and (causal or self.any_head))
 
     def structure(self, method: str, info: Info) -> Strategy:
         return self.draw(method, info)
@@ -132,7 +139,9 @@ def whole(
         s = {**s, "config": {**s["config"], **configs(s)}}
         return build.model(method, "model", name, s, seed, adapters(s), want=list(want))
 
-    return Property(name, "model", statement, draw, corners, make, needs, claims, **more)
+    return Property(
+        name, "model", statement, draw, corners, make, needs, claims, families=families,
+                    any_head="architectures" not in fixed, **more)  # fmt: skip
 
 
 def patterns(s: Structure) -> Structure:

@@ -55,13 +55,15 @@ def model_corners(
     method: str, info: Mapping[str, Any], families: Sequence[str], architectures: Sequence[str]
 ) -> list[Structure]:
     """One model of each family, with adapters on two kinds of layers of unlike shapes."""
+    given = info.get("model", {})
     there = [f for f in families if "conv1d" in info["features"] or f != "gpt2"] or ["llama"]
+    there = [given["family"]] if given else there
     own: Structure = {"r": 2, "lora_alpha": 6.0} | FLAGS.get(method, {})
     return [
         {
             "family": family, "architecture": architectures[0] or tiny.LM[family], "layers": 1, "dtype": "float32",
             "config": {**own, "target_modules": list(tiny.LINEARS[family][:2]) + list(tiny.LINEARS[family][-1:])},
-            "batch": [2, 3], "draw": n,
+            "batch": [2, 3], "draw": n, **given,
         }
         for n, family in enumerate(there)
     ]  # fmt: skip
@@ -103,8 +105,9 @@ def model(
     layers: int = 2,
     **fixed: Any,
 ) -> Structure:
-    """A tiny model and where an adapter goes. '' stands for the family's language model."""
-    family = draw(st.sampled_from([f for f in families if "conv1d" in info["features"] or f != "gpt2"]))
+    """A tiny model, or the one in `info["model"]`, and where an adapter goes. '' is the family's language model."""
+    given = info.get("model")
+    family = given["family"] if given else draw(st.sampled_from([f for f in families if "conv1d" in info["features"] or f != "gpt2"]))
     architecture = draw(st.sampled_from(architectures)) or tiny.LM[family]
     linears = tiny.LINEARS[family]
     own = draw(config(method, [], False, False, "none", 4))
@@ -118,4 +121,5 @@ def model(
         "config": own,
         "batch": [draw(st.integers(1, 2)), draw(st.integers(1, 5))],
         "draw": draw(st.integers(0, 3)),
+        **(given or {}),
     } | fixed
