@@ -20,8 +20,8 @@ Meta = dict[str, Any]
 
 def meta(method: str, level: str, prop: str, s: Mapping[str, Any], seed: int) -> Meta:
     return {
-        "spec_version": SPEC_VERSION, "id": f"{method}/{level}/{prop}", "method": method, "level": level, "property": prop,
-        "regime": s.get("regime", "float"), "edge": s.get("edge", "none"), "seed": seed, "dtype": s["dtype"],
+        "spec_version": SPEC_VERSION, "id": f"{method}/{level}/{prop}", "method": method, "level": level,
+        "property": prop, "regime": s.get("regime", "float"), "edge": s.get("edge", "none"), "seed": seed, "dtype": s["dtype"],
     }  # fmt: skip
 
 
@@ -55,7 +55,12 @@ def layer(method: str, prop: str, s: Mapping[str, Any], seed: int, want: Sequenc
     typed = {n: typed_as(a, wide if n.removeprefix("new/") in params else dtype) for n, a in arrays.items()}
     if edge == "strided":
         typed["x"] = np.repeat(typed["x"], 2, axis=-1)[..., ::2] if typed["x"].ndim > 2 else typed["x"]
-    asked = {"layer": {"kind": s["kind"], "path": "layer"}, "config": s["config"], "params": list(params), "want": list(want)}
+    asked = {
+        "layer": {"kind": s["kind"], "path": "layer"},
+        "config": s["config"],
+        "params": list(params),
+        "want": list(want),
+    }
     return Case(meta(method, "layer", prop, s, seed) | asked, typed)
 
 
@@ -83,7 +88,9 @@ def inputs(kind: str, seed: int, draw: Draw, shape: Sequence[int], i: int) -> Ar
     return integers(seed, "ids", tuple(shape), 0, i - 1) if kind == "embedding" else draw("x", (*shape, i))
 
 
-def parameters(method: str, s: Mapping[str, Any], arrays: Mapping[str, Array], draw: Draw, seed: int) -> dict[str, Array]:
+def parameters(
+    method: str, s: Mapping[str, Any], arrays: Mapping[str, Array], draw: Draw, seed: int
+) -> dict[str, Array]:
     """Those that the method's own `init` makes, moved away from where it starts them."""
     m = METHODS[method]
     W = arrays["W"].T if s["kind"] != "linear" else arrays["W"]
@@ -133,7 +140,11 @@ def model(
         arrays |= padded(s, ids, source.get("pad_token_id") or 0)
     if "other_logits" in fields.get("want", ()):
         arrays["other_ids"] = np.where(np.arange(ids.shape[1]) == ids.shape[1] - 1, 2 + (ids - 1) % (vocab - 2), ids)
-    asked = {"model": source, "adapters": {n: {"method": method, "config": c} for n, c in adapters.items()}, "active": list(adapters)}
+    asked = {
+        "model": source,
+        "adapters": {n: {"method": method, "config": c} for n, c in adapters.items()},
+        "active": list(adapters),
+    }
     case = Case(meta(method, level, prop, s, seed) | asked | fields, arrays)
     return with_dout(case, base, seed) if "grads" in fields.get("want", ()) else case
 
@@ -161,7 +172,10 @@ def about(folder: str) -> dict[str, Any]:
 def adapter(method: str, config: Mapping[str, Any], base: Model, seed: int) -> dict[str, Array]:
     """Its parameters, moved away from where the method starts them."""
     fresh = refpeft.init(method, config, base, seed=0)
-    return {n: (v + 0.5 * normal(seed, n, v.shape) / max(v.shape[-1:] or (1,)) ** 0.5).astype(v.dtype) for n, v in fresh.params.items()}
+    return {
+        n: (v + 0.5 * normal(seed, n, v.shape) / max(v.shape[-1:] or (1,)) ** 0.5).astype(v.dtype)
+        for n, v in fresh.params.items()
+    }
 
 
 def padded(s: Mapping[str, Any], ids: Array, pad: int) -> dict[str, Array]:

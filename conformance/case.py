@@ -65,7 +65,7 @@ class Case:
 
 
 def is_float(a: Array) -> bool:
-    return a.dtype.kind == "f" or a.dtype == ml_dtypes.bfloat16
+    return a.dtype.kind == "f" or bool(a.dtype == ml_dtypes.bfloat16)
 
 
 def write(path: Path, arrays: Mapping[str, Array], header: Mapping[str, str] | None = None) -> None:

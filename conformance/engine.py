@@ -14,7 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,11 @@ def chosen(
 ) -> list[Unit]:
     """The units asked for; a name that does not exist is an error, not an empty run."""
     names = sorted({p.name for p in PROPERTIES})
-    for what, given_, there in (("method", methods, list(METHODS)), ("level", levels, list(LEVELS)), ("property", properties, names)):
+    for what, given_, there in (
+        ("method", methods, list(METHODS)),
+        ("level", levels, list(LEVELS)),
+        ("property", properties, names),
+    ):
         unknown = [name for name in given_ or () if name not in there]
         if unknown:
             raise ValueError(f"unknown {what} {unknown[0]!r}: there are {', '.join(there)}")
@@ -190,15 +194,19 @@ def run_unit(target: str, unit: Unit, options: Options) -> Event:
     info = told(implementation, options)
     row: Event = {
         "type": "result", **asdict(unit), "required": prop.required, "status": "undeclared", "examples": 0,
-        "ratio": None, "limit": LIMIT[unit.level], "statement": prop.statement, "claims": list(prop.claims_of(unit.method)),
-        "case": None, "replay": None, "kind": None, "detail": "", "spec_seconds": 0.0, "target_seconds": 0.0,
+        "ratio": None, "limit": LIMIT[unit.level], "statement": prop.statement,
+        "claims": list(prop.claims_of(unit.method)), "case": None, "replay": None, "kind": None, "detail": "", "spec_seconds": 0.0, "target_seconds": 0.0,
     }  # fmt: skip
     if not declared(info, unit, prop):
         return row
     entries = [e for e in knowledge.load(info, options.known) if e.concerns(unit.method, unit.level, unit.property)]
     stale = next((e for e in entries if not still_fails(implementation, e, clock)), None)
     if stale:
-        row |= {"status": "unexpected-pass", "detail": f"known failure passes or fails otherwise: {stale.reason}", "case": str(stale.case)}
+        row |= {
+            "status": "unexpected-pass",
+            "detail": f"known failure passes or fails otherwise: {stale.reason}",
+            "case": str(stale.case),
+        }
     else:
         row |= drawn(implementation, target, unit, prop, entries, options, clock)
     return row | {"spec_seconds": round(clock.spec, 4), "target_seconds": round(clock.target, 4)}
@@ -267,7 +275,12 @@ def drawn(
 def failure(name: str, case: Case, verdict: Verdict, options: Options) -> Event:
     m = case.meta
     error = bool(verdict.kind and verdict.kind.startswith("error"))
-    row = {"status": "error" if error else "fail", "ratio": verdict.ratio, "kind": verdict.kind, "detail": verdict.detail}
+    row = {
+        "status": "error" if error else "fail",
+        "ratio": verdict.ratio,
+        "kind": verdict.kind,
+        "detail": verdict.detail,
+    }
     if options.folder is None:
         return row
     short = re.sub(r"[^\w.]+", "-", name)[:40]
@@ -302,7 +315,3 @@ def examine(target: Target, case: Case, clock: Clock | None = None) -> Outcome:
 def replay(path: str | Path, target: str) -> Outcome:
     """One stored case again."""
     return examine(opened(target), Case.read(path))
-
-
-def smaller(case: Case, **meta: Any) -> Case:
-    return replace(case, meta={**case.meta, **meta})

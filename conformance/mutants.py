@@ -20,12 +20,14 @@ from refpeft.adapter import Adapter
 from refpeft.conformance.case import Case
 from refpeft.conformance.targets.base import Arrays
 from refpeft.conformance.targets.spec import Layer, Session, Spec, Whole, answers, scaled
-from refpeft.method import Merged, Phi
+from refpeft.method import Merged, Phi, at
 from refpeft.methods import dora, lora, rslora
+from refpeft.methods.lora import ΔW
 from refpeft.ops import Array
-from refpeft.part import Part
+from refpeft.part import Once, Part
 
 MODULES = (lora, rslora, dora)
+Wrap = Callable[[Any, Phi, Part], Part]
 Patch = Any  # what unittest.mock.patch returns: a context manager
 
 
@@ -97,7 +99,7 @@ def values(φ: Phi, **new: Array) -> Phi:
 
 
 def square(W: Array) -> bool:
-    return W.shape[0] == W.shape[1]
+    return bool(W.shape[0] == W.shape[1])
 
 
 def transposed_merge(merge: Any, cfg: Any, W: Array, b: Array, φ: Any) -> Merged:
@@ -106,13 +108,13 @@ def transposed_merge(merge: Any, cfg: Any, W: Array, b: Array, φ: Any) -> Merge
 
 
 def bias_unscaled(merge: Any, cfg: Any, W: Array, b: Array, φ: Any) -> Merged:
-    W1, b1, vjp = merge(cfg, W, b, φ)
+    W1, _, vjp = merge(cfg, W, b, φ)
     return W1, b if φ.get("β") is None else (0 if b is None else b) + φ["β"], vjp
 
 
 def bias_rescaled(merge: Any, cfg: Any, W: Array, b: Array, φ: Any) -> Merged:
-    W1, b1, vjp = merge(cfg, W, b, φ)
-    return W1, None if b is None else b * φ["m"] / dora.norm(cfg, W + dora.ΔW(cfg, φ)), vjp
+    W1, _, vjp = merge(cfg, W, b, φ)
+    return W1, None if b is None else b * φ["m"] / dora.norm(cfg, W + ΔW(cfg, φ)), vjp
 
 
 def rounded_delta(merge: Any, cfg: Any, W: Array, b: Array, φ: Any) -> Merged:
@@ -127,18 +129,18 @@ def wrong_axis(cfg: Any, V: Array) -> Array:
 norm = dora.norm
 
 
-def unscaled_norm(wrap: Any, cfg: Any, φ: Phi, part: Part) -> Part:
-    V, U = part.W + dora.ΔW(cfg, φ), part.W + φ["B"] @ φ["A"]
+def unscaled_norm(wrap: Wrap, cfg: Any, φ: Phi, part: Part) -> Part:
+    V, U = part.W + ΔW(cfg, φ), part.W + φ["B"] @ φ["A"]
     return wrap(cfg, values(φ, m=φ["m"] * norm(cfg, V) / norm(cfg, U)), part)
 
 
-def row_lost(wrap: Any, cfg: Any, φ: Phi, part: Part) -> Part:
+def row_lost(wrap: Wrap, cfg: Any, φ: Phi, part: Part) -> Part:
     A = φ["A"].copy()
     A[-1] = 0
     return wrap(cfg, values(φ, A=A) if len(A) > 1 else φ, part)
 
 
-def without_branch(wrap: Any, cfg: Any, φ: Phi, part: Part) -> Part:
+def without_branch(wrap: Wrap, cfg: Any, φ: Phi, part: Part) -> Part:
     """dx of the base alone."""
     wrapped = wrap(cfg, φ, part)
 
@@ -149,7 +151,7 @@ def without_branch(wrap: Any, cfg: Any, φ: Phi, part: Part) -> Part:
     return wrapped.wrapped(run)
 
 
-def rows_mixed(wrap: Any, cfg: Any, φ: Phi, part: Part) -> Part:
+def rows_mixed(wrap: Wrap, cfg: Any, φ: Phi, part: Part) -> Part:
     """Every row of the batch gets the adapter's output for the first."""
     wrapped = wrap(cfg, φ, part)
 
@@ -160,7 +162,7 @@ def rows_mixed(wrap: Any, cfg: Any, φ: Phi, part: Part) -> Part:
     return wrapped.wrapped(run)
 
 
-def b_unscaled(wrap: Any, cfg: Any, φ: Phi, part: Part) -> Part:
+def b_unscaled(wrap: Wrap, cfg: Any, φ: Phi, part: Part) -> Part:
     """The gradient of B without s."""
     wrapped = wrap(cfg, φ, part)
 
@@ -170,7 +172,7 @@ def b_unscaled(wrap: Any, cfg: Any, φ: Phi, part: Part) -> Part:
         def changed(dy: Any, want: Any) -> Any:
             dx, grads = back(dy, want)
             key = φ.keys.get("B")
-            return dx, {k: (lambda d=d: d() / cfg.scale) if k == key else d for k, d in grads.items()}
+            return dx, {**grads, **({key: Once(lambda: grads[key]() / cfg.scale)} if key in grads else {})}
 
         return y, changed
 
@@ -180,7 +182,7 @@ def b_unscaled(wrap: Any, cfg: Any, φ: Phi, part: Part) -> Part:
 def patterns_as_one(cfg: lora.Config, path: str) -> lora.Config:
     """The first key of either pattern that matches is looked up in both."""
     keys = [*cfg.rank_pattern, *cfg.alpha_pattern]
-    key = next((k for k in keys if lora.at({k: True}, path, False)), None)
+    key = next((k for k in keys if at({k: True}, path, False)), "")
     r, α = cfg.rank_pattern.get(key, cfg.r), cfg.alpha_pattern.get(key, cfg.lora_alpha)
     return replace(cfg, r=r, lora_alpha=α, rank_pattern={}, alpha_pattern={})
 
@@ -287,7 +289,9 @@ class MergesTwice(Session):
 
 class KeepsHead(Session):
     def now(self) -> list[Adapter]:
-        whole = [a.replace(params={n: v for n, v in a.params.items() if "lora_" not in n}) for a in self.adapters.values()]
+        whole = [
+            a.replace(params={n: v for n, v in a.params.items() if "lora_" not in n}) for a in self.adapters.values()
+        ]
         return super().now() if self.enabled else whole
 
 
@@ -463,4 +467,3 @@ def hunt(name: str, seed: int) -> Kill:
         if row["status"] in ("fail", "error"):
             return Kill(name, seed, f"{unit.method}/{unit.level}/{unit.property}", row["kind"], row["detail"])
     return Kill(name, seed, None)
-

@@ -55,9 +55,14 @@ class Property:
 # ── one layer ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def layer(name: str, statement: str, want: Sequence[str], needs: Sequence[str], claims: Sequence[str] = (), **more: Any) -> Property:
-    """`kinds`, `dtypes`, `edges` narrow what is drawn."""
-    fixed = {key: more.pop(key) for key in ("kind", "dtype", "edge", "regime") if key in more}
+NARROWED: Sequence[str] = ("kind", "dtype", "edge", "regime")
+
+
+def layer(
+    name: str, statement: str, want: Sequence[str], needs: Sequence[str], claims: Sequence[str] = (), **more: Any
+) -> Property:
+    """The fields in `NARROWED` that are given are drawn from what is given."""
+    fixed: dict[str, Sequence[Any]] = {key: more.pop(key) for key in NARROWED if key in more}
 
     def draw(method: str, info: Info) -> Strategy:
         choices = possible(fixed, info)
@@ -81,29 +86,78 @@ def possible(fixed: Mapping[str, Sequence[Any]], info: Info) -> Mapping[str, Seq
     return {k: [c for c in v if c in able.get(k, v)] for k, v in fixed.items()}
 
 
-
 LAYER = [
-    layer("forward", "y is the method's formula, on every kind of layer, shape, rank and option.", ["output"], ["forward"],
-          ["L3", "L5", "R1", "D6"]),
-    layer("input-grad", "The gradient with respect to the layer's input is that of the formula.", ["grads"], ["grads"],
-          ["L2", "D2"], kind=["linear", "conv1d"]),
-    layer("param-grads", "The gradients of the adapter's parameters are those of the formula.", ["grads"], ["grads"],
-          ["L2", "R1", "D2"]),
+    layer(
+        "forward",
+        "y is the method's formula, on every kind of layer, shape, rank and option.",
+        ["output"],
+        ["forward"],
+        ["L3", "L5", "R1", "D6"],
+    ),
+    layer(
+        "input-grad",
+        "The gradient with respect to the layer's input is that of the formula.",
+        ["grads"],
+        ["grads"],
+        ["L2", "D2"],
+        kind=["linear", "conv1d"],
+    ),
+    layer(
+        "param-grads",
+        "The gradients of the adapter's parameters are those of the formula.",
+        ["grads"],
+        ["grads"],
+        ["L2", "R1", "D2"],
+    ),
     layer("frozen", "The adapter's parameters are trained, the layer's own are not.", ["trained"], ["frozen"]),
     layer("init", "A fresh adapter changes nothing.", ["fresh"], ["init"], ["L1", "D1"], regime=["float"]),
-    layer("sensitive", "New values written into the parameters show at once: nothing stale is kept.", ["changed"],
-          ["forward", "change"], ["D3", "D4"]),
-    layer("merge", "Merged weights are W′ and b′ of the method, stored as the layer stores W, and give the same output.",
-          ["merged"], ["merge"], ["L2", "L5", "D2"]),
-    layer("unmerge", "Unmerging restores W and b, and the adapter goes on as before.", ["unmerged"], ["merge", "unmerge"]),
+    layer(
+        "sensitive",
+        "New values written into the parameters show at once: nothing stale is kept.",
+        ["changed"],
+        ["forward", "change"],
+        ["D3", "D4"],
+    ),
+    layer(
+        "merge",
+        "Merged weights are W′ and b′ of the method, stored as the layer stores W, and give the same output.",
+        ["merged"],
+        ["merge"],
+        ["L2", "L5", "D2"],
+    ),
+    layer(
+        "unmerge", "Unmerging restores W and b, and the adapter goes on as before.", ["unmerged"], ["merge", "unmerge"]
+    ),
     layer("disable", "Disabled, the layer is the base; enabled again, the adapter is back.", ["disabled"], ["disable"]),
-    layer("batch", "A row of the batch has no influence on the others, and an empty batch gives an empty output.",
-          ["output", "first_row"], ["forward"], edge=["none", "empty-batch", "repeated-rows"], regime=["float"]),
-    layer("dtype", "In 16 bits, outputs and merged weights keep the layer's dtype, and are as exact as that allows.",
-          ["output", "merged"], ["forward", "merge"], dtype=strategies.HALF, regime=["float"], required=False),
-    layer("zero-row", "A row of zeros in W and B stays a row of zeros, and is not nan.", ["output", "merged"],
-          ["forward", "merge"], ["D1"], edge=["zero-row"], regime=["float"], required=False, methods=["dora"]),
-]  # fmt: skip
+    layer(
+        "batch",
+        "A row of the batch has no influence on the others, and an empty batch gives an empty output.",
+        ["output", "first_row"],
+        ["forward"],
+        edge=["none", "empty-batch", "repeated-rows"],
+        regime=["float"],
+    ),
+    layer(
+        "dtype",
+        "In 16 bits, outputs and merged weights keep the layer's dtype, and are as exact as that allows.",
+        ["output", "merged"],
+        ["forward", "merge"],
+        dtype=strategies.HALF,
+        regime=["float"],
+        required=False,
+    ),
+    layer(
+        "zero-row",
+        "A row of zeros in W and B stays a row of zeros, and is not nan.",
+        ["output", "merged"],
+        ["forward", "merge"],
+        ["D1"],
+        edge=["zero-row"],
+        regime=["float"],
+        required=False,
+        methods=["dora"],
+    ),
+]
 
 
 # ── a whole model ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -121,6 +175,7 @@ def whole(
     configs: Callable[[Structure], Mapping[str, Any]] = lambda s: {},
     adapters: Callable[[Structure], Mapping[str, Any] | None] = lambda s: None,
     families: tuple[str, ...] = tuple(tiny.FAMILIES),
+    level: str = "model",
     **more: Any,
 ) -> Property:
     """`also` are further fields to draw; `configs` changes the adapter's config, `adapters` names several."""
@@ -137,10 +192,10 @@ def whole(
 
     def make(method: str, s: Structure, seed: int) -> Case:
         s = {**s, "config": {**s["config"], **configs(s)}}
-        return build.model(method, "model", name, s, seed, adapters(s), want=list(want))
+        return build.model(method, level, name, s, seed, adapters(s), want=list(want))
 
     return Property(
-        name, "model", statement, draw, corners, make, needs, claims, families=families,
+        name, level, statement, draw, corners, make, needs, claims, families=families,
                     any_head="architectures" not in fixed, **more)  # fmt: skip
 
 
@@ -156,33 +211,98 @@ def two(s: Structure) -> Mapping[str, Any]:
     return {"first": first, "second": {**first, "r": first["r"] + 1, "lora_alpha": 2 * first["lora_alpha"] + 1}}
 
 
-PADDED = {"padded": [True], "batch": [[2, 3], [2, 5], [3, 4]]}
+def swapped(s: Structure) -> Mapping[str, Any]:
+    both = two(s)
+    return {name: both[name] for name in sorted(both, reverse=s["swap"])}
+
+
+PADDED: Mapping[str, Sequence[Any]] = {"padded": [True], "batch": [[2, 3], [2, 5], [3, 4]]}
 MODEL = [
     whole("logits", "The model's output is that of the formula.", ["logits"], ["forward"], ["L3"]),
-    whole("param-grads", "The gradients of all the adapter's parameters are those of the formula.", ["grads"], ["grads"]),
-    whole("merge", "The merged model has the base's tensors, no more and no fewer, equal to the formula's, and its output.",
-          ["merged", "merged_logits"], ["merge"], ["L2", "D2"]),
-    whole("causal", "A later token changes nothing before it.", ["logits", "other_logits"], ["forward"], families=CAUSAL,
-          architectures=("",), also={"batch": [[1, 2], [2, 5]]}),
-    whole("padding", "Padding changes nothing at the positions that are not padding.", ["logits"], ["forward"], also=PADDED),
-    whole("order", "Two active adapters give the same in either order, each with its own rank and scale.", ["logits"],
-          ["forward", "several"], ["L4", "D5"], adapters=lambda s: dict(reversed(two(s).items()) if s["swap"] else two(s)),
-          also={"swap": [False, True]}),
-    whole("two-merged", "Two adapters merged are two adapters active.", ["merged", "merged_logits"], ["merge", "several"],
-          ["L4", "D5"], adapters=two, methods=["lora", "rslora"]),
-    whole("patterns", "Each layer's rank and scale follow rank_pattern and alpha_pattern, each for itself.",
-          ["logits", "merged_logits"], ["forward", "merge", "patterns"], configs=patterns,
-          also={"key": ["{}", "[a-z]*.0..*{}"]}, methods=["lora", "rslora", "dora"]),
-    whole("incremental", "Decoding with keys and values kept gives what decoding without gives.", ["logits", "decoded"],
-          ["forward", "cache"], families=CAUSAL, architectures=("",)),
+    whole(
+        "param-grads", "The gradients of all the adapter's parameters are those of the formula.", ["grads"], ["grads"]
+    ),
+    whole(
+        "merge",
+        "The merged model has the base's tensors, no more and no fewer, equal to the formula's, and its output.",
+        ["merged", "merged_logits"],
+        ["merge"],
+        ["L2", "D2"],
+    ),
+    whole(
+        "causal",
+        "A later token changes nothing before it.",
+        ["logits", "other_logits"],
+        ["forward"],
+        families=CAUSAL,
+        architectures=("",),
+        also={"batch": [[1, 2], [2, 5]]},
+    ),
+    whole(
+        "padding",
+        "Padding changes nothing at the positions that are not padding.",
+        ["logits"],
+        ["forward"],
+        also=PADDED,
+    ),
+    whole(
+        "order",
+        "Two active adapters give the same in either order, each with its own rank and scale.",
+        ["logits"],
+        ["forward", "several"],
+        ["L4", "D5"],
+        adapters=swapped,
+        also={"swap": [False, True]},
+    ),
+    whole(
+        "two-merged",
+        "Two adapters merged are two adapters active.",
+        ["merged", "merged_logits"],
+        ["merge", "several"],
+        ["L4", "D5"],
+        adapters=two,
+        methods=["lora", "rslora"],
+    ),
+    whole(
+        "patterns",
+        "Each layer's rank and scale follow rank_pattern and alpha_pattern, each for itself.",
+        ["logits", "merged_logits"],
+        ["forward", "merge", "patterns"],
+        configs=patterns,
+        also={"key": ["{}", "[a-z]*.0..*{}"]},
+        methods=["lora", "rslora", "dora"],
+    ),
+    whole(
+        "incremental",
+        "Decoding with keys and values kept gives what decoding without gives.",
+        ["logits", "decoded"],
+        ["forward", "cache"],
+        families=CAUSAL,
+        architectures=("",),
+    ),
     whole("count", "The number of trained parameters.", ["count"], ["frozen"]),
-    whole("embedding", "An adapted embedding of ids that repeat: output, gradients and merge.", ["logits", "grads", "merged_logits"],
-          ["forward", "grads", "merge", "embedding"], ["L5", "D6"], families=("bert", "roberta"), architectures=("Model",),
-          configs=lambda s: {"target_modules": ["word_embeddings"]}),
-    whole("tied", "Adapting one of two tied layers changes that one only, merged or not.", ["logits", "merged_logits"],
-          ["forward", "merge", "tied", "embedding"], families=("gpt2",), architectures=("LMHeadModel",), required=False,
-          configs=lambda s: {"target_modules": [s["which"]]}, also={"which": ["lm_head", "wte"]}),
-]  # fmt: skip
+    whole(
+        "embedding",
+        "An adapted embedding of ids that repeat: output, gradients and merge.",
+        ["logits", "grads", "merged_logits"],
+        ["forward", "grads", "merge", "embedding"],
+        ["L5", "D6"],
+        families=("bert", "roberta"),
+        architectures=("Model",),
+        configs=lambda s: {"target_modules": ["word_embeddings"]},
+    ),
+    whole(
+        "tied",
+        "Adapting one of two tied layers changes that one only, merged or not.",
+        ["logits", "merged_logits"],
+        ["forward", "merge", "tied", "embedding"],
+        families=("gpt2",),
+        architectures=("LMHeadModel",),
+        required=False,
+        configs=lambda s: {"target_modules": [s["which"]]},
+        also={"which": ["lm_head", "wte"]},
+    ),
+]
 
 
 # ── a life ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -242,37 +362,147 @@ FOO = [do("add", adapter="foo"), do("add", adapter="foobar")]
 LIFE = [
     life("merge-twice", "Merging twice merges once.", [[*FIRST, do("merge"), do("merge")]], ["merge"]),
     life("safe-merge", "A merge with a check for nan merges the same.", [[*FIRST, do("merge", safe=True)]], ["merge"]),
-    life("unmerge", "Merge and unmerge, any number of times, and the adapter runs as before.",
-         [[*FIRST, do("merge"), do("unmerge")], [*FIRST, *[do("merge"), do("unmerge")] * 2]], ["merge", "unmerge"]),
-    life("disable", "Disabled is the base, whatever was done before; enabled is back.",
-         [[*FIRST, do("disable"), do("enable")], [*BOTH, do("activate", adapters=["second"]), do("disable"), do("enable")]],
-         ["disable"]),
-    life("modules-to-save", "A module trained whole is used while its adapter is active, and only then.",
-         [[*FIRST, do("disable"), do("enable")]], ["disable", "modules_to_save"], configs=head, architectures=(tiny.CLASSIFIER,)),
-    life("switch", "After switching, the other adapter runs, with its own rank and scale.",
-         [[*BOTH, do("activate", adapters=["second"])], [*BOTH, do("activate", adapters=["second"]), do("activate", adapters=["first"])]],
-         ["several"]),
-    life("two-active", "Two adapters active add up, and one of them again is one.",
-         [[*BOTH, do("activate", adapters=["first", "second"]), do("activate", adapters=["second"])]], ["several"], ["L4", "D5"]),
-    life("two-merged", "Two active adapters merged are two active adapters, and come apart again.",
-         [[*BOTH, do("activate", adapters=["first", "second"]), do("merge"), do("unmerge")]], ["several", "merge", "unmerge"],
-         ["L4", "D5"]),
-    life("delete", "A deleted adapter is gone, and the others are as before.",
-         [[*BOTH, do("activate", adapters=["first"]), do("delete", adapter="second")]], ["several", "delete"]),
-    life("weighted", "A weighted sum of adapters is the sum of the weighted ΔW; weight 0 adds nothing, weight −w subtracts.",
-         [[*BOTH, *weighted("linear", [1.0, 0.0], [0.5], [-1.0]), *weighted("cat", [1.0, 1.0], [0.5, -0.25], [0.0, 1.0])]],
-         ["several", "weighted"], ["L3"], adapters=lambda s: {"first": s["config"], "second": s["config"]}, methods=["lora", "rslora"]),
-    life("save-load", "Saved and loaded beside each other, adapters whose names contain each other are as before.",
-         [[*FOO, do("save", adapter="foo"), do("save", adapter="foobar"), do("load", adapters=["foo", "foobar"]),
-           do("activate", adapters=["foobar"])]], ["several", "save"], adapters=prefixes),
-    life("saved-keys", "The file of an adapter holds exactly its own tensors, by HF peft's names.",
-         [[*FOO, do("save", adapter="foo")]], ["several", "save"], adapters=prefixes),
-    life("saved-modules", "Modules trained whole are saved and loaded with the adapter they belong to.",
-         [[*FOO, do("save", adapter="foo"), do("save", adapter="foobar"), do("load", adapters=["foobar", "foo"])]],
-         ["several", "save", "modules_to_save"], adapters=prefixes, configs=head, architectures=(tiny.CLASSIFIER,)),
-    life("change", "Parameters that change between steps are seen by the next step, merged or not.",
-         [[*FIRST, do("change", adapter="first"), do("merge"), do("unmerge")], [*FIRST, do("merge"), do("unmerge"), do("change", adapter="first")]],
-         ["change", "merge", "unmerge"], changed=["first"]),
-]  # fmt: skip
+    life(
+        "unmerge",
+        "Merge and unmerge, any number of times, and the adapter runs as before.",
+        [[*FIRST, do("merge"), do("unmerge")], [*FIRST, *[do("merge"), do("unmerge")] * 2]],
+        ["merge", "unmerge"],
+    ),
+    life(
+        "disable",
+        "Disabled is the base, whatever was done before; enabled is back.",
+        [
+            [*FIRST, do("disable"), do("enable")],
+            [*BOTH, do("activate", adapters=["second"]), do("disable"), do("enable")],
+        ],
+        ["disable"],
+    ),
+    life(
+        "modules-to-save",
+        "A module trained whole is used while its adapter is active, and only then.",
+        [[*FIRST, do("disable"), do("enable")]],
+        ["disable", "modules_to_save"],
+        configs=head,
+        architectures=(tiny.CLASSIFIER,),
+    ),
+    life(
+        "switch",
+        "After switching, the other adapter runs, with its own rank and scale.",
+        [
+            [*BOTH, do("activate", adapters=["second"])],
+            [*BOTH, do("activate", adapters=["second"]), do("activate", adapters=["first"])],
+        ],
+        ["several"],
+    ),
+    life(
+        "two-active",
+        "Two adapters active add up, and one of them again is one.",
+        [[*BOTH, do("activate", adapters=["first", "second"]), do("activate", adapters=["second"])]],
+        ["several"],
+        ["L4", "D5"],
+    ),
+    life(
+        "two-merged",
+        "Two active adapters merged are two active adapters, and come apart again.",
+        [[*BOTH, do("activate", adapters=["first", "second"]), do("merge"), do("unmerge")]],
+        ["several", "merge", "unmerge"],
+        ["L4", "D5"],
+    ),
+    life(
+        "delete",
+        "A deleted adapter is gone, and the others are as before.",
+        [[*BOTH, do("activate", adapters=["first"]), do("delete", adapter="second")]],
+        ["several", "delete"],
+    ),
+    life(
+        "weighted",
+        "A weighted sum of adapters is the sum of the weighted ΔW; weight 0 adds nothing, weight −w subtracts.",
+        [
+            [
+                *BOTH,
+                *weighted("linear", [1.0, 0.0], [0.5], [-1.0]),
+                *weighted("cat", [1.0, 1.0], [0.5, -0.25], [0.0, 1.0]),
+            ]
+        ],
+        ["several", "weighted"],
+        ["L3"],
+        adapters=lambda s: {"first": s["config"], "second": s["config"]},
+        methods=["lora", "rslora"],
+    ),
+    life(
+        "save-load",
+        "Saved and loaded beside each other, adapters whose names contain each other are as before.",
+        [
+            [
+                *FOO,
+                do("save", adapter="foo"),
+                do("save", adapter="foobar"),
+                do("load", adapters=["foo", "foobar"]),
+                do("activate", adapters=["foobar"]),
+            ]
+        ],
+        ["several", "save"],
+        adapters=prefixes,
+    ),
+    life(
+        "saved-keys",
+        "The file of an adapter holds exactly its own tensors, by HF peft's names.",
+        [[*FOO, do("save", adapter="foo")]],
+        ["several", "save"],
+        adapters=prefixes,
+    ),
+    life(
+        "saved-modules",
+        "Modules trained whole are saved and loaded with the adapter they belong to.",
+        [[*FOO, do("save", adapter="foo"), do("save", adapter="foobar"), do("load", adapters=["foobar", "foo"])]],
+        ["several", "save", "modules_to_save"],
+        adapters=prefixes,
+        configs=head,
+        architectures=(tiny.CLASSIFIER,),
+    ),
+    life(
+        "change",
+        "Parameters that change between steps are seen by the next step, merged or not.",
+        [
+            [*FIRST, do("change", adapter="first"), do("merge"), do("unmerge")],
+            [*FIRST, do("merge"), do("unmerge"), do("change", adapter="first")],
+        ],
+        ["change", "merge", "unmerge"],
+        changed=["first"],
+    ),
+]
 
-PROPERTIES: Sequence[Property] = (*LAYER, *MODEL, *LIFE)
+EXPORT = [
+    whole(
+        "onnx",
+        "The exported graph gives what the formula gives, padding included.",
+        ["merged_logits"],
+        ["merge"],
+        ["L2", "D2"],
+        level="export",
+        also={"padded": [True, False], "batch": [[2, 3], [1, 4]]},
+    ),
+    whole(
+        "onnx-two",
+        "Two adapters exported together are two adapters merged.",
+        ["merged_logits"],
+        ["merge", "several"],
+        ["L4", "D5"],
+        level="export",
+        adapters=two,
+        families=("gpt2", "roberta"),
+    ),
+    whole(
+        "onnx-tied",
+        "An exported model whose tied layers were adapted apart.",
+        ["merged_logits"],
+        ["merge", "tied", "embedding"],
+        level="export",
+        families=("gpt2",),
+        architectures=("LMHeadModel",),
+        configs=lambda s: {"target_modules": [s["which"]]},
+        also={"which": ["lm_head", "wte"]},
+    ),
+]
+
+PROPERTIES: Sequence[Property] = (*LAYER, *MODEL, *LIFE, *EXPORT)

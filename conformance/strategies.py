@@ -17,7 +17,7 @@ EDGES = ("none", "zeros", "one-token", "full-rank", "repeated-rows", "empty-batc
 
 
 @st.composite
-def layer(draw: Any, method: str, info: Mapping[str, Any], **fixed: Any) -> Structure:
+def layer(draw: Any, /, method: str, info: Mapping[str, Any], **fixed: Any) -> Structure:
     """One layer with one adapter. `fixed` fields are not drawn."""
     features, dtypes = info["features"], info["dtypes"]
     kinds = ["linear", *(kind for kind in ("conv1d", "embedding") if kind in features)]
@@ -37,7 +37,7 @@ def layer(draw: Any, method: str, info: Mapping[str, Any], **fixed: Any) -> Stru
 def layer_corners(method: str, info: Mapping[str, Any], fixed: Mapping[str, Sequence[Any]]) -> list[Structure]:
     """Every kind of layer, square and not, in both regimes, and every combination of what is `fixed`."""
     kinds = ["linear", *(kind for kind in ("conv1d", "embedding") if kind in info["features"])]
-    axes = {"kind": kinds, "regime": ["exact", "float"], "i": [3, 4]} | dict(fixed)
+    axes: dict[str, Any] = {"kind": kinds, "regime": ["exact", "float"], "i": [3, 4]} | dict(fixed)
     found = []
     for n, values in enumerate(itertools.product(*axes.values())):
         s = dict(zip(axes, values, strict=True))
@@ -47,7 +47,9 @@ def layer_corners(method: str, info: Mapping[str, Any], fixed: Mapping[str, Sequ
             own["lora_bias"] = True
         wide = [d for d in EXACT if d in info["dtypes"]] or info["dtypes"]
         dtype = wide[n // 2 % len(wide)]
-        found.append({"o": 3, "bias": bias, "batch": [2, 2], "draw": n, "dtype": dtype, "edge": "none", "config": own} | s)
+        found.append(
+            {"o": 3, "bias": bias, "batch": [2, 2], "draw": n, "dtype": dtype, "edge": "none", "config": own} | s
+        )
     return found
 
 
@@ -75,7 +77,9 @@ HALF = ("bfloat16", "float16")
 
 
 @st.composite
-def config(draw: Any, method: str, features: list[str], biased: bool, exact: bool, edge: str, smallest: int) -> Structure:
+def config(
+    draw: Any, /, method: str, features: list[str], biased: bool, exact: bool, edge: str, smallest: int
+) -> Structure:
     """r and α with α ≠ r most of the time; in the exact regime such that the scale is a power of two."""
     root = method == "rslora"
     r = draw(st.sampled_from([4, 1] if exact and root else [2, 1, 3, 4]))
@@ -98,6 +102,7 @@ FLAGS: Mapping[str, Structure] = {"rslora": {"use_rslora": True}, "dora": {"use_
 @st.composite
 def model(
     draw: Any,
+    /,
     method: str,
     info: Mapping[str, Any],
     families: tuple[str, ...] = tuple(tiny.FAMILIES),
@@ -107,7 +112,11 @@ def model(
 ) -> Structure:
     """A tiny model, or the one in `info["model"]`, and where an adapter goes. '' is the family's language model."""
     given = info.get("model")
-    family = given["family"] if given else draw(st.sampled_from([f for f in families if "conv1d" in info["features"] or f != "gpt2"]))
+    family = (
+        given["family"]
+        if given
+        else draw(st.sampled_from([f for f in families if "conv1d" in info["features"] or f != "gpt2"]))
+    )
     architecture = draw(st.sampled_from(architectures)) or tiny.LM[family]
     linears = tiny.LINEARS[family]
     own = draw(config(method, [], False, False, "none", 4))

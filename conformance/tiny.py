@@ -1,4 +1,4 @@
-"""Tiny models: a config.json of each family, and weights at the scale of trained ones, from the seed and their names."""
+"""Tiny models: a config.json of each family, and weights at the scale of trained ones."""
 
 import math
 from collections.abc import Mapping
@@ -9,7 +9,13 @@ from refpeft.conformance.numbers import normal
 from refpeft.model import Model, Site
 
 VOCAB = 13
-WIDE = {"vocab_size": VOCAB, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 12, "max_position_embeddings": 12}
+WIDE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "intermediate_size": 12,
+    "max_position_embeddings": 12,
+}
 FAMILIES: Mapping[str, dict[str, Any]] = {
     "gpt2": {"vocab_size": VOCAB, "n_embd": 8, "n_head": 2, "n_positions": 12},
     "llama": {**WIDE, "num_key_value_heads": 1},
@@ -18,7 +24,13 @@ FAMILIES: Mapping[str, dict[str, Any]] = {
     "roberta": {**WIDE, "type_vocab_size": 2, "pad_token_id": 1},
 }
 PREFIX = {"gpt2": "GPT2", "llama": "Llama", "qwen2": "Qwen2", "bert": "Bert", "roberta": "Roberta"}
-LM = {"gpt2": "LMHeadModel", "llama": "ForCausalLM", "qwen2": "ForCausalLM", "bert": "ForMaskedLM", "roberta": "ForMaskedLM"}
+LM = {
+    "gpt2": "LMHeadModel",
+    "llama": "ForCausalLM",
+    "qwen2": "ForCausalLM",
+    "bert": "ForMaskedLM",
+    "roberta": "ForMaskedLM",
+}
 CLASSIFIER = "ForSequenceClassification"
 CAUSAL = ("gpt2", "llama", "qwen2")
 LINEARS = {  # what adapters are usually put on
@@ -74,4 +86,6 @@ def has_bias(family: str, role: str, site: Site) -> bool:
         return False
     if family in ("bert", "roberta"):
         return True
-    return role != "head.out" if family == "gpt2" else family == "qwen2" and role.endswith(("attn.q", "attn.k", "attn.v"))
+    return (
+        role != "head.out" if family == "gpt2" else family == "qwen2" and role.endswith(("attn.q", "attn.k", "attn.v"))
+    )

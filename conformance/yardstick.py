@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-import ml_dtypes
 import numpy as np
 
 from refpeft.conformance.case import Case, is_float
@@ -26,6 +25,7 @@ from refpeft.ops import Array
 
 LIMIT = {"layer": 5.0, "model": 10.0, "lifecycle": 10.0, "export": 10.0}
 DRAWS = 8
+UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,13 @@ class Verdict:
     kind: str | None = None
     ratio: float | None = None
     detail: str = ""
+
+
+SAME = Verdict(None, 0.0)
+
+
+def wrong(detail: str, ratio: float | None = None) -> Verdict:
+    return Verdict("value", ratio, detail)
 
 
 class Yardstick:
@@ -85,17 +92,18 @@ class Yardstick:
             return Verdict("shape", None, f"{name}: expected shape {list(expected.shape)}, found {list(got.shape)}")
         if not is_float(expected):
             same = bool((got == expected).all())
-            return Verdict(None, 0.0) if same else Verdict("value", None, f"{name}: expected {show(expected)}, found {show(got)}")
+            return SAME if same else wrong(f"{name}: expected {show(expected)}, found {show(got)}")
         if got.dtype != expected.dtype:
             return Verdict("dtype", None, f"{name}: expected {expected.dtype}, found {got.dtype}")
         if self.exact:
             n = int((got != expected).sum())
-            return Verdict("value", None, f"{name}: {n} of {got.size} entries differ, {first(got, expected)}") if n else Verdict(None, 0.0)
+            return wrong(f"{name}: {n} of {got.size} entries differ, {first(got, expected)}") if n else SAME
         ratio = self.ratio(name, got)
         if ratio <= self.limit:
             return Verdict(None, ratio)
         off = distance(got, self.ref[name].astype(np.float64)) / (norm(self.ref[name]) or 1.0)
-        return Verdict("value", ratio if np.isfinite(ratio) else None, f"{name}: off by {off:.2g} of its size, {ratio:.3g} times what rounding explains")
+        said = f"{name}: off by {off:.2g} of its size, {ratio:.3g} times what rounding explains"
+        return wrong(said, ratio if np.isfinite(ratio) else None)
 
 
 def dither(case: Case, draw: int) -> Case:
@@ -105,7 +113,7 @@ def dither(case: Case, draw: int) -> Case:
 
 def unit(a: Array) -> float:
     """Unit roundoff: half the distance from 1 to the next number."""
-    return float(ml_dtypes.finfo(a.dtype).eps) / 2
+    return UNIT[a.dtype.name]
 
 
 def norm(a: Array) -> float:

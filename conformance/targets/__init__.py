@@ -22,7 +22,9 @@ def open_target(name: str) -> Target:
     head, colon, rest = name.partition(":")
     known = TARGETS.get(head + colon)
     if known is None or (colon and not rest):
-        raise ValueError(f"unknown target {name!r}: expected one of {', '.join(t + ('…' * t.endswith(':')) for t in TARGETS)}")
+        raise ValueError(
+            f"unknown target {name!r}: expected one of {', '.join(t + ('…' * t.endswith(':')) for t in TARGETS)}"
+        )
     module, _, factory = known[1].partition(":")
     make: Callable[..., Target] = getattr(importlib.import_module(module), factory)
     return make(rest) if colon else make()

@@ -6,6 +6,7 @@ attention. Parameters are copied in, and nothing is downloaded.
 
 import contextlib
 import inspect
+import logging
 import os
 import re
 import tempfile
@@ -40,7 +41,7 @@ NEEDED = {"bias": "lora_bias", "patterns": "alpha_pattern"}  # features that sta
 class Peft:
     def __init__(self) -> None:
         torch.set_num_threads(1)
-        transformers.logging.set_verbosity_error()
+        logging.getLogger("transformers").setLevel(logging.ERROR)
 
     def info(self) -> Mapping[str, Any]:
         return {
@@ -168,7 +169,9 @@ class Layer:
     def trained(self) -> Arrays:
         base = {"W": self.base.weight, "b": getattr(self.base, "bias", None)}
         there = {**base, **self.own()}
-        return {f"trained/{n}": np.array(p.requires_grad) for n, p in there.items() if p is not None and n in self.asked}
+        return {
+            f"trained/{n}": np.array(p.requires_grad) for n, p in there.items() if p is not None and n in self.asked
+        }
 
     @property
     def asked(self) -> Sequence[str]:
@@ -204,10 +207,12 @@ class Layer:
 
 def plain(kind: str, W: Array, b: Array | None) -> Any:
     """torch's or transformers' layer with these weights."""
+    layer: Any
     if kind == "embedding":
         layer = torch.nn.Embedding(*W.shape)
     elif kind == "conv1d":
-        layer = Conv1D(W.shape[1], W.shape[0])
+        make: Any = Conv1D
+        layer = make(W.shape[1], W.shape[0])
     else:
         layer = torch.nn.Linear(W.shape[1], W.shape[0], bias=b is not None)
     layer.weight = torch.nn.Parameter(tensor(W).clone())
@@ -373,4 +378,3 @@ class Session:
 
     def change(self, adapter: str) -> None:
         write(self.model, adapter, values_of(self.case, f"new-{adapter}/"))
-

@@ -105,7 +105,10 @@ class Layer:
     def merged(self) -> Arrays:
         kind = self.part.kind
         W, b, _ = self.method.merge(self.cfg, self.part.W, self.part.b, self.φ)
-        found = {"W_merged": np.ascontiguousarray(stored(kind, W)), "y_merged": part(kind, stored(kind, W), b).run(self.x)[0]}
+        found = {
+            "W_merged": np.ascontiguousarray(stored(kind, W)),
+            "y_merged": part(kind, stored(kind, W), b).run(self.x)[0],
+        }
         return found if b is None else {**found, "b_merged": b}
 
     def unmerged(self) -> Arrays:
@@ -145,9 +148,13 @@ class Whole:
         return {"other_logits": self.base(self.case.arrays["other_ids"], self.active)[0]}
 
     def grads(self) -> Arrays:
-        out, vjp = self.base(self.case.arrays["ids"], self.active, **self.inputs)
+        _, vjp = self.base(self.case.arrays["ids"], self.active, **self.inputs)
         names = self.case.meta["active"]
-        return {f"grad/{n}/{k}": v for n, grads in zip(names, vjp(self.case.arrays["dout"]), strict=True) for k, v in grads.items()}
+        return {
+            f"grad/{n}/{k}": v
+            for n, grads in zip(names, vjp(self.case.arrays["dout"]), strict=True)
+            for k, v in grads.items()
+        }
 
     def merged(self) -> Arrays:
         return {f"merged/{n}": v for n, v in refpeft.merge(self.base, self.active).params.items()}
@@ -233,7 +240,7 @@ class Session:
         self.enabled = True
 
     def weighted(self, adapter: str, of: Sequence[str], weights: Sequence[float], how: str) -> None:
-        """ΔW = Σ wₖ ΔWₖ: adapters whose α is wₖ αₖ, side by side. `how` they are to be summed is the target's concern."""
+        """ΔW = Σ wₖ ΔWₖ: adapters whose α is wₖ αₖ, side by side. `how` is the target's concern."""
         for name, w in zip(of, weights, strict=True):
             self.adapters[f"{adapter}.{name}"] = scaled(self.adapters[name], w)
         self.active = [f"{adapter}.{name}" for name in of]
@@ -261,4 +268,3 @@ def scaled(adapter: Adapter, w: float) -> Adapter:
     cfg = adapter.config
     pattern = {path: w * α for path, α in cfg.alpha_pattern.items()}
     return adapter.replace(config=replace(cfg, lora_alpha=w * cfg.lora_alpha, alpha_pattern=pattern))
-
