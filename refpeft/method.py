@@ -47,6 +47,7 @@ class Phi:
 
 MergeVjp = Callable[[Lazy, Lazy], tuple[Lazy, Mapping[str, Lazy]]]  # (dW′, db′) → dW, dφ;   db = db′ always
 Merged = tuple[Array, Array | None, MergeVjp]
+Base = tuple[Array, Array | None]  # the part's own W and b, where other adapters have changed them before
 
 
 class Method(Protocol):
@@ -57,7 +58,7 @@ class Method(Protocol):
     FROZEN: Sequence[str]
 
     def init(self, cfg: Any, part: Part, rng: np.random.Generator) -> dict[str, Array]: ...
-    def merge(self, cfg: Any, W: Array, b: Array | None, φ: Values) -> Merged: ...
+    def merge(self, cfg: Any, W: Array, b: Array | None, φ: Values, base: Base | None = None) -> Merged: ...
     def wrap(self, cfg: Any, φ: Phi, part: Part, mask: Array | None = None) -> Part: ...
 
 

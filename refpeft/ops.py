@@ -29,7 +29,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from scipy import special
 
 Array = Any  # numpy.ndarray, or any type that implements NumPy's dispatch
 Cotangent = Callable[[], Array] | None
@@ -164,6 +163,8 @@ def gelu(x: Array) -> tuple[Array, Vjp]:
 
     dx = dy ⊙ (Φ(x) + x φ(x)),   φ(x) = exp(−x²/2)/√(2π).
     """
+    from scipy import special  # here, because importing it takes longer than all the rest
+
     Φ = x * math.sqrt(0.5)
     Φ = special.erf(Φ, out=Φ)
     Φ += 1

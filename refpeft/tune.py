@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from refpeft.adapter import Adapter, found, replaced
-from refpeft.method import DEFAULT_TARGETS, Method, Targets, as_dtype, excluded, targeted
+from refpeft.method import DEFAULT_TARGETS, Method, Targets, excluded, targeted
 from refpeft.methods import METHODS
 from refpeft.model import Model, Site, adapter_list
 from refpeft.ops import Array, is_half
@@ -186,7 +186,7 @@ def pooled_roles(model: Model) -> Sequence[str]:
 def merge(model: Model, adapter: Adapter | Sequence[Adapter]) -> Model:
     """The model with its adapters folded into its weights; nothing else changes.
 
-    Several adapters add up: W′ = W + Σ (W′ₖ − W), each W′ₖ as its method defines it for the base W (claims L4, D5).
+    Several adapters are folded in one after the other, as they run (claims L4, D5).
     A tensor that two layers share and only one of them changes is given to each on its own (and no longer tied).
     """
     adapters = adapter_list(adapter)
@@ -206,13 +206,10 @@ def merge(model: Model, adapter: Adapter | Sequence[Adapter]) -> Model:
 
 def merged_part(adapters: Sequence[Adapter], part: Part) -> tuple[Array, Array | None]:
     """W′ and b′ of one part; the very arrays of the part where nothing changes them."""
-    base = replaced(adapters, part)
-    W, b = base.W, base.b
-    for n, (adapter, φ) in enumerate(found(adapters, part.path)):
-        W1, b1, _ = METHODS[adapter.method].merge(adapter.config.at(part.path), base.W, base.b, φ.values)
-        W = W1 if n == 0 else as_dtype(W + (W1 - base.W), W)
-        if b1 is not base.b:
-            b = b1 if b is base.b or b is None else b + (b1 - base.b if base.b is not None else b1)
+    part = replaced(adapters, part)
+    W, b = part.W, part.b
+    for adapter, φ in found(adapters, part.path):
+        W, b, _ = METHODS[adapter.method].merge(adapter.config.at(part.path), W, b, φ.values, (part.W, part.b))
     return W, b
 
 

@@ -15,10 +15,13 @@ Claims:
     D2  wrap ≡ merge: both forms give the same outputs and gradients (without dropout).
     D3  The rows of W′ have the norms |m|, whatever A and B are.
     D4  Doubling m doubles W′ (and not the bias).
-    D5  Several adapters add up what each changes in the base: W′ = W + Σ (W′ₖ − W), each with the norm of its own V.
+    D5  Several adapters compose in order, each rescaling what the earlier ones made of W, with the norm that its own V
+        has over the base:   W″ = diag(g₂) (W′ + s₂ B₂ A₂),   g₂ = m₂/‖W + s₂ B₂ A₂‖.   The order matters.
     D6  Embeddings: W = Eᵀ, so the norm runs over the vocabulary, one magnitude per column of E.
 
 Where implementations differ:
+    * The paper has one adapter; D5 is HF peft's reading (from 0.21 on merged and running agree on it). With dropout,
+      HF peft's correction (g − 1) ⊙ (x̃ Wᵀ) looks at the base alone, whatever came before; so does `mask` here.
     * AdapterHub takes the norm of W + B A without s, differentiates it, and rescales the bias too.
     * LyCORIS differentiates the norm and adds an ε to it.
     * HF peft before 0.11 took the norm along the wrong axis on Conv1D, and before 0.21 unmerged along it.
@@ -28,9 +31,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refpeft.method import Merged, Phi, Values, as_dtype, branch, masked
+from refpeft.method import Base, Merged, Phi, Values, as_dtype, branch, masked
 from refpeft.methods import lora
-from refpeft.methods.lora import FROZEN, dΔW, low_rank, ΔW
+from refpeft.methods.lora import FROZEN, ΔW, dΔW, low_rank
 from refpeft.ops import Array, rows
 from refpeft.part import Back, Grads, Lazy, Once, Part, Run, Want, join, plus
 
@@ -67,18 +70,21 @@ def init(cfg: Config, part: Part, rng: np.random.Generator) -> dict[str, Array]:
     return {**φ, "m": m.astype(φ["A"].dtype)}
 
 
-def merge(cfg: Config, W: Array, b: Array | None, φ: Values) -> Merged:
-    """W′ = diag(m/n) (W + s B A),   b′ = b"""
-    V = W + ΔW(cfg, φ)
-    n = norm(cfg, V)
+def merge(cfg: Config, W: Array, b: Array | None, φ: Values, base: Base | None = None) -> Merged:
+    """W′ = diag(m/n) (W + s B A),   b′ = b      (on what earlier adapters made of a base: n and b₀ are the base's)"""
+    W0, b0 = base or (W, b)
+    Δ = ΔW(cfg, φ)
+    V = W + Δ
+    n = norm(cfg, V if W0 is W else W0 + Δ)
     g = φ["m"] / n
+    b1 = b if b is b0 or b is None else g * b if b0 is None else b0 + g * (b - b0)
 
     def vjp(dW1: Lazy, db1: Lazy) -> tuple[Lazy, dict[str, Lazy]]:
         dg = Once(lambda: (dW1() * V).sum(1))
         dV = Once(lambda: g[:, None] * dW1() + through_norm(cfg, V, g, n, dg))
         return dV, {"m": Once(lambda: dg() / n), **dΔW(cfg, φ, dV)}
 
-    return as_dtype(g[:, None] * V, W), b, vjp
+    return as_dtype(g[:, None] * V, W), b1, vjp
 
 
 def through_norm(cfg: Config, V: Array, g: Array, n: Array, dg: Lazy) -> Array | float:
@@ -87,20 +93,25 @@ def through_norm(cfg: Config, V: Array, g: Array, n: Array, dg: Lazy) -> Array |
 
 
 def wrap(cfg: Config, φ: Phi, part: Part, mask: Array | None = None) -> Part:
-    """y = y₀ + (g − 1) ⊙ h + g ⊙ z,   h = x̃ Wᵀ,   z = s x̃ Aᵀ Bᵀ;   with no mask and y₀ = h + b:   y = b + g ⊙ (h + z)."""
-    alone = part.pristine and mask is None
+    """y = b + g ⊙ (f(x) + z),   z = s x Aᵀ Bᵀ,   f(x) + b = y₀;      masked:   y = y₀ + (g − 1) ⊙ (x̃ Wᵀ) + g ⊙ z̃"""
+    if mask is None:
+        return biased(part, rescaled(cfg, φ, part, unbiased(part), 0))
+    return branch(part, masked(rescaled(cfg, φ, part, part.bare, 1), mask))
 
-    def δ(x: Array) -> tuple[Array, Back]:
+
+def rescaled(cfg: Config, φ: Phi, part: Part, f: Run, less: int) -> Run:
+    """y = (g − less) ⊙ f(x) + g ⊙ z"""
+
+    def run(x: Array) -> tuple[Array, Back]:
         V = part.W + ΔW(cfg, φ)
         n = norm(cfg, V)
         g = φ["m"] / n
-        h, back_h = part.bare(x)
+        h, back_h = f(x)
         z, back_z = low_rank(cfg, φ, part)(x)
-        f = g if alone else g - 1
-        y = as_dtype(f * h + g * z, h)
+        y = as_dtype((g - less) * h + g * z if less else g * (h + z), h)
 
         def back(dy: Lazy, want: Want) -> tuple[Lazy, Grads]:
-            dx_h, grads_h = back_h(Once(lambda: dy() * f), want)
+            dx_h, grads_h = back_h(Once(lambda: dy() * (g - less)), want)
             dx_z, grads_z = back_z(Once(lambda: dy() * g), want)
             dg = Once(lambda: rows(dy() * (h + z)).sum(0))
             grads = join(join(grads_h, grads_z), φ.grads(want, {"m": Once(lambda: dg() / n)}))
@@ -111,24 +122,33 @@ def wrap(cfg: Config, φ: Phi, part: Part, mask: Array | None = None) -> Part:
 
         return y, back
 
-    return biased(part, δ) if alone else branch(part, masked(δ, mask))
+    return run
+
+
+def unbiased(part: Part) -> Run:
+    """f(x) = y₀ − b;   for a part that nobody has wrapped, x Wᵀ."""
+    if part.pristine:
+        return part.bare
+    return part.run if part.b is None else shifted(part, part.run, -1)
 
 
 def biased(part: Part, f: Run) -> Part:
     """y = f(x) + b"""
+    return part.wrapped(f if part.b is None else shifted(part, f, 1))
+
+
+def shifted(part: Part, f: Run, sign: int) -> Run:
+    """y = f(x) ± b"""
 
     def run(x: Array) -> tuple[Array, Back]:
         y, back_f = f(x)
-        b = part.b
-        if b is None:
-            return y, back_f
 
         def back(dy: Lazy, want: Want) -> tuple[Lazy, Grads]:
             dx, grads = back_f(dy, want)
             if part.b_key in want:
-                grads = join(grads, {part.b_key: Once(lambda: rows(dy()).sum(0))})
+                grads = join(grads, {part.b_key: Once(lambda: rows(sign * dy()).sum(0))})
             return dx, grads
 
-        return y + b, back
+        return y + sign * part.b, back
 
-    return part.wrapped(run)
+    return run

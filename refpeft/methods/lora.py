@@ -31,7 +31,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from refpeft.method import Merged, Phi, Targets, Values, as_dtype, at, branch, masked, together
+from refpeft.method import Base, Merged, Phi, Targets, Values, as_dtype, at, branch, masked, together
 from refpeft.ops import Array, is_half, linear
 from refpeft.part import Back, Grads, Lazy, Once, Part, Run, Want, link
 
@@ -131,7 +131,7 @@ def factors(cfg: Config, W: Array) -> tuple[Array, Array]:
     return root[:, None] * Vt[:r], U[:, :r] * root
 
 
-def merge(cfg: Config, W: Array, b: Array | None, φ: Values) -> Merged:
+def merge(cfg: Config, W: Array, b: Array | None, φ: Values, base: Base | None = None) -> Merged:
     """W′ = W + s (B A − B₀ A₀),   b′ = b + s β."""
     s, β = cfg.scale, φ.get("β")
     W1 = as_dtype(W + ΔW(cfg, φ), W)
@@ -173,7 +173,8 @@ def low_rank(cfg: Config, φ: Phi, part: Part) -> Run:
         def back(dz: Lazy, want: Want) -> tuple[Lazy, Grads]:
             dsu, dB, *dsβ = link(vjp_z, dz, 2 if β is None else 3)
             dx, dA = link(vjp_u, Once(times, s, dsu), 2)
-            return dx, φ.grads(want, {"A": dA, "B": dB, **{"β": Once(times, s, d) for d in dsβ}})
+            dβ = {} if β is None else {"β": Once(times, s, dsβ[0])}
+            return dx, φ.grads(want, {"A": dA, "B": dB} | dβ)
 
         return z, back
 
