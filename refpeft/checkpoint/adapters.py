@@ -21,7 +21,7 @@ import numpy as np
 
 from refpeft import tune
 from refpeft.adapter import Adapter
-from refpeft.checkpoint import folder, safetensors
+from refpeft.checkpoint import folder, models, safetensors
 from refpeft.checkpoint.safetensors import Malformed, show
 from refpeft.methods import METHODS, lora
 from refpeft.model import Model
@@ -36,6 +36,7 @@ IGNORED = {  # without influence on the function
     "qalora_group_size", "use_dora",
 }  # fmt: skip
 PLAIN_INITS = ("eva", "mica")  # they leave the base alone: A and B in the file are all there is
+TWINS = {twin: name for name, twin in models.TWINS.items()}
 METHOD_FLAGS = {"lora": (False, False), "rslora": (True, False), "dora": (False, True)}  # use_rslora, use_dora
 
 
@@ -62,7 +63,7 @@ def load_adapter(path: str | os.PathLike[str], model: Model) -> Adapter:
         aliases = [f"{path_}.base_layer.{leaf}", name] if path_ in chosen else [name]
         like = model.params[tensor]
         params[name] = take(found, aliases, name, like.shape, like.dtype, model)
-    check_rest(found, cfg, model, chosen)
+    check_rest(found, cfg, model, whole)
     return Adapter(method, cfg, params, start(cfg, chosen))
 
 
@@ -139,14 +140,14 @@ def elsewhere(found: Mapping[str, Array], m: Model) -> str:
     return f": this is an adapter of another base, its tensors are named like {show(PREFIX + min(found))}"
 
 
-def check_rest(found: Mapping[str, Array], cfg: Any, model: Model, chosen: Mapping[str, Part]) -> None:
+def check_rest(found: Mapping[str, Array], cfg: Any, model: Model, whole: Mapping[str, str]) -> None:
     """What is left in the file may only repeat the base model (as HF peft does for targeted embeddings)."""
     for name, a in found.items():
         parts = name.split(".")
         bare = ".".join(p for p in parts if p not in ("base_layer", "original_module"))
         if cfg.bias == "all" and parts[-2:] == ["modules_to_save", "bias"]:
             continue  # a second copy of what is stored without 'modules_to_save'
-        if cfg.bias == "all" and bare in TIED_BIASES:
+        if TWINS.get(bare) in whole:
             continue  # the other name of a bias that has been read
         tensor = tensor_of(model, bare)
         if tensor is None:
@@ -158,9 +159,6 @@ def check_rest(found: Mapping[str, Array], cfg: Any, model: Model, chosen: Mappi
             raise Malformed(
                 f"{FILE}: tensor {show(PREFIX + name)} differs from the model's, so the adapter belongs to another base"
             )
-
-
-TIED_BIASES = ("cls.predictions.bias", "lm_head.bias")
 
 
 def tensor_of(model: Model, name: str) -> str | None:
@@ -225,7 +223,7 @@ def doubled(cfg: Any) -> Any:
 
 
 def plain_params(adapter: Adapter) -> dict[str, Array]:
-    """A ← [A; A₀], B ← [B, −B₀] where they are kept, everything else as it is."""
+    """A ← [A; A₀], B ← [B, −B₀] where they are kept, all else as it is (a masked-LM bias under both its names)."""
     params = dict(adapter.params)
     for name, start0 in adapter.frozen.items():
         if name.endswith(".lora_A0.weight"):
@@ -234,7 +232,7 @@ def plain_params(adapter: Adapter) -> dict[str, Array]:
         elif name.endswith(".lora_B0.weight"):
             full = name.replace(".lora_B0.", ".lora_B.")
             params[full] = np.concatenate([params[full], -start0], axis=1)
-    return params
+    return params | {twin: params[name] for name, twin in models.TWINS.items() if name in params}
 
 
 def stored_name(adapter: Adapter, name: str) -> str:

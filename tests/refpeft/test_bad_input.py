@@ -1,4 +1,4 @@
-"""Files and folders that are not what they should be: one sentence, nothing changed on disk, never another exception."""
+"""Files and folders that are not what they should be: one sentence, nothing changed on disk, no other exception."""
 
 import errno
 import json
@@ -295,12 +295,16 @@ def change_config(where, **fields):
 
 
 REFUSED = {
-    "peft_type": ["LOHA", None, 3], "r": ["2", 0, 3, None, 2.0], "lora_alpha": ["8", [], True], "use_dora": [False, "yes"],
-    "target_modules": [["gone"], "(", 3, ["attn"], ["ln_1"], []], "rank_pattern": [{"c_fc": "3"}, {"(": 3}, [], {"c_fc": 4}],
+    "peft_type": ["LOHA", None, 3], "r": ["2", 0, 3, None, 2.0], "lora_alpha": ["8", [], True],
+    "use_dora": [False, "yes"],
+    "target_modules": [["gone"], "(", 3, ["attn"], ["ln_1"], []],
+    "rank_pattern": [{"c_fc": "3"}, {"(": 3}, [], {"c_fc": 4}],
     "bias": ["some", 3, "all", "lora_only"], "lora_dropout": [1.5, "0"], "modules_to_save": [["gone"], "wte", ["wte"]],
-    "init_lora_weights": ["pissa_niter_4", "loftq", "corda", "lora_ga", 3], "lora_bias": [True], "layers_to_transform": [[1], "0"],
+    "init_lora_weights": ["pissa_niter_4", "loftq", "corda", "lora_ga", 3], "lora_bias": [True],
+    "layers_to_transform": [[1], "0"],
     "layers_pattern": ["h"], "exclude_modules": [["c_fc"], "("], "use_qalora": [True], "alora_invocation_tokens": [[1]],
-    "trainable_token_indices": [[1]], "target_parameters": [["w"]], "layer_replication": [[[0, 1]]], "use_bdlora": [{"n": 1}],
+    "trainable_token_indices": [[1]],
+    "target_parameters": [["w"]], "layer_replication": [[[0, 1]]], "use_bdlora": [{"n": 1}],
     "kasa_config": [{"a": 1}], "megatron_config": [{"a": 1}], "arrow_config": [{"k": 1}], "velora_config": [{"k": 1}],
     "monteclora_config": [{"k": 1}], "ensure_weight_tying": [True], "something_new": [1, "x", [1]],
 }  # fmt: skip
