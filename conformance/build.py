@@ -21,7 +21,8 @@ Meta = dict[str, Any]
 def meta(method: str, level: str, prop: str, s: Mapping[str, Any], seed: int) -> Meta:
     return {
         "spec_version": SPEC_VERSION, "id": f"{method}/{level}/{prop}", "method": method, "level": level,
-        "property": prop, "regime": s.get("regime", "float"), "edge": s.get("edge", "none"), "seed": seed, "dtype": s["dtype"],
+        "property": prop, "regime": s.get("regime", "float"), "edge": s.get("edge", "none"), "seed": seed,
+        "dtype": s["dtype"],
     }  # fmt: skip
 
 

@@ -128,6 +128,7 @@ def header(target: str, info: Mapping[str, Any], options: Options, shard: tuple[
         "spec_version": SPEC_VERSION,
         "seed": options.seed,
         "examples": options.examples,
+        "model": options.model,
         "shard": list(shard),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions | dict(info.get("versions", {})),
@@ -195,7 +196,8 @@ def run_unit(target: str, unit: Unit, options: Options) -> Event:
     row: Event = {
         "type": "result", **asdict(unit), "required": prop.required, "status": "undeclared", "examples": 0,
         "ratio": None, "limit": LIMIT[unit.level], "statement": prop.statement,
-        "claims": list(prop.claims_of(unit.method)), "case": None, "replay": None, "kind": None, "detail": "", "spec_seconds": 0.0, "target_seconds": 0.0,
+        "claims": list(prop.claims_of(unit.method)), "case": None,
+        "replay": None, "kind": None, "detail": "", "spec_seconds": 0.0, "target_seconds": 0.0,
     }  # fmt: skip
     if not declared(info, unit, prop):
         return row

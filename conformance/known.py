@@ -14,6 +14,8 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 
 from refpeft.conformance.case import Case
+from refpeft.conformance.properties import PROPERTIES
+from refpeft.methods import METHODS
 
 FOLDER = Path(__file__).parent / "known"
 CLASSES = ("bug", "convention")
@@ -76,6 +78,9 @@ def entry_of(raw: Mapping[str, Any], file: Path) -> Entry:
     fields = {name: value for name, value in raw.items() if name not in ("class", "case")}
     if raw["class"] not in CLASSES:
         raise TypeError(f"class must be one of {CLASSES}, found {raw['class']!r}")
+    place = (raw["method"], raw["level"], raw["property"])
+    if not any(p.applies(place[0]) and (p.level, p.name) == place[1:] for p in PROPERTIES) or place[0] not in METHODS:
+        raise TypeError(f"there is no property {'/'.join(place)}, so it matches nothing")
     return Entry(**fields, cls=raw["class"], case=file.parent / raw["case"])
 
 

@@ -1,0 +1,216 @@
+"""The engine on targets whose answers are known: the specification passes everything, wrong targets are found out."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from refpeft.conformance import engine, known
+from refpeft.conformance.case import Case
+from refpeft.conformance.mutants import MUTANTS, hunt, target
+from refpeft.conformance.properties import PROPERTIES
+from refpeft.conformance.targets import FEATURES, Skip
+from refpeft.conformance.targets.spec import Spec
+from refpeft.conformance.yardstick import Yardstick
+
+
+def rows(target: str, folder: Path, **options: Any) -> list[dict[str, Any]]:
+    return [e for e in engine.check(target, folder=folder, **options) if e["type"] == "result"]
+
+
+@pytest.mark.parametrize("level", engine.LEVELS)
+def test_the_specification_passes_everything(level: str, tmp_path: Path) -> None:
+    events = list(engine.check("spec", levels=[level], examples=2, folder=tmp_path))
+    assert events[0]["type"] == "header"
+    assert events[-1]["ok"]
+    assert {e["status"] for e in events[1:-1]} == {"pass"}
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_every_mutant_is_found_by_the_property_meant_for_it(name: str) -> None:
+    kill = hunt(name, seed=5)
+    assert kill.by is not None
+    assert kill.by.endswith("/".join(MUTANTS[name].first))
+
+
+def test_a_failure_leaves_a_small_case_that_fails_again_and_that_the_specification_passes(tmp_path: Path) -> None:
+    name = "mutant:transposed-merge-on-square"
+    (row,) = rows(name, tmp_path, methods=["lora"], properties=["merge"], levels=["layer"])
+    assert row["status"] == "fail"
+    assert row["kind"] == "value"
+    assert row["replay"] == f"refpeft replay {row['case']} {name}"
+    assert Path(row["case"]).stat().st_size < 4000
+    assert engine.replay(row["case"], name).verdict.kind == "value"
+    assert engine.replay(row["case"], "spec").verdict.kind is None
+
+
+def test_the_same_seed_gives_the_same_run_and_an_executor_gives_the_same_results(tmp_path: Path) -> None:
+    def results(executor: Any = None) -> Any:
+        found = rows("spec", tmp_path, levels=["layer"], executor=executor, seed=3, examples=4)
+        return sorted((r["method"], r["property"], r["status"], r["examples"], r["ratio"]) for r in found)
+
+    alone = results()
+    assert results() == alone
+    with ThreadPoolExecutor(1) as pool:
+        assert results(pool) == alone
+
+
+def test_shards_are_a_partition(tmp_path: Path) -> None:
+    def names(shard: tuple[int, int]) -> list[tuple[str, str]]:
+        found = rows("spec", tmp_path, levels=["layer"], examples=1, properties=["forward", "frozen"], shard=shard)
+        return [(r["method"], r["property"]) for r in found]
+
+    assert sorted(names((1, 2)) + names((2, 2))) == sorted(names((1, 1)))
+
+
+@pytest.mark.parametrize("option", ["methods", "levels", "properties"])
+def test_a_name_that_does_not_exist_is_an_error(option: str) -> None:
+    with pytest.raises(ValueError, match="unknown .* 'loar'"):
+        list(engine.check("spec", **{option: ["loar"]}))
+
+
+# ── targets that cannot do everything ────────────────────────────────────────────────────────────────────────────────
+
+
+class Limited(Spec):
+    """Declares only forward, on linear layers in float32."""
+
+    def info(self) -> Any:
+        return {
+            **super().info(),
+            "name": "limited",
+            "features": ["forward"],
+            "dtypes": ["float32"],
+            "levels": ["layer"],
+        }
+
+
+class Skipping(Limited):
+    def run(self, case: Case) -> Any:
+        raise Skip("not today")
+
+
+class Breaking(Limited):
+    def run(self, case: Case) -> Any:
+        raise KeyError("lora_A")
+
+
+def only(target: Spec, prop: str = "forward") -> dict[str, Any]:
+    unit = engine.Unit("lora", "layer", prop)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(engine, "opened", lambda name: target)
+        return engine.run_unit("limited", unit, engine.Options(folder=None))
+
+
+def test_what_is_not_declared_is_not_asked() -> None:
+    assert only(Limited())["status"] == "pass"
+    assert only(Limited(), "merge")["status"] == "undeclared"
+
+
+def test_a_skip_is_not_a_pass() -> None:
+    row = only(Skipping())
+    assert (row["status"], row["examples"], row["detail"]) == ("skip", 0, "not today")
+
+
+def test_what_a_target_raises_is_its_answer() -> None:
+    row = only(Breaking())
+    assert (row["status"], row["kind"]) == ("error", "error:KeyError")
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (lambda y: y, None),
+        (lambda y: y * (1 + 1e-4), "value"),
+        (lambda y: y * np.nan, "value"),
+        (lambda y: y[None], "shape"),
+        (lambda y: y.astype(np.float64), "dtype"),
+    ],
+)
+def test_verdicts(change: Any, kind: str | None) -> None:
+    prop = next(p for p in PROPERTIES if p.name == "forward")
+    for structure in prop.corners("lora", Limited().info()):
+        case = prop.case("lora", {**structure, "dtype": "float32"}, 0)
+        got = Spec().run(case)
+        assert Yardstick(case).judge({"y": change(got["y"])}).kind == kind
+        assert Yardstick(case).judge({}).kind == "names"
+
+
+def test_properties_are_one_sentence_and_need_declared_features() -> None:
+    assert len({(p.level, p.name) for p in PROPERTIES}) == len(PROPERTIES)
+    for p in PROPERTIES:
+        assert p.statement.endswith(".")
+        assert set(p.needs) <= set(FEATURES)
+
+
+def test_an_unknown_mutant_is_an_error() -> None:
+    with pytest.raises(ValueError, match="unknown mutant 'x'"):
+        target("x")
+
+
+# ── known failures ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def entry_for(name: str, tmp_path: Path, **fields: Any) -> Path:
+    """A file of known failures holding what `mutant:name` gets wrong in merging."""
+    (row,) = rows(name, tmp_path, methods=["lora"], properties=["merge"], levels=["layer"])
+    own = {
+        "method": "lora",
+        "level": "layer",
+        "property": "merge",
+        "kind": "value",
+        "class": "bug",
+        "reason": "it is a mutant",
+    }
+    file = tmp_path / "known.json"
+    file.write_text(json.dumps([{**own, "case": row["case"], **fields}]))
+    return file
+
+
+def merge_row(name: str, tmp_path: Path, file: Path) -> dict[str, Any]:
+    known.parse.cache_clear()
+    (row,) = rows(name, tmp_path, methods=["lora"], properties=["merge"], levels=["layer"], known=file)
+    return row
+
+
+WRONG = "mutant:transposed-merge-on-square"
+
+
+def test_a_known_failure_is_known(tmp_path: Path) -> None:
+    row = merge_row(WRONG, tmp_path, entry_for(WRONG, tmp_path))
+    assert (row["status"], row["detail"]) == ("known", "it is a mutant")
+
+
+def test_a_known_failure_that_passes_is_unexpected(tmp_path: Path) -> None:
+    assert merge_row("spec", tmp_path, entry_for(WRONG, tmp_path))["status"] == "unexpected-pass"
+
+
+def test_a_known_failure_that_fails_otherwise_is_unexpected(tmp_path: Path) -> None:
+    assert merge_row(WRONG, tmp_path, entry_for(WRONG, tmp_path, kind="shape"))["status"] == "unexpected-pass"
+
+
+def test_a_known_failure_explains_only_what_it_matches(tmp_path: Path) -> None:
+    file = entry_for(WRONG, tmp_path, match={"layer.kind": "no such kind"})
+    assert merge_row(WRONG, tmp_path, file)["status"] == "fail"
+
+
+def test_another_version_has_other_known_failures(tmp_path: Path) -> None:
+    assert merge_row(WRONG, tmp_path, entry_for(WRONG, tmp_path, versions="<0.0.1"))["status"] == "fail"
+
+
+@pytest.mark.parametrize("change", [{"class": "opinion"}, {"method": "loar"}, {"property": "x"}, {"unknown": 1}])
+def test_an_entry_that_matches_nothing_is_an_error(change: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="known.json: entry 0"):
+        merge_row(WRONG, tmp_path, entry_for(WRONG, tmp_path, **change))
+
+
+@pytest.mark.parametrize("file", sorted(known.FOLDER.glob("*.json")), ids=lambda f: f.stem)
+def test_stored_cases_of_known_failures_pass_on_the_specification(file: Path) -> None:
+    entries = known.parse(file)
+    assert entries
+    for entry in entries:
+        assert engine.examine(Spec(), entry.read()).verdict.kind is None
