@@ -174,7 +174,7 @@ def read_reports(paths: Sequence[Path]) -> Report:
     return join([read(path) for path in paths])
 
 
-SAME = ("target", "spec_version", "seed", "examples")
+SAME = ("target", "spec_version", "seed", "examples", "model")
 
 
 def join(reports: Sequence[Report]) -> Report:

@@ -45,7 +45,8 @@ def heading(report: Report, width: int) -> Text:
     header = report.header
     text = Text.assemble((report.target, "bold"), " against the specification ", (f"v{header['spec_version']}", "bold"))
     versions = header.get("versions", {})
-    about = [f"seed {header['seed']}", *(f"{name} {version}" for name, version in versions.items())]
+    model = [f"model {header['model']}"] if header.get("model") else []
+    about = [*model, f"seed {header['seed']}", *(f"{name} {version}" for name, version in versions.items())]
     lines = textwrap.wrap(" · ".join(part.replace(" ", NBSP) for part in about), width)
     return text.append("\n" + "\n".join(lines).replace(NBSP, " "), style="dim")
 
