@@ -1,6 +1,6 @@
 """Adapters: what a method adds to a model, and how several of them wrap its parts."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -62,6 +62,17 @@ def each(adapters: Sequence[Adapter]) -> Callable[[Part], Part]:
         return part
 
     return wrap
+
+
+def fits(adapters: Sequence[Adapter], paths: Collection[str]) -> None:
+    """An adapter for a module that the model lacks is refused, and a mask for one that the adapter does not adapt."""
+    for adapter in adapters:
+        for path in adapter.by_module:
+            if path not in paths:
+                raise ValueError(f"the adapter has parameters for {path}, a module that the model does not have")
+        for path in adapter.masks:
+            if path not in adapter.by_module:
+                raise ValueError(f"there is a dropout mask for {path}, a module that the adapter does not adapt")
 
 
 def replaced(adapters: Sequence[Adapter], part: Part) -> Part:

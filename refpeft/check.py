@@ -103,8 +103,11 @@ def gap(dy: Array, Jv: Array, d: Array, v: Array, floor: float = 0.0) -> float:
 
 
 def size(dout: Array, out: Array, p: Array, v: Array) -> float:
-    """What ⟨dout, J v⟩ would be if p had all the say in the output. A gradient that is zero in exact arithmetic (the bias
-    of the keys in attention, which softmax cancels) is compared on this scale, since it has none of its own."""
+    """What ⟨dout, J v⟩ would be if p had all the say in the output.
+
+    A gradient that is zero in exact arithmetic (the bias of the keys in attention, which softmax cancels) is compared
+    on this scale, since it has none of its own.
+    """
     return float(norm(dout) * norm(out) * norm(v) / (norm(p) or 1.0))
 
 

@@ -37,8 +37,11 @@ def read(
     b, s = ids.shape
     types = np.zeros_like(ids) if token_type_ids is None else token_type_ids
     places = place(c, ids, start) if position_ids is None else position_ids
-    if isinstance(ids, np.ndarray) and position_ids is None and sizes[1] is not None and start + s > sizes[1]:
-        raise ValueError(f"a sequence of {start + s} positions does not fit the model, which has {sizes[1]}")
+    room = None if sizes[1] is None else sizes[1] if c.positions == "index" else sizes[1] - (c.pad_token_id or 0) - 1
+    if isinstance(ids, np.ndarray) and position_ids is None and room is not None and start + s > room:
+        raise ValueError(f"a sequence of {start + s} positions does not fit the model, which has {room}")
+    if token_type_ids is not None and sizes[2] is None:
+        raise ValueError(f"a {c.family} model has no token types, but token_type_ids were given")
     check("token_type_ids", types, (b, s), sizes[2])
     check("position_ids", places, (places.shape[0] if places.shape[:1] == (1,) else b, s), sizes[1])
     check("attention_mask", attention_mask, (b, start + s), None)

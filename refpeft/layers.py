@@ -182,7 +182,7 @@ def chain(*runs: Run) -> Run:
 
 
 def head_step(m: Parts, step: str, inputs: Inputs) -> Run:
-    """A layer, an activation, or the one position that a classifier reads: the first, or the last that is no padding."""
+    """A layer, an activation, or the one position that a classifier reads: the first, or the last but padding."""
     if step in m.sites:
         return m.part(step).run
     if step in activations:

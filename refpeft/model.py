@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from refpeft.adapter import Adapter, each
+from refpeft.adapter import Adapter, each, fits
 from refpeft.config import Config, Site
 from refpeft.inputs import read
 from refpeft.layers import Pair, Parts, attend, embed, head_step, mlp, residual, rotations
@@ -50,7 +50,7 @@ class Model:
     ) -> tuple[Array, Callable[..., Any]]:
         """out, vjp = model(ids, …);   grads = vjp(dout): the adapter's gradients by name (a list of dicts for a list of
         adapters). vjp(dout, base=True), or base=[names], returns (grads, base_grads)."""
-        adapters = adapter_list(adapter)
+        adapters = self.fitting(adapter)
         out, backs, _ = self.run(each(adapters), ids, attention_mask, token_type_ids, position_ids)
 
         def vjp(dout: Array, base: bool | Collection[str] = False) -> Any:
@@ -80,8 +80,14 @@ class Model:
         `attention_mask` [b, t] covers both."""
         if not self.config.causal:
             raise ValueError(f"a {self.config.family} model sees all positions at once and cannot decode step by step")
-        out, _, present = self.run(each(adapter_list(adapter)), ids, attention_mask, None, position_ids, cache)
+        out, _, present = self.run(each(self.fitting(adapter)), ids, attention_mask, None, position_ids, cache)
         return out, present
+
+    def fitting(self, adapter: Adapter | Sequence[Adapter] | None) -> Sequence[Adapter]:
+        """The adapters as a list, all of them made for modules that this model has."""
+        adapters = adapter_list(adapter)
+        fits(adapters, {site.path for site in self.sites.values()} if adapters else ())
+        return adapters
 
     def part(self, role: str) -> Part:
         site = self.sites[role]
@@ -90,7 +96,7 @@ class Model:
 
     def astype(self, dtype: Any) -> "Model":
         """The same model with every parameter in another dtype."""
-        return replace(self, params={name: v.astype(dtype) for name, v in self.params.items()})
+        return replace(self, params={name: v.astype(dtype, copy=False) for name, v in self.params.items()})
 
     def run(
         self,

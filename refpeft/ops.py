@@ -63,11 +63,12 @@ def _in_float32(f: Op, args: tuple[Array, ...], options: dict[str, Any]) -> tupl
     wide = any(type(a) is np.ndarray and a.dtype.kind in "fc" and a.dtype.itemsize > 2 for a in args)
     y, vjp = f(*(a.astype(np.float32) if h else a for a, h in zip(args, half, strict=True)), **options)
 
-    def rounded(thunk: Cotangent, a: Array, h: bool) -> Cotangent:
-        return (lambda: thunk().astype(a.dtype)) if thunk and h else thunk
+    def rounded(k: int, thunk: Cotangent) -> Cotangent:
+        return (lambda: thunk().astype(args[k].dtype)) if thunk and k < len(args) and half[k] else thunk
 
     def back(dy: Array) -> tuple[Cotangent, ...]:
-        return tuple(map(rounded, vjp(dy.astype(np.float32) if is_half(dy.dtype) else dy), args, half))
+        cotangents = vjp(dy.astype(np.float32) if is_half(dy.dtype) else dy)
+        return tuple(rounded(k, thunk) for k, thunk in enumerate(cotangents))
 
     return y if wide else y.astype(args[half.index(True)].dtype), back
 
@@ -265,9 +266,9 @@ def _top(x: Array) -> Array:
 
 @op
 def rope(x: Array, cos: Array, sin: Array) -> tuple[Array, Vjp]:
-    """[y₁ y₂] = [x₁ cos − x₂ sin,  x₂ cos + x₁ sin],   x = [x₁ x₂] split in halves.      RoFormer, arXiv 2104.09864, §3.2
+    """[y₁ y₂] = [x₁ cos − x₂ sin,  x₂ cos + x₁ sin],   x = [x₁ x₂] in halves.      RoFormer, arXiv 2104.09864, §3.2
 
-    x [b, s, h, e], cos and sin [b, s, 1, e/2] → y [b, s, h, e].      The rotation's transpose turns back: dx = y(dy, −sin).
+    x [b, s, h, e], cos and sin [b, s, 1, e/2] → y [b, s, h, e].      The transpose turns back: dx = y(dy, −sin).
     """
 
     def turn(x: Array, sin: Array) -> Array:
@@ -345,7 +346,7 @@ def pick(x: Array, index: Array) -> tuple[Array, Vjp]:
 
 @op
 def cross_entropy(x: Array, labels: Array, ignore_index: int = -100) -> tuple[Array, Vjp]:
-    """L = −mean log softmax(x)[label]   over the places whose label is not ignore_index.      x [… v], labels […] → L []
+    """L = −mean log softmax(x)[label]   over the places whose label is not ignore_index.    x [… v], labels […] → L []
 
     dx = dL (softmax(x) − onehot(label)) / count, zero where ignored. No place left gives L = 0 (torch gives nan).
     Shifting labels by one position, as causal language models need, is the caller's.

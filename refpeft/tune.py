@@ -12,7 +12,7 @@ import numpy as np
 from refpeft.adapter import Adapter, found, replaced
 from refpeft.method import DEFAULT_TARGETS, Method, Targets, excluded, targeted
 from refpeft.methods import METHODS
-from refpeft.model import Model, Site, adapter_list
+from refpeft.model import Model, Site
 from refpeft.ops import Array, is_half
 from refpeft.part import Part, stored
 
@@ -189,7 +189,7 @@ def merge(model: Model, adapter: Adapter | Sequence[Adapter]) -> Model:
     Several adapters are folded in one after the other, as they run (claims L4, D5).
     A tensor that two layers share and only one of them changes is given to each on its own (and no longer tied).
     """
-    adapters = adapter_list(adapter)
+    adapters = model.fitting(adapter)
     params, sites = dict(model.params), dict(model.sites)
     for role in model.sites:
         old = model.part(role)
