@@ -14,7 +14,7 @@ RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 MINILM := $(VENV)/.minilm
 
-say = printf '\n\033[1m%s\033[0m\n' $(1)
+say = printf '\n%s ...\n' $(1)
 verdict = && echo $(1) || { echo $(2); exit 1; }
 
 .DEFAULT_GOAL := help
@@ -43,7 +43,7 @@ check: $(INSTALLED)
 	  $(call verdict,"All is well: lint, format and types are clean.","Not well: see above.")
 
 bench: $(INSTALLED)
-	@$(call say,"Benchmarks: the two sides take turns, ratios are medians")
+	@$(call say,"Measuring: the two sides take turns, ratios are medians")
 	@$(RUN) -m bench
 
 docs: $(INSTALLED)
