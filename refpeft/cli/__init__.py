@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+from concurrent.futures import BrokenExecutor
 from importlib.util import find_spec
 from typing import Annotated, Any, NoReturn
 
@@ -25,7 +26,7 @@ class Group(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             stop("interrupted", 130)
-        except (ValueError, OSError, ImportError) as error:
+        except (ValueError, OSError, ImportError, BrokenExecutor) as error:
             if ctx.params.get("debug") or getattr(error, "errno", None) == errno.EPIPE:
                 raise
             stop(sentence(error))

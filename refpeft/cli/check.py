@@ -97,10 +97,16 @@ def check(
     if model:
         options["model"] = model
     seen: list[Event] = []
-    with executor(workers, dask) as pool, progress() as step, writer(json_file) as write:
+    with (
+        executor(workers, dask) as pool,
+        progress() as step,
+        writer(json_file) as write,
+        interrupts() as unless_interrupted,
+    ):
         for event in engine.check(target, method, level, property, executor=pool, **options):
             for use in (seen.append, write, step):
                 use(event)
+            unless_interrupted()
     if update and known:
         came, went = knowledge.update(
             known, str(seen[0]["target"]["version"]), [e for e in seen if e["type"] == "result"]
@@ -151,13 +157,34 @@ def executor(workers: int, dask: str | None) -> Iterator[Executor | None]:
         from concurrent.futures import ProcessPoolExecutor
         from multiprocessing import get_context
 
-        pool = ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_DFL))
         try:
             yield pool
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
     else:
         yield None
+
+
+@contextmanager
+def interrupts() -> Iterator[Callable[[], None]]:
+    """Ctrl-C ends the work even where Python drops the exception, as it does in callbacks of the garbage collector
+    (Hypothesis has one): what is yielded raises it again."""
+    pressed: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        pressed.append(number)
+        raise KeyboardInterrupt
+
+    def check() -> None:
+        if pressed:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
@@ -295,10 +322,11 @@ def mutants(
         bench.target(name)
     writable(json_file)
     kills: dict[str, list[bench.Kill]] = {name: [] for name in names or bench.MUTANTS}
-    with executor(workers, dask) as pool, progress(len(kills) * seeds) as step:
+    with executor(workers, dask) as pool, progress(len(kills) * seeds) as step, interrupts() as unless_interrupted:
         for kill in bench.mutants(seeds, names, pool):
             kills[kill.mutant].append(kill)
             step(kill.mutant)
+            unless_interrupted()
     save(json_file, [asdict(kill) for found in kills.values() for kill in found])
     terminal.show_mutants(kills, Console(highlight=False))
     raise typer.Exit(0 if all(kill.by for found in kills.values() for kill in found) else 1)

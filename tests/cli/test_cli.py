@@ -1,8 +1,11 @@
 """The command line: what each command says, writes and returns."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +20,8 @@ from refpeft.conformance.case import Case
 from refpeft.conformance.report import read
 from refpeft.conformance.targets import Skip
 from refpeft.conformance.targets.spec import Spec
+
+ROOT = Path(__file__).parents[2]
 
 
 class Right(Spec):
@@ -175,6 +180,18 @@ def test_known_failures_are_written_met_and_missed_when_they_are_mended(monkeypa
     assert not list(Path("known/wrong").iterdir())
 
 
+def test_ctrl_c_ends_a_check_with_workers_at_once(somewhere: Path) -> None:
+    words = [sys.executable, "-m", "refpeft", "check", "spec", "--workers", "2", "--json", str(somewhere / "r.jsonl")]
+    check = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (somewhere / "r.jsonl").exists() or len((somewhere / "r.jsonl").read_text().splitlines()) < 2:
+        assert check.poll() is None
+        time.sleep(0.05)
+    os.killpg(check.pid, signal.SIGINT)
+    assert check.communicate(timeout=20)[1] == "refpeft: interrupted\n"
+    assert check.returncode == 130
+    assert not read(somewhere / "r.jsonl").complete
+
+
 # ── what cannot be run: one sentence, exit code 2 ────────────────────────────────────────────────────────────────────
 
 
@@ -274,7 +291,5 @@ def test_every_command_explains_itself(command: str) -> None:
 def test_help_loads_nothing_heavy() -> None:
     heavy = "{'onnx', 'torch', 'hypothesis', 'jinja2', 'onnxruntime', 'tokenizers'}"
     code = f"import sys; import refpeft.cli; print(sorted({heavy} & set(sys.modules)))"
-    found = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
-    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert found.stdout == "[]\n"
