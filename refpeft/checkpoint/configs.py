@@ -82,6 +82,8 @@ def frequencies(c: Json, e: int) -> np.ndarray[Any, Any]:
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
         raise Malformed(f"config.json: rope_parameters must be an object, found {show(rope)}")
+    for fields in (c, rope):
+        require(fields, partial_rotary_factor=1)
     θ = positive(rope, "rope_theta", None) or positive(c, "rope_theta", 10000.0)
     f: np.ndarray[Any, Any] = θ ** (-np.arange(0, e, 2) / e)
     kind = rope.get("rope_type") or rope.get("type") or "default"
