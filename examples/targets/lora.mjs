@@ -2,7 +2,7 @@
 //
 //     refpeft check "program:node examples/targets/lora.mjs" --method lora --level layer
 //
-// What a program has to do is in `refpeft/conformance/targets/program.py`; `lora` below is the implementation under test.
+// What a program has to do is in docs/conformance-protocol.md; `lora` below is the implementation under test.
 
 import { readFileSync, writeFileSync } from "node:fs";
 import { createInterface } from "node:readline";

@@ -2,7 +2,7 @@
 
     refpeft check "program:python examples/targets/numpy_lora.py" --method lora --level layer
 
-What a program has to do is in `refpeft/conformance/targets/program.py`; `lora` below is the implementation under test.
+What a program has to do is in docs/conformance-protocol.md; `lora` below is the implementation under test.
 """
 
 import json
