@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -66,7 +67,7 @@ def merges(change: Callable[..., Merged], modules: Sequence[Any] = MODULES) -> C
 
     def patches() -> Sequence[Patch]:
         def changed(merge: Any) -> Any:
-            return lambda cfg, W, b, φ: change(merge, cfg, W, b, φ)
+            return lambda cfg, W, b, φ, base=None: change(partial(merge, base=base), cfg, W, b, φ)
 
         return [patch.object(m, "merge", changed(m.merge)) for m in modules]
 
@@ -349,6 +350,14 @@ class StaleSession(Session):
         pass
 
 
+class LeavesNan(Session):
+    """The refused merge has already written nan into the base."""
+
+    def refused_merge(self, adapter: str) -> Arrays:
+        self.base = replace(self.base, params={n: v * np.nan for n, v in self.base.params.items()})
+        return super().refused_merge(adapter)
+
+
 class UnmergesOne(Session):
     """Of several merged adapters, unmerge takes out one."""
 
@@ -408,12 +417,13 @@ MUTANTS: Mapping[str, Mutant] = {
     "decoding-counts-from-zero": Mutant(("model", "incremental"), of_model=DecodesAtZero),
     "count-includes-frozen": Mutant(("model", "count"), of_model=CountsFrozen),
     "merged-keeps-adapter-tensors": Mutant(("model", "merge"), of_model=KeepsAdapterTensors),
-    "only-first-merged": Mutant(("model", "two-merged"), of_model=MergesFirstOnly, methods=SUMS),
+    "only-first-merged": Mutant(("model", "two-merged"), of_model=MergesFirstOnly),
     "tied-weights-merged-both": Mutant(
         ("model", "tied"), lambda: [patch.object(refpeft.tune, "untied", lambda sites, params, role: sites)]
     ),
     "merge-twice-adds-twice": Mutant(("lifecycle", "merge-twice"), of_session=MergesTwice),
     "safe-merge-merges-nothing": Mutant(("lifecycle", "safe-merge"), of_session=SafeMergeSkips),
+    "safe-merge-leaves-nan": Mutant(("lifecycle", "refused-merge"), of_session=LeavesNan),
     "unmerge-takes-out-one-of-two": Mutant(("lifecycle", "two-merged"), of_session=UnmergesOne),
     "disable-keeps-head": Mutant(("lifecycle", "modules-to-save"), of_session=KeepsHead),
     "switch-keeps-old-scale": Mutant(("lifecycle", "switch"), of_session=SwitchKeepsScale),

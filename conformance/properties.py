@@ -247,7 +247,7 @@ MODEL = [
     ),
     whole(
         "order",
-        "Two active adapters give the same in either order, each with its own rank and scale.",
+        "Two active adapters act in the order given, each with its own rank and scale.",
         ["logits"],
         ["forward", "several"],
         ["L4", "D5"],
@@ -261,7 +261,6 @@ MODEL = [
         ["merge", "several"],
         ["L4", "D5"],
         adapters=two,
-        methods=["lora", "rslora"],
     ),
     whole(
         "patterns",
@@ -362,6 +361,12 @@ FOO = [do("add", adapter="foo"), do("add", adapter="foobar")]
 LIFE = [
     life("merge-twice", "Merging twice merges once.", [[*FIRST, do("merge"), do("merge")]], ["merge"]),
     life("safe-merge", "A merge with a check for nan merges the same.", [[*FIRST, do("merge", safe=True)]], ["merge"]),
+    life(
+        "refused-merge",
+        "A merge with a check for nan refuses an adapter that has one, and changes nothing.",
+        [[*FIRST, do("refused_merge", adapter="first"), do("merge")]],
+        ["merge", "change"],
+    ),
     life(
         "unmerge",
         "Merge and unmerge, any number of times, and the adapter runs as before.",

@@ -347,6 +347,17 @@ class Session:
             raise Skip("merge_adapter has no safe_merge here")
         self.model.merge_adapter(**({"safe_merge": True} if safe else {}))
 
+    def refused_merge(self, adapter: str) -> Arrays:
+        values = values_of(self.case, adapter + "/")
+        write(self.model, adapter, {n: v * np.nan for n, v in values.items()})
+        refused = False
+        try:
+            self.merge(safe=True)
+        except ValueError:
+            refused = True
+        write(self.model, adapter, values)
+        return {"refused": np.array(refused)}
+
     def unmerge(self) -> None:
         self.model.unmerge_adapter()
 

