@@ -112,7 +112,11 @@ class Engine:
     """A worker process; `run(n)` has it take n steps."""
 
     def __init__(self, name: str, folder: str, shape: str) -> None:
-        env = os.environ | {"OMP_NUM_THREADS": str(THREADS), "OPENBLAS_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"}
+        env = os.environ | {
+            "OMP_NUM_THREADS": str(THREADS),
+            "OPENBLAS_NUM_THREADS": str(THREADS),
+            "HF_HUB_OFFLINE": "1",
+        }
         command = [sys.executable, __file__, "--worker", name, folder, shape]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
