@@ -1,90 +1,16 @@
 """The properties: each one sentence that must be true of an implementation, and the cases that could show it is not.
 
-Every answer is compared with the specification's, so a property is a choice of what to ask, of what kind of case.
-To add one, add it to a table below; `layer`, `whole` and `life` say how its cases are drawn and built.
+To add one, add it to a table below.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hypothesis import strategies as st
+from refpeft.conformance import strategies, tiny
+from refpeft.conformance.property import Property, Steps, do, layer, life, two, whole
+from refpeft.conformance.strategies import Structure
 
-from refpeft.conformance import build, strategies, tiny
-from refpeft.conformance.case import Case
-from refpeft.conformance.strategies import Strategy, Structure
-
-Info = Mapping[str, Any]
-CLAIMS = {"lora": "L", "rslora": "R", "dora": "D"}
-
-
-@dataclass(frozen=True)
-class Property:
-    name: str
-    level: str
-    statement: str
-    draw: Callable[[str, Info], Strategy]
-    corners: Callable[[str, Info], Sequence[Structure]]  # what is always asked, before anything is drawn
-    make: Callable[[str, Structure, int], Case]
-    needs: Sequence[str] = ()
-    claims: Sequence[str] = ()  # as the methods' docstrings label them: L2 of LoRA, D2 of DoRA
-    required: bool = True
-    methods: Sequence[str] | None = None
-    families: Sequence[str] | None = None  # those whose models it is about
-    any_head: bool = True  # or only language models
-
-    def applies(self, method: str) -> bool:
-        return self.methods is None or method in self.methods
-
-    def claims_of(self, method: str) -> Sequence[str]:
-        return [c for c in self.claims if c.startswith(CLAIMS.get(method, "?"))]
-
-    def fits(self, about: Mapping[str, Any]) -> bool:
-        """Can it be asked of the model in a folder, which is of one family and architecture?"""
-        causal = about["architecture"].endswith(tiny.LM[about["family"]])
-        return self.families is None or (about["family"] in self.families and (causal or self.any_head))
-
-    def structure(self, method: str, info: Info) -> Strategy:
-        return self.draw(method, info)
-
-    def case(self, method: str, structure: Structure, seed: int) -> Case:
-        case = self.make(method, structure, seed)
-        return Case({**case.meta, "claims": self.claims_of(method), "structure": structure}, case.arrays)
-
-
-# ── one layer ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-NARROWED: Sequence[str] = ("kind", "dtype", "edge", "regime")
-
-
-def layer(
-    name: str, statement: str, want: Sequence[str], needs: Sequence[str], claims: Sequence[str] = (), **more: Any
-) -> Property:
-    """The fields in `NARROWED` that are given are drawn from what is given."""
-    fixed: dict[str, Sequence[Any]] = {key: more.pop(key) for key in NARROWED if key in more}
-
-    def draw(method: str, info: Info) -> Strategy:
-        choices = possible(fixed, info)
-        if not all(choices.values()):
-            return st.nothing()  # of what this property needs the target declares none
-        own = st.fixed_dictionaries({k: st.sampled_from(v) for k, v in choices.items()})
-        return own.flatmap(lambda own: strategies.layer(method, info, **own))
-
-    def corners(method: str, info: Info) -> Sequence[Structure]:
-        return strategies.layer_corners(method, info, possible(fixed, info))
-
-    def make(method: str, s: Structure, seed: int) -> Case:
-        return build.layer(method, name, s, seed, want)
-
-    return Property(name, "layer", statement, draw, corners, make, needs, claims, **more)
-
-
-def possible(fixed: Mapping[str, Sequence[Any]], info: Info) -> Mapping[str, Sequence[Any]]:
-    """Without the dtypes and kinds of layer that the target does not declare."""
-    able = {"dtype": info["dtypes"], "kind": ["linear", *info["features"]]}
-    return {k: [c for c in v if c in able.get(k, v)] for k, v in fixed.items()}
-
+__all__ = ["PROPERTIES", "Property"]
 
 LAYER = [
     layer(
@@ -165,50 +91,10 @@ LAYER = [
 CAUSAL = tiny.CAUSAL
 
 
-def whole(
-    name: str,
-    statement: str,
-    want: Sequence[str],
-    needs: Sequence[str],
-    claims: Sequence[str] = (),
-    also: Mapping[str, Sequence[Any]] | None = None,
-    configs: Callable[[Structure], Mapping[str, Any]] = lambda s: {},
-    adapters: Callable[[Structure], Mapping[str, Any] | None] = lambda s: None,
-    families: tuple[str, ...] = tuple(tiny.FAMILIES),
-    level: str = "model",
-    **more: Any,
-) -> Property:
-    """`also` are further fields to draw; `configs` changes the adapter's config, `adapters` names several."""
-    fixed = {key: more.pop(key) for key in ("architectures", "layers") if key in more}
-
-    def draw(method: str, info: Info) -> Strategy:
-        base = strategies.model(method, info, families, **fixed)
-        extra = st.fixed_dictionaries({k: st.sampled_from(v) for k, v in (also or {}).items()})
-        return st.builds(lambda s, own: {**s, **own}, base, extra)
-
-    def corners(method: str, info: Info) -> Sequence[Structure]:
-        plain = strategies.model_corners(method, info, families, fixed.get("architectures", ("",)))
-        return [{**s, **{k: v[n % len(v)] for k, v in (also or {}).items()}} for n, s in enumerate(plain)]
-
-    def make(method: str, s: Structure, seed: int) -> Case:
-        s = {**s, "config": {**s["config"], **configs(s)}}
-        return build.model(method, level, name, s, seed, adapters(s), want=list(want))
-
-    return Property(
-        name, level, statement, draw, corners, make, needs, claims, families=families,
-                    any_head="architectures" not in fixed, **more)  # fmt: skip
-
-
 def patterns(s: Structure) -> Structure:
     """Keys that several layers match, and a rank_pattern and an alpha_pattern that disagree about which."""
     names = s["config"]["target_modules"]
     return {"rank_pattern": {names[0]: 3}, "alpha_pattern": {s["key"].format(names[0]): 5.0, names[-1]: 7.0}}
-
-
-def two(s: Structure) -> Mapping[str, Any]:
-    """Two adapters whose ranks and α differ."""
-    first = s["config"]
-    return {"first": first, "second": {**first, "r": first["r"] + 1, "lora_alpha": 2 * first["lora_alpha"] + 1}}
 
 
 def swapped(s: Structure) -> Mapping[str, Any]:
@@ -305,41 +191,6 @@ MODEL = [
 
 
 # ── a life ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-Steps = Sequence[Mapping[str, Any]]
-
-
-def life(
-    name: str,
-    statement: str,
-    programs: Sequence[Steps],
-    needs: Sequence[str],
-    claims: Sequence[str] = (),
-    adapters: Callable[[Structure], Mapping[str, Any]] = two,
-    changed: Sequence[str] = (),
-    configs: Callable[[Structure], Mapping[str, Any]] = lambda s: {},
-    architectures: tuple[str, ...] = ("",),
-    **more: Any,
-) -> Property:
-    """Programs of steps; after each, the model says what the formula says of the adapters active then."""
-
-    def draw(method: str, info: Info) -> Strategy:
-        base = strategies.model(method, info, architectures=architectures, layers=1)
-        return st.builds(lambda s, n: {**s, "program": n}, base, st.integers(0, len(programs) - 1))
-
-    def corners(method: str, info: Info) -> Sequence[Structure]:
-        plain = strategies.model_corners(method, info, ("gpt2", "bert"), architectures)
-        return [{**s, "program": n} for n in range(len(programs)) for s in plain[: 1 if len(programs) > 1 else 2]]
-
-    def make(method: str, s: Structure, seed: int) -> Case:
-        s = {**s, "config": {**s["config"], **configs(s)}}
-        return build.model(method, "lifecycle", name, s, seed, adapters(s), changed, steps=list(programs[s["program"]]))
-
-    return Property(name, "lifecycle", statement, draw, corners, make, needs, claims, **more)
-
-
-def do(what: str, **arguments: Any) -> Mapping[str, Any]:
-    return {"do": what, **arguments}
 
 
 def weighted(how: str, *weights: list[float]) -> Steps:
