@@ -203,6 +203,15 @@ def test_another_version_has_other_known_failures(tmp_path: Path) -> None:
     assert merge_row(WRONG, tmp_path, entry_for(WRONG, tmp_path, versions="<0.0.1"))["status"] == "fail"
 
 
+def test_failures_can_be_recorded(tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    assert (
+        known.record(file, rows(WRONG, tmp_path / "cases", methods=["lora"], properties=["merge"], levels=["layer"]))
+        == 1
+    )
+    assert merge_row(WRONG, tmp_path, file)["status"] == "known"
+
+
 @pytest.mark.parametrize("change", [{"class": "opinion"}, {"method": "loar"}, {"property": "x"}, {"unknown": 1}])
 def test_an_entry_that_matches_nothing_is_an_error(change: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"known\.json: entry 0"):
