@@ -35,7 +35,7 @@ from refpeft.method import Base, Merged, Phi, Values, as_dtype, branch, masked
 from refpeft.methods import lora
 from refpeft.methods.lora import FROZEN, ΔW, dΔW, low_rank
 from refpeft.ops import Array, rows
-from refpeft.part import Back, Grads, Lazy, Once, Part, Run, Want, join, plus
+from refpeft.part import Back, Grads, Key, Lazy, Once, Part, Run, Want, join, plus
 
 KEYS = {**lora.KEYS, "m": ("lora_magnitude_vector", "lora_magnitude_vector")}
 
@@ -129,15 +129,15 @@ def unbiased(part: Part) -> Run:
     """f(x) = y₀ − b;   for a part that nobody has wrapped, x Wᵀ."""
     if part.pristine:
         return part.bare
-    return part.run if part.b is None else shifted(part, part.run, -1)
+    return part.run if part.b is None else shifted(part.run, -1, part.b, part.b_key)
 
 
 def biased(part: Part, f: Run) -> Part:
     """y = f(x) + b"""
-    return part.wrapped(f if part.b is None else shifted(part, f, 1))
+    return part.wrapped(f if part.b is None else shifted(f, 1, part.b, part.b_key))
 
 
-def shifted(part: Part, f: Run, sign: int) -> Run:
+def shifted(f: Run, sign: int, b: Array, key: Key) -> Run:
     """y = f(x) ± b"""
 
     def run(x: Array) -> tuple[Array, Back]:
@@ -145,10 +145,10 @@ def shifted(part: Part, f: Run, sign: int) -> Run:
 
         def back(dy: Lazy, want: Want) -> tuple[Lazy, Grads]:
             dx, grads = back_f(dy, want)
-            if part.b_key in want:
-                grads = join(grads, {part.b_key: Once(lambda: rows(sign * dy()).sum(0))})
+            if key in want:
+                grads = join(grads, {key: Once(lambda: rows(sign * dy()).sum(0))})
             return dx, grads
 
-        return y + sign * part.b, back
+        return y + sign * b, back
 
     return run
