@@ -7,15 +7,20 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from importlib.util import find_spec
+from shutil import which
 
 import hypothesis
 import pytest
 
-NEEDS = {  # marker → its libraries, and the extra that brings them
-    "peft": (("torch", "transformers", "peft"), "[peft]"),
-    "ort": (("onnxruntime",), "[cpu] or [gpu]"),
+NEEDS = {  # marker → its libraries or programs, and what brings them
+    "peft": (("torch", "transformers", "peft"), "the extra [peft]"),
+    "ort": (("onnxruntime",), "the extra [cpu] or [gpu]"),
+    "node": (("node",), "node.js"),
 }
-MISSING = {marker: [name for name in libraries if find_spec(name) is None] for marker, (libraries, _) in NEEDS.items()}
+MISSING = {
+    marker: [name for name in names if not (which(name) if marker == "node" else find_spec(name))]
+    for marker, (names, _) in NEEDS.items()
+}
 
 hypothesis.settings.register_profile("dev", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
@@ -34,5 +39,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for marker, names in MISSING.items():
         if names:
             terminalreporter.write_line(
-                f"Tests marked '{marker}' were not run: {', '.join(names)} not installed (the extra {NEEDS[marker][1]})"
+                f"Tests marked '{marker}' were not run: {', '.join(names)} not installed ({NEEDS[marker][1]})"
             )
