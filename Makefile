@@ -14,6 +14,7 @@ RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 MINILM := $(VENV)/.minilm
 
+# the arguments of these two hold no comma, which would end them
 say = printf '\n%s ...\n' $(1)
 verdict = && echo $(1) || { echo $(2); exit 1; }
 
@@ -38,12 +39,12 @@ demo: $(INSTALLED) $(MINILM)
 	@$(RUN) examples/minilm/demo.py --out out/demo
 
 check: $(INSTALLED)
-	@$(call say,"Lint, format and types")
+	@$(call say,"Checking lint and format and types")
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy \
-	  $(call verdict,"All is well: lint, format and types are clean.","Not well: see above.")
+	  $(call verdict,"All is well: lint and format and types are clean.","Not well: see above.")
 
 bench: $(INSTALLED)
-	@$(call say,"Measuring: the two sides take turns, ratios are medians")
+	@$(call say,"Measuring (both sides take turns; ratios are medians)")
 	@$(RUN) -m bench
 
 docs: $(INSTALLED)
