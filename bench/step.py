@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 SHAPES = {  # layers, width, heads, batch, tokens, vocabulary, steps a round, rounds
-    "d=64": (2, 64, 4, 1, 16, 1000, 40, 15),
+    "d=64": (2, 64, 4, 1, 16, 256, 40, 15),
     "d=256": (4, 256, 4, 2, 128, 5000, 4, 11),
     "gpt2-small": (12, 768, 12, 1, 128, 50257, 1, 7),
 }

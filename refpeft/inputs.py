@@ -35,16 +35,16 @@ def read(
     )
     check("ids", ids, ("batch", "positions"), sizes[0])
     b, s = ids.shape
-    types = np.zeros_like(ids) if token_type_ids is None else token_type_ids
-    places = place(c, ids, start) if position_ids is None else position_ids
+    check("token_type_ids", token_type_ids, (b, s), sizes[2])
+    check("position_ids", position_ids, (b, s) if np.shape(position_ids)[:1] != (1,) else (1, s), sizes[1])
+    check("attention_mask", attention_mask, (b, start + s), None)
     room = None if sizes[1] is None else sizes[1] if c.positions == "index" else sizes[1] - (c.pad_token_id or 0) - 1
     if isinstance(ids, np.ndarray) and position_ids is None and room is not None and start + s > room:
         raise ValueError(f"a sequence of {start + s} positions does not fit the model, which has {room}")
     if token_type_ids is not None and sizes[2] is None:
         raise ValueError(f"a {c.family} model has no token types, but token_type_ids were given")
-    check("token_type_ids", types, (b, s), sizes[2])
-    check("position_ids", places, (places.shape[0] if places.shape[:1] == (1,) else b, s), sizes[1])
-    check("attention_mask", attention_mask, (b, start + s), None)
+    types = np.zeros_like(ids) if token_type_ids is None else token_type_ids
+    places = place(c, ids, start) if position_ids is None else position_ids
     return Inputs(ids, visible(c, ids, start, attention_mask), types, places)
 
 
@@ -56,8 +56,9 @@ def check(name: str, a: Any, shape: tuple[Any, ...], size: int | None) -> None:
     named = isinstance(shape[0], str)
     if (a.ndim != 2 if named else a.shape != shape) or (a.dtype.kind not in "iu" and name != "attention_mask"):
         raise ValueError(f"{name} must be integers {wanted}, found {a.dtype} {list(a.shape)}")
-    if size is not None and a.size and (a.min() < 0 or a.max() >= size):
-        bad = a.min() if a.min() < 0 else a.max()
+    low, high = (a.min(), a.max()) if size is not None and a.size else (0, -1)
+    if size is not None and (low < 0 or high >= size):
+        bad = low if low < 0 else high
         raise ValueError(f"{name} holds {bad}, but the model has {size} entries there (0 to {size - 1})")
 
 

@@ -46,7 +46,7 @@ def op(f: Op) -> Op:
                 if hasattr(a, "__op__"):
                     y, vjp = f(*args, **options)
                     return a.__op__(f.__name__, args, options, y), vjp
-            elif is_half(a.dtype):
+            elif a.dtype.itemsize == 2 and is_half(a.dtype):
                 return _in_float32(f, args, options)
         return f(*args, **options)
 
@@ -83,7 +83,7 @@ def _sum(x: Array) -> Array:
 
 
 def _mean(x: Array) -> Array:
-    return _sum(x) / x.shape[-1]
+    return np.add.reduce(x, axis=-1, keepdims=True) / x.shape[-1]
 
 
 @op
@@ -351,20 +351,23 @@ def cross_entropy(x: Array, labels: Array, ignore_index: int = -100) -> tuple[Ar
     dx = dL (softmax(x) − onehot(label)) / count, zero where ignored. No place left gives L = 0 (torch gives nan).
     Shifting labels by one position, as causal language models need, is the caller's.
     """
+    v = x.shape[-1]
     kept = labels != ignore_index
     count = np.maximum(kept.sum(), 1)
-    at = np.where(kept, labels, 0)[..., None]
+    place = np.where(kept, labels, 0).reshape(-1)  # of each label in x laid out flat
+    place = place + np.arange(place.shape[0], like=labels) * v
     top = _top(x)
     y = x - top
     y = np.exp(y, out=y)
     z = _sum(y)
-    log_p = (np.take_along_axis(x, at, axis=-1) - top - np.log(z))[..., 0]
+    log_p = x.reshape(-1)[place].reshape(labels.shape) - (top + np.log(z))[..., 0]
 
     def dx(dL: Array) -> Array:
-        w = (dL / count * kept).astype(x.dtype)[..., None]
-        d = y * (w / z)
-        np.put_along_axis(d, at, np.take_along_axis(d, at, axis=-1) - w, axis=-1)
-        return d
+        w = (dL / count * kept).astype(x.dtype)
+        d = y * (w[..., None] / z)
+        d = d.reshape(-1)
+        np.add.at(d, place, -w.reshape(-1))
+        return d.reshape(x.shape)
 
     return (-(log_p * kept).sum() / count).astype(x.dtype), lambda dL: (lambda: dx(dL), None)
 

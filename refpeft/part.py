@@ -6,8 +6,7 @@ nothing, and asking for one gradient computes exactly what that gradient needs.
 """
 
 from collections.abc import Callable, Container
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from refpeft.ops import Array, Cotangent, Op, Vjp, embedding, layer_norm, linear, rms_norm
 
@@ -39,8 +38,15 @@ class Once:
 
 def link(vjp: Vjp, dy: Lazy, n: int) -> list[Lazy]:
     """The first n cotangents of an op, given a lazy dy: nothing is computed until one of them is asked for."""
+    if n == 1:
+        return [Once(_only, vjp, dy)]
     cotangents = Once(_pulled, vjp, dy)
     return [Once(_cotangent, cotangents, k) for k in range(n)]
+
+
+def _only(vjp: Vjp, dy: Lazy) -> Array:
+    (dx, *_) = vjp(dy())
+    return dx() if dx else None
 
 
 def _pulled(vjp: Vjp, dy: Lazy) -> tuple[Cotangent, ...]:
@@ -67,8 +73,7 @@ def _plus(a: Lazy, b: Lazy) -> Array:
     return a() + b()
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """One layer: where it is, what it is, its own parameters, and how it runs now (wrapped or not).
 
     For the kinds that multiply by a matrix (linear, conv1d, embedding), `W` is that matrix as [o, i], whichever way
@@ -105,7 +110,7 @@ class Part:
         return base_grads(want, self.kind, self.W_key, dW, self.b_key, db)
 
     def wrapped(self, run: Run) -> "Part":
-        return replace(self, run=run, pristine=False)
+        return self._replace(run=run, pristine=False)
 
 
 def stored(kind: str, W: Array) -> Array:
