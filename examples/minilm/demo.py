@@ -10,6 +10,7 @@
 
 import argparse
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -87,7 +88,7 @@ def stage(title: str) -> Iterator[None]:
 
 def run(*command: str | Path) -> int:
     """One of our own commands, shown as one would type it."""
-    console.print("[cyan]$ refpeft " + " ".join(map(str, command)) + "[/]", soft_wrap=True)
+    console.print("$ refpeft " + shlex.join(map(str, command)), style="cyan", markup=False, soft_wrap=True)
     return subprocess.run([sys.executable, "-m", "refpeft", *map(str, command)], check=False).returncode
 
 
