@@ -14,7 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ from refpeft.methods import METHODS
 EXAMPLES = {"layer": 12, "model": 3, "lifecycle": 2, "export": 2}  # drawn, beside the corners
 LEVELS = tuple(EXAMPLES)
 CASES = ".refpeft/cases"
+COSTLY = ("error:ProgramHung", "error:ProgramDied")  # reported as met, never made smaller
+PARTS = ("spec", "target", "engine")  # of the seconds that each unit takes, in whatever process
 Event = dict[str, Any]
 
 
@@ -57,14 +59,23 @@ class Options:
 
 @dataclass
 class Clock:
-    """Seconds spent in the specification and in the target; the rest of a run is the engine's own."""
+    """Seconds of one unit spent in the specification and in the target; the rest is the engine's own."""
 
+    began: float = field(default_factory=time.perf_counter)
     spec: float = 0.0
     target: float = 0.0
+
+    def read(self) -> dict[str, float]:
+        engine = time.perf_counter() - self.began - self.spec - self.target
+        return {f"{part}_seconds": round(s, 4) for part, s in zip(PARTS, (self.spec, self.target, engine), strict=True)}
 
 
 class Wrong(Exception):  # noqa: N818 - what Hypothesis shrinks
     pass
+
+
+class Gone(BaseException):  # Hypothesis shrinks what is an Exception, and lets this pass
+    """The target's program hung or died: each smaller case might cost as much again."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +107,7 @@ def check(
     units = chosen(info, methods, ["model"] if model else levels, properties)
     units = [u for u in units if not model or find(u).fits(about(str(model)))][shard[0] - 1 :: shard[1]]
     knowledge.load(info, options.known)  # better to hear of a mistake in it now
-    began, counts, seconds = time.perf_counter(), Counter[str](), Counter[str]()
+    began, counts, seconds = time.perf_counter(), Counter[str](), dict.fromkeys(PARTS, 0.0)
 
     def emit(event: Event) -> Event:
         if progress:
@@ -106,12 +117,11 @@ def check(
     yield emit(header(target, info, options, shard) | {"units": len(units)})
     for row in results(target, units, options, executor):
         counts[row["status"]] += 1
-        seconds.update({"spec": row["spec_seconds"], "target": row["target_seconds"]})
+        seconds = {part: s + row[f"{part}_seconds"] for part, s in seconds.items()}
         yield emit(row)
-    busy = time.perf_counter() - began
-    own = max(0.0, busy - seconds["spec"] - seconds["target"]) if executor is None else 0.0
+    wall = time.perf_counter() - began
     ok = not any(counts[s] for s in ("fail", "error", "unexpected-pass"))
-    rounded = {k: round(v, 3) for k, v in {**seconds, "engine": own, "wall": busy}.items()}
+    rounded = {k: round(v, 3) for k, v in {**seconds, "wall": wall}.items()}
     yield emit({"type": "footer", "counts": dict(counts), "seconds": rounded, "ok": ok})
 
 
@@ -197,7 +207,7 @@ def run_unit(target: str, unit: Unit, options: Options) -> Event:
         "type": "result", **asdict(unit), "required": prop.required, "status": "undeclared", "examples": 0,
         "ratio": None, "limit": LIMIT[unit.level], "statement": prop.statement,
         "claims": list(prop.claims_of(unit.method)), "case": None,
-        "replay": None, "kind": None, "detail": "", "spec_seconds": 0.0, "target_seconds": 0.0,
+        "replay": None, "kind": None, "detail": "", **dict.fromkeys([f"{part}_seconds" for part in PARTS], 0.0),
     }  # fmt: skip
     if not declared(info, unit, prop):
         return row
@@ -211,7 +221,7 @@ def run_unit(target: str, unit: Unit, options: Options) -> Event:
         }
     else:
         row |= drawn(implementation, target, unit, prop, entries, options, clock)
-    return row | {"spec_seconds": round(clock.spec, 4), "target_seconds": round(clock.target, 4)}
+    return row | clock.read()
 
 
 def told(target: Target, options: Options) -> Mapping[str, Any]:
@@ -248,7 +258,7 @@ def drawn(
             met.append(entry.reason)
         elif verdict.kind:
             wrong.append((case, verdict))
-            raise Wrong
+            raise Gone if verdict.kind in COSTLY else Wrong
         else:
             ratios.append(verdict.ratio or 0.0)
         tally["skip" if outcome.skipped else "known" if entry else "pass"] += 1
@@ -266,7 +276,7 @@ def drawn(
         for structure in prop.corners(unit.method, info):
             ask(structure)
         each()
-    except (Wrong, Flaky):
+    except (Wrong, Gone, Flaky):
         case, verdict = wrong[-1]
         return {**failure(name, case, verdict, options), "examples": sum(tally.values())}
     status = "known" if tally["known"] or entries else "pass" if tally["pass"] else "skip"

@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from refpeft.conformance.case import Case
 from refpeft.conformance.docs import doc
-from refpeft.conformance.report import STATUSES, Event, Report, key, unique
+from refpeft.conformance.report import STATUSES, Event, Report, key
 from refpeft.methods import METHODS
 
 # ── JUnit ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -72,8 +72,7 @@ SMALL = 32  # arrays up to this size are shown in full
 
 
 def html(report: Report) -> str:
-    methods = unique(result["method"] for result in report.results)
-    return environment().get_template("report.html.jinja").render(report=report, methods=methods, statuses=STATUSES)
+    return environment().get_template("report.html.jinja").render(report=report, statuses=STATUSES)
 
 
 def environment() -> Environment:

@@ -16,6 +16,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
+from refpeft.conformance.properties import PROPERTIES
+from refpeft.methods import METHODS
+
 Event = Mapping[str, Any]
 
 LEVELS = ("layer", "model", "lifecycle", "export")
@@ -74,13 +77,18 @@ class Report:
     def wall(self) -> float:
         return float((self.footer or {}).get("seconds", {}).get("wall", sum(self.seconds.values())))
 
+    @property
+    def parallel(self) -> bool:
+        """Did several processes work side by side? Then the parts add up to more than the clock on the wall."""
+        return sum(self.seconds.values()) > 1.05 * self.wall
+
     @cached_property
     def levels(self) -> Sequence[str]:
-        found = unique(result["level"] for result in self.results)
-        return [level for level in LEVELS if level in found] + [level for level in found if level not in LEVELS]
+        return unique(result["level"] for result in self.results)
 
-    def methods(self, level: str) -> Sequence[str]:
-        return unique(result["method"] for result in self.results if result["level"] == level)
+    def methods(self, level: str | None = None) -> Sequence[str]:
+        found = unique(result["method"] for result in self.results if level in (None, result["level"]))
+        return sorted(found, key=lambda method: rank(method, COLUMNS))
 
     def properties(self, level: str) -> Sequence[str]:
         return unique(result["property"] for result in self.results if result["level"] == level)
@@ -113,6 +121,22 @@ def key(result: Event) -> tuple[str, str, str]:
 
 def unique(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
+
+
+ROWS = [(p.level, p.name) for p in PROPERTIES]
+COLUMNS = list(METHODS)
+
+
+def in_order(results: Iterable[Event]) -> list[Event]:
+    """As the tables of properties and of methods list them, whatever the order in which they came."""
+    return sorted(results, key=lambda r: (
+        rank(r["level"], LEVELS), rank((r["level"], r["property"]), ROWS), rank(r["method"], COLUMNS)
+    ))  # fmt: skip
+
+
+def rank(name: Any, known: Sequence[Any]) -> int:
+    """What is not known comes last."""
+    return known.index(name) if name in known else len(known)
 
 
 # ── reading, writing, joining ────────────────────────────────────────────────────────────────────────────────────────
@@ -149,7 +173,7 @@ def build(events: Iterable[Event], name: str = "the report") -> Report:
             footer = event
     if header is None:
         raise ValueError(f"{name}: expected a header first, found nothing")
-    return Report(header, results, footer)
+    return Report(header, in_order(results), footer)
 
 
 def read(path: Path) -> Report:
@@ -215,7 +239,7 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "…"
 
 
-SUMMED = ("examples", "spec_seconds", "target_seconds")
+SUMMED = ("examples", "spec_seconds", "target_seconds", "engine_seconds")
 
 
 def merge(results: Iterable[Event]) -> list[Event]:
@@ -230,7 +254,7 @@ def merge(results: Iterable[Event]) -> list[Event]:
         ratios = [r["ratio"] for r in (other, result) if r.get("ratio") is not None]
         sums = {name: other.get(name, 0) + result.get(name, 0) for name in SUMMED}
         cells[key(result)] = {**worst, **sums, "ratio": max(ratios, default=None)}
-    return list(cells.values())
+    return in_order(cells.values())
 
 
 def add_footers(footers: Iterable[Event | None]) -> Event | None:

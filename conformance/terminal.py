@@ -137,7 +137,8 @@ def number(x: float) -> str:
 
 def times(report: Report) -> Text:
     parts = ", ".join(f"{name} {value:.1f} s" for name, value in report.seconds.items())
-    return Text(f"{report.wall:.1f} s: {parts}", style="dim")
+    where = " in processes side by side" if report.parallel else ""
+    return Text(f"{report.wall:.1f} s: {parts}{where}", style="dim")
 
 
 # ── the mutants ──────────────────────────────────────────────────────────────────────────────────────────────────────

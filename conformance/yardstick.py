@@ -101,9 +101,18 @@ class Yardstick:
         ratio = self.ratio(name, got)
         if ratio <= self.limit:
             return Verdict(None, ratio)
-        off = distance(got, self.ref[name].astype(np.float64)) / (norm(self.ref[name]) or 1.0)
-        said = f"{name}: off by {off:.2g} of its size, {ratio:.3g} times what rounding explains"
-        return wrong(said, ratio if np.isfinite(ratio) else None)
+        return wrong(f"{name}: {self.told(name, got, ratio)}", ratio if np.isfinite(ratio) else None)
+
+    def told(self, name: str, got: Array, ratio: float) -> str:
+        """How an array that is not right differs."""
+        ref, got = self.ref[name].astype(np.float64), got.astype(np.float64)
+        bad = np.isfinite(ref) & ~np.isfinite(got)
+        if n := int(bad.sum()):
+            return f"nan or infinite in {n} of {got.size} entries where the specification is finite"
+        size = norm(ref)
+        if not size:
+            return f"expected zeros, found up to {np.abs(got).max():.2g}"
+        return f"off by {distance(got, ref) / size:.2g} of its size, {ratio:.3g} times what rounding explains"
 
 
 def dither(case: Case, draw: int) -> Case:

@@ -141,6 +141,45 @@ def test_verdicts(change: Any, kind: str | None) -> None:
         assert Yardstick(case).judge({}).kind == "names"
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda y: np.where(y == y.max(), np.nan, y), "y: nan or infinite in 1 of"),
+        (lambda y: y * np.inf, "where the specification is finite"),
+        (lambda y: y * 1.5, "y: off by 0.5 of its size, "),
+    ],
+)
+def test_what_differs_is_said(change: Any, said: str) -> None:
+    prop = next(p for p in PROPERTIES if p.name == "forward")
+    structure = next(s for s in prop.corners("lora", Limited().info()) if s["regime"] == "float")
+    case = prop.case("lora", {**structure, "dtype": "float32"}, 0)
+    verdict = Yardstick(case).judge({"y": change(Spec().run(case)["y"])})
+    assert said in verdict.detail
+    assert "inf times" not in verdict.detail
+
+
+def test_zeros_that_are_not_zero_are_said_to_be_so() -> None:
+    prop = next(p for p in PROPERTIES if p.name == "forward")
+    structure = next(s for s in prop.corners("lora", Limited().info()) if s["regime"] == "float")
+    case = prop.case("lora", {**structure, "dtype": "float32", "bias": False}, 0)
+    zero = Case(case.meta, {**case.arrays, "x": case.arrays["x"] * 0})
+    y = Spec().run(zero)["y"]
+    assert Yardstick(zero).judge({"y": y}).kind is None
+    assert Yardstick(zero).judge({"y": y + y.dtype.type(0.5)}).detail == "y: expected zeros, found up to 0.5"
+
+
+def test_seconds_are_measured_in_an_executor_too(tmp_path: Path) -> None:
+    def seconds(executor: Any = None) -> Any:
+        return list(engine.check("spec", levels=["layer"], examples=2, folder=tmp_path, executor=executor))[-1][
+            "seconds"
+        ]
+
+    with ThreadPoolExecutor(1) as pool:
+        for found in (seconds(), seconds(pool)):
+            assert all(found[part] > 0 for part in engine.PARTS)
+            assert sum(found[part] for part in engine.PARTS) <= found["wall"] * 1.02 + 0.01
+
+
 def test_properties_are_one_sentence_and_need_declared_features() -> None:
     assert len({(p.level, p.name) for p in PROPERTIES}) == len(PROPERTIES)
     for p in PROPERTIES:

@@ -4,6 +4,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 from refpeft.conformance import engine
 from refpeft.conformance.case import Case
+from refpeft.conformance.properties import PROPERTIES
 from refpeft.conformance.targets import Skip, open_target
 from refpeft.conformance.targets.program import BadAnswer, Program, ProgramDied, ProgramError, ProgramHung
 from refpeft.conformance.targets.spec import Spec
@@ -159,6 +161,26 @@ def test_a_wrong_program_is_a_result(fake: Make, tmp_path: Path, answer: str, ex
     row = status(f"program:{command}", tmp_path)
     assert (row["status"], row["kind"]) == (expected, kind)
     engine.opened(f"program:{command}").close()
+
+
+@pytest.mark.parametrize("corners", [True, False])
+@pytest.mark.parametrize(
+    ("answer", "kind"), [("time.sleep(1000)", "error:ProgramHung"), ("sys.exit(1)", "error:ProgramDied")]
+)
+def test_a_program_that_hangs_or_dies_is_not_asked_for_something_smaller(
+    fake: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str, kind: str, corners: bool
+) -> None:
+    program, asked = fake(answer), list[Case]()
+    program.info()
+    program.timeout = 0.5
+    prop = next(p for p in PROPERTIES if (p.level, p.name) == ("layer", "forward"))
+    run = program.run
+    monkeypatch.setattr(program, "run", lambda case: asked.append(case) or run(case))
+    monkeypatch.setattr(engine, "opened", lambda name: program)
+    monkeypatch.setattr(engine, "find", lambda unit: prop if corners else replace(prop, corners=lambda *_: []))
+    row = engine.run_unit("fake", engine.Unit("lora", "layer", "forward"), engine.Options(folder=str(tmp_path)))
+    assert (row["status"], row["kind"], len(asked)) == ("error", kind, 1)
+    assert Case.read(row["case"]).meta["structure"] == asked[0].meta["structure"]
 
 
 def test_what_is_not_declared_is_not_asked(fake: Make, tmp_path: Path) -> None:

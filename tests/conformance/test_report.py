@@ -115,6 +115,30 @@ def test_shards_join_in_any_order(tmp_path: Path) -> None:
     assert [r["property"] for r in joined.results] == ["forward", "merge"]
 
 
+def test_results_are_ordered_as_the_tables_are_whatever_the_order_in_which_they_came() -> None:
+    cells = [("lifecycle", "switch", "dora"), ("layer", "merge", "dora"), ("layer", "merge", "lora"),
+             ("layer", "mine", "zz"), ("layer", "forward", "rslora"), ("layer", "zero-row", "dora"),
+             ("layer", "forward", "lora"), ("model", "logits", "dora")]  # fmt: skip
+    rows = [result(name, method=method, level=level) for level, name, method in cells]
+    halves = [report(*rows[1::2], shard=(2, 2)), report(*rows[::2], shard=(1, 2))]
+    for found in (report(*rows), join(halves)):
+        assert found.levels == ["layer", "model", "lifecycle"]
+        assert found.methods("layer") == ["lora", "rslora", "dora", "zz"]
+        assert found.properties("layer") == ["forward", "merge", "zero-row", "mine"]
+        assert re.search(r"layer +lora +rslora +dora +zz", shown(found, 80))
+        assert re.search(r"lora</th><th[^>]*>rslora</th><th[^>]*>dora</th>", render.html(found))
+        root = ElementTree.fromstring(render.svg(found))
+        names = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text") if text.get("class") == "method"]
+        assert names[:4] == ["lora", "rslora", "dora", "zz"]
+
+
+def test_seconds_of_processes_side_by_side_are_said_to_be_sums() -> None:
+    found = build([HEADER, result(), FOOTER | {"seconds": {"spec": 4.0, "target": 3.0, "engine": 1.0, "wall": 4.2}}])
+    assert "4.2 s: spec 4.0 s, target 3.0 s, engine 1.0 s in processes side by side" in shown(found, 80)
+    assert "worked side by side, 4.2 s in all" in Page(render.html(found)).text
+    assert "side by side" not in shown(report(result()), 80)
+
+
 def test_a_missing_shard_is_named_and_is_not_ok() -> None:
     joined = join([report(result(), shard=(1, 3)), report(result("merge"), shard=(3, 3))])
     assert not joined.ok
