@@ -3,11 +3,14 @@
     python bench/step.py            the table of ratios: the same model, adapter and batch, two threads each
 
 Each engine runs in a process of its own; the two take turns, round by round, so that a machine whose speed drifts
-slows both. A ratio is ours/theirs of one round; the table gives the medians.
+slows both. A ratio is ours/theirs of one round; the table gives the medians. Both run with MALLOC_TOP_PAD_=64 MB, which
+keeps glibc from giving memory back to the system after every step and taking it anew, page by page, in the next;
+`--malloc-default` measures with the C library as it comes.
 """
 
 import argparse
 import json
+import math
 import os
 import resource
 import statistics
@@ -15,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +29,21 @@ SHAPES = {  # layers, width, heads, batch, tokens, vocabulary, steps a round, ro
     "d=256": (4, 256, 4, 2, 128, 5000, 4, 11),
     "gpt2-small": (12, 768, 12, 1, 128, 50257, 1, 7),
 }
+GROWTH = {  # what grows → the shapes, each twice the one before
+    "width": {f"d={d}": (2, d, d // 32, 1, 64, 256, 3, 5) for d in (64, 128, 256, 512)},
+    "tokens": {f"s={s}": (2, 128, 4, 1, s, 256, 3, 5) for s in (32, 64, 128, 256, 512)},
+}
 LIMITS = {"d=64": 0.2, "d=256": 0.8, "gpt2-small": 1.0}
 THREADS = 2
+MALLOC = {"MALLOC_TOP_PAD_": str(64 << 20)}
+
+
+def sizes(shape: str) -> tuple[int, ...]:
+    return next(table[shape] for table in (SHAPES, *GROWTH.values()) if shape in table)
 
 
 def config(shape: str) -> dict[str, Any]:
-    layers, d, heads, _, tokens, vocab, *_ = SHAPES[shape]
+    layers, d, heads, _, tokens, vocab, *_ = sizes(shape)
     return {
         "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": layers, "n_embd": d, "n_head": heads,
         "vocab_size": vocab, "n_positions": max(tokens, 64), "bos_token_id": 0, "eos_token_id": 0,
@@ -40,7 +52,7 @@ def config(shape: str) -> dict[str, Any]:
 
 
 def batch(shape: str) -> np.ndarray[Any, Any]:
-    _, _, _, b, tokens, vocab, *_ = SHAPES[shape]
+    _, _, _, b, tokens, vocab, *_ = sizes(shape)
     return np.random.default_rng(1).integers(0, vocab, (b, tokens))
 
 
@@ -112,11 +124,8 @@ class Engine:
     """A worker process; `run(n)` has it take n steps."""
 
     def __init__(self, name: str, folder: str, shape: str) -> None:
-        env = os.environ | {
-            "OMP_NUM_THREADS": str(THREADS),
-            "OPENBLAS_NUM_THREADS": str(THREADS),
-            "HF_HUB_OFFLINE": "1",
-        }
+        threads = {"OMP_NUM_THREADS": str(THREADS), "OPENBLAS_NUM_THREADS": str(THREADS)}
+        env = MALLOC | os.environ | threads | {"HF_HUB_OFFLINE": "1"}
         command = [sys.executable, __file__, "--worker", name, folder, shape]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
@@ -145,7 +154,7 @@ class Engine:
 
 def compare(a: str, b: str, folder: str, shape: str) -> dict[str, float]:
     """Medians over the rounds: milliseconds a step of each, and the ratio a/b round by round."""
-    *_, steps, rounds = SHAPES[shape]
+    *_, steps, rounds = sizes(shape)
     engines = Engine(a, folder, shape), Engine(b, folder, shape)
     pairs = [tuple(e.run(steps) for e in engines) for _ in range(rounds + 1)][1:]
     for e in engines:
@@ -160,6 +169,19 @@ def compare(a: str, b: str, folder: str, shape: str) -> dict[str, float]:
         "a_mb": last[0]["peak"],
         "b_mb": last[1]["peak"],
     }
+
+
+def growth(shapes: dict[str, tuple[int, ...]], scratch: str) -> Iterator[tuple[str, float, float | None]]:
+    """Shape, milliseconds a step of the spec, and the power of the size with which it grew since the shape before."""
+    before = None
+    for shape, (*_, steps, rounds) in shapes.items():
+        folder = str(Path(scratch) / shape)
+        write_model(folder, shape)
+        engine = Engine("spec", folder, shape)
+        ms = statistics.median(engine.run(steps)["seconds"] for _ in range(rounds)) / steps * 1e3
+        engine.close()
+        yield shape, ms, math.log2(ms / before) if before else None
+        before = ms
 
 
 def write_model(folder: str, shape: str) -> None:
@@ -185,6 +207,18 @@ def write_model(folder: str, shape: str) -> None:
     refpeft.save(Model(cfg, sites, params, c), folder)
 
 
+def growth_table(scratch: str) -> Any:
+    from rich.table import Table
+
+    table = Table(title="How the step's cost grows: the spec alone, 2 layers")
+    for column in ("doubling", "shape", "ms a step", "grew with the power"):
+        table.add_column(column, justify="right" if "m" in column else "left")
+    for what, shapes in GROWTH.items():
+        for shape, ms, power in growth(shapes, scratch):
+            table.add_row(what, shape, f"{ms:.2f}", "" if power is None else f"{power:.2f}")
+    return table
+
+
 def main() -> None:
     from rich.console import Console
     from rich.table import Table
@@ -193,7 +227,10 @@ def main() -> None:
     parser.add_argument("--worker", nargs=3, metavar=("ENGINE", "FOLDER", "SHAPE"), help=argparse.SUPPRESS)
     parser.add_argument("--shape", choices=SHAPES, action="append", help="only these (default: all)")
     parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("--malloc-default", action="store_true", help="leave the C library's allocator as it comes")
     options = parser.parse_args()
+    if options.malloc_default:
+        MALLOC.clear()
     if options.worker:
         worker(*options.worker)
         return
@@ -212,7 +249,9 @@ def main() -> None:
                     shape, other, f"{r['a_ms']:.2f}", f"{r['b_ms']:.2f}", f"{r['ratio']:.2f}", limit,
                     f"{r['a_mb']:.0f}", f"{r['b_mb']:.0f}", f"{r['a_mb'] / r['b_mb']:.2f}",
                 )  # fmt: skip
-    Console(width=120).print(table)
+        Console(width=120).print(table)
+        if not options.shape:
+            Console(width=120).print(growth_table(scratch))
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1))
 

@@ -14,7 +14,7 @@ from typing import Any
 from refpeft.export.symbols import Symbol
 
 
-def linear(x: Symbol, W: Symbol, b: Symbol | None = None) -> Symbol:
+def linear(x: Symbol, W: Symbol, b: Symbol | None = None, frozen: bool = False) -> Symbol:
     """x Wᵀ + b without flattening x. A Conv1D's W is the transpose of what is stored, and undone by W.T."""
     if x.ndim == 2 and b is not None:
         stored = W.source("Transpose")

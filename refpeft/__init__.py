@@ -9,15 +9,41 @@
 Start reading at `refpeft.ops`, then `refpeft.methods.lora`.
 """
 
-from refpeft.adapter import Adapter
-from refpeft.check import check_model, check_op
-from refpeft.checkpoint import load, load_adapter, save, save_adapter
-from refpeft.methods import METHODS
-from refpeft.model import Model
-from refpeft.tune import dropout, init, merge
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from refpeft.adapter import Adapter
+    from refpeft.check import check_model, check_op
+    from refpeft.checkpoint import load, load_adapter, save, save_adapter
+    from refpeft.methods import METHODS
+    from refpeft.model import Model
+    from refpeft.tune import dropout, init, merge
 
 __all__ = [
     "METHODS", "Adapter", "Model", "check_model", "check_op", "dropout", "init", "load", "load_adapter",
     "merge", "save", "save_adapter",
 ]  # fmt: skip
 __version__ = "0.1.0"
+SPEC_VERSION = "1"  # of what the methods compute: changes when a formula does, see CHANGELOG.md
+
+HOME = {  # where each name lives: imported when it is first used, so that `refpeft --help` needs no NumPy
+    "adapter": ("Adapter",),
+    "check": ("check_model", "check_op"),
+    "checkpoint": ("load", "load_adapter", "save", "save_adapter"),
+    "methods": ("METHODS",),
+    "model": ("Model",),
+    "tune": ("dropout", "init", "merge"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in HOME.items():
+        if name in names:
+            found = globals()[name] = getattr(import_module(f"refpeft.{module}"), name)
+            return found
+    raise AttributeError(f"module 'refpeft' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

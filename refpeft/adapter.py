@@ -29,6 +29,16 @@ class Adapter:
     def replace(self, **changes: Any) -> "Adapter":
         return replace(self, **changes)
 
+    def at(self, path: str) -> Any:
+        """The config with its patterns applied to one module."""
+        if path not in self._at:
+            self._at[path] = self.config.at(path)
+        return self._at[path]
+
+    @cached_property
+    def _at(self) -> dict[str, Any]:
+        return {}
+
     @cached_property
     def by_module(self) -> Mapping[str, tuple[dict[str, str], dict[str, str]]]:
         """Module → (formula name → parameter name, 'weight' or 'bias' → parameter name)."""
@@ -58,7 +68,7 @@ def each(adapters: Sequence[Adapter]) -> Callable[[Part], Part]:
         part = replaced(adapters, part)
         for adapter, φ in found(adapters, part.path):
             method = METHODS[adapter.method]
-            part = method.wrap(adapter.config.at(part.path), φ, part, adapter.masks.get(part.path))
+            part = method.wrap(adapter.at(part.path), φ, part, adapter.masks.get(part.path))
         return part
 
     return wrap
@@ -85,7 +95,7 @@ def replaced(adapters: Sequence[Adapter], part: Part) -> Part:
                 W, W_key = stored(part.kind, adapter.params[full]), (k, full)
             else:
                 b, b_key = adapter.params[full], (k, full)
-            part = make(part.path, part.kind, W, b, W_key, b_key, part.eps)
+            part = make(part.path, part.kind, W, b, W_key, b_key, part.eps)  # and no longer frozen
     return part
 
 

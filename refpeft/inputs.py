@@ -11,11 +11,11 @@ from refpeft.ops import Array
 
 @dataclass(frozen=True)
 class Inputs:
-    """ids [b, s], mask [b or 1, 1, s or 1, t] (None: all is seen), types [b, s], places [b or 1, s]."""
+    """ids [b, s], mask [b or 1, 1, s or 1, t] (None: all is seen), types [b, s] or None, places [b or 1, s]."""
 
     ids: Array
     mask: Array | None
-    types: Array
+    types: Array | None
     places: Array
 
 
@@ -36,14 +36,14 @@ def read(
     check("ids", ids, ("batch", "positions"), sizes[0])
     b, s = ids.shape
     check("token_type_ids", token_type_ids, (b, s), sizes[2])
-    check("position_ids", position_ids, (b, s) if np.shape(position_ids)[:1] != (1,) else (1, s), sizes[1])
+    check("position_ids", position_ids, (len(position_ids) if is_row(position_ids) else b, s), sizes[1])
     check("attention_mask", attention_mask, (b, start + s), None)
     room = None if sizes[1] is None else sizes[1] if c.positions == "index" else sizes[1] - (c.pad_token_id or 0) - 1
     if isinstance(ids, np.ndarray) and position_ids is None and room is not None and start + s > room:
         raise ValueError(f"a sequence of {start + s} positions does not fit the model, which has {room}")
     if token_type_ids is not None and sizes[2] is None:
         raise ValueError(f"a {c.family} model has no token types, but token_type_ids were given")
-    types = np.zeros_like(ids) if token_type_ids is None else token_type_ids
+    types = np.zeros_like(ids) if token_type_ids is None and sizes[2] is not None else token_type_ids
     places = place(c, ids, start) if position_ids is None else position_ids
     return Inputs(ids, visible(c, ids, start, attention_mask), types, places)
 
@@ -60,6 +60,11 @@ def check(name: str, a: Any, shape: tuple[Any, ...], size: int | None) -> None:
     if size is not None and (low < 0 or high >= size):
         bad = low if low < 0 else high
         raise ValueError(f"{name} holds {bad}, but the model has {size} entries there (0 to {size - 1})")
+
+
+def is_row(a: Any) -> bool:
+    """[1, s], which serves all rows of a batch."""
+    return isinstance(a, np.ndarray) and a.ndim == 2 and a.shape[0] == 1
 
 
 def visible(c: Config, ids: Array, start: int, attention_mask: Array | None) -> Array | None:

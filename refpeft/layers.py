@@ -26,7 +26,11 @@ class Parts:
 
 def embed(m: Parts, inputs: Inputs) -> tuple[Array, Back]:
     """x = token[ids] (+ position[places]) (+ type[types]), then a norm if the family has one."""
-    tables = {"embed.token": inputs.ids, "embed.position": inputs.places, "embed.type": inputs.types}
+    tables: dict[str, Array] = {
+        "embed.token": inputs.ids,
+        "embed.position": inputs.places,
+        "embed.type": inputs.types,
+    }
     terms = {role: m.part(role).run(i) for role, i in tables.items() if role in m.sites}
     x = reduce(add, [y for y, _ in terms.values()])
     norm = m.part("embed.norm").run(x) if "embed.norm" in m.sites else None

@@ -51,13 +51,16 @@ class Model:
         """out, vjp = model(ids, …);   grads = vjp(dout): the adapter's gradients by name (a list of dicts for a list of
         adapters). vjp(dout, base=True), or base=[names], returns (grads, base_grads)."""
         adapters = self.fitting(adapter)
-        out, backs, _ = self.run(each(adapters), ids, attention_mask, token_type_ids, position_ids)
+        inputs = (ids, attention_mask, token_type_ids, position_ids)
+        out, backs, _ = self.run(each(adapters), *inputs)
 
         def vjp(dout: Array, base: bool | Collection[str] = False) -> Any:
             names = self.params.keys() if base is True else base or ()
             wanted = {(BASE, name) for name in names}
             wanted |= {(k, name) for k, a in enumerate(adapters) for name in a.params}
-            found = collect(backs, dout, wanted)
+            # a frozen base does not keep what its own gradients need: they cost the forward pass once more
+            stages = self.run(each(adapters), *inputs, frozen=False)[1] if base else backs
+            found = collect(stages, dout, wanted)
 
             def named(owner: int, params: Mapping[str, Array]) -> Named:
                 return {n: found[owner, n] if (owner, n) in found else np.zeros_like(v) for n, v in params.items()}
@@ -89,10 +92,10 @@ class Model:
         fits(adapters, {site.path for site in self.sites.values()} if adapters else ())
         return adapters
 
-    def part(self, role: str) -> Part:
+    def part(self, role: str, frozen: bool = False) -> Part:
         site = self.sites[role]
         W, b = stored(site.kind, self.params[site.weight]), self.params.get(site.bias)
-        return make(site.path, site.kind, W, b, (BASE, site.weight), (BASE, site.bias), self.config.norm_eps)
+        return make(site.path, site.kind, W, b, (BASE, site.weight), (BASE, site.bias), self.config.norm_eps, frozen)
 
     def astype(self, dtype: Any) -> "Model":
         """The same model with every parameter in another dtype."""
@@ -106,12 +109,13 @@ class Model:
         token_type_ids: Array | None = None,
         position_ids: Array | None = None,
         past: Cache | None = None,
+        frozen: bool = True,
     ) -> tuple[Array, list[Back], Cache]:
         """The forward pass, and the backward passes of its stages in the order in which they ran."""
         c = self.config
         start = past[0][0].shape[1] if past else 0
         inputs = read(c, ids, attention_mask, token_type_ids, position_ids, start, self.sizes())
-        m = Parts(c, self.sites, lambda role: wrap(self.part(role)))
+        m = Parts(c, self.sites, lambda role: wrap(self.part(role, frozen)))
         x, back = embed(m, inputs)
         turns = rotations(c, x, inputs.places)
         backs, present = [back], []
@@ -147,11 +151,14 @@ def collect(backs: list[Back], dout: Array, want: Collection[Key]) -> dict[Key, 
     for back in reversed(backs):
         dy, grads = back(dy, want)
         stages.append((dy, grads))
-    found: dict[tuple[int, str], Array] = {}
-    while any(grads for _, grads in stages):
-        dx, grads = stages.pop(0)
+    while stages and not stages[-1][1]:
+        stages.pop()
+    found: dict[Key, Array] = {}
+    stages.reverse()
+    while stages:
+        dx, grads = stages.pop()
         for key, g in grads.items():
             found[key] = found[key] + g() if key in found else g()
-        if any(grads for _, grads in stages):
+        if stages:
             dx()
     return found

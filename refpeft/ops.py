@@ -87,17 +87,19 @@ def _mean(x: Array) -> Array:
 
 
 @op
-def linear(x: Array, W: Array, b: Array | None = None) -> tuple[Array, Vjp]:
+def linear(x: Array, W: Array, b: Array | None = None, frozen: bool = False) -> tuple[Array, Vjp]:
     """y = x Wᵀ + b      x [… i], W [o, i], b [o] → y [… o]
 
     dx = dy W,   dW = Σ dyᵀ x,   db = Σ dy      (Σ over all leading axes)
+    With `frozen` there is no dW, and x, which only dW needs, is not kept for the backward pass.
     """
+    shape, kept = x.shape, None if frozen else x
     y = rows(x) @ W.T
     if b is not None:
         y += b
-    return y.reshape(*x.shape[:-1], W.shape[0]), lambda dy: (
-        lambda: (rows(dy) @ W).reshape(x.shape),
-        lambda: rows(dy).T @ rows(x),
+    return y.reshape(*shape[:-1], W.shape[0]), lambda dy: (
+        lambda: (rows(dy) @ W).reshape(shape),
+        None if kept is None else lambda: rows(dy).T @ rows(kept),
         (lambda: rows(dy).sum(0)) if b is not None else None,
     )
 
@@ -359,12 +361,15 @@ def cross_entropy(x: Array, labels: Array, ignore_index: int = -100) -> tuple[Ar
     top = _top(x)
     y = x - top
     y = np.exp(y, out=y)
-    z = _sum(y)
-    log_p = x.reshape(-1)[place].reshape(labels.shape) - (top + np.log(z))[..., 0]
+    lse = top + np.log(_sum(y))
+    log_p = x.reshape(-1)[place].reshape(labels.shape) - lse[..., 0]
+    del y  # computed again if the gradient is asked for: cheaper than the memory
 
     def dx(dL: Array) -> Array:
         w = (dL / count * kept).astype(x.dtype)
-        d = y * (w[..., None] / z)
+        d = x - lse
+        d = np.exp(d, out=d)
+        d *= w[..., None]
         d = d.reshape(-1)
         np.add.at(d, place, -w.reshape(-1))
         return d.reshape(x.shape)

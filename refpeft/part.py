@@ -87,6 +87,7 @@ class Part(NamedTuple):
     W_key: Key
     b_key: Key
     eps: float
+    frozen: bool  # nobody will ask for the gradients of W and b, so what only they need is not kept
     run: Run
     pristine: bool = True  # no adapter has wrapped it
 
@@ -97,7 +98,7 @@ class Part(NamedTuple):
 
     def bare(self, x: Array) -> tuple[Array, Back]:
         """y = x Wᵀ with the part's own W: no bias, no adapter."""
-        y, vjp = self.matmul(x, self.W)
+        y, vjp = self.matmul(x, self.W, frozen=self.frozen)
 
         def back(dy: Lazy, want: Want) -> tuple[Lazy, Grads]:
             dx, dW = link(vjp, dy, 2)
@@ -118,7 +119,7 @@ def stored(kind: str, W: Array) -> Array:
     return W.T if kind in ("conv1d", "embedding") else W
 
 
-def lookup(ids: Array, W: Array, b: Array | None = None) -> tuple[Array, Vjp]:
+def lookup(ids: Array, W: Array, b: Array | None = None, frozen: bool = False) -> tuple[Array, Vjp]:
     """linear(onehot(ids), W, b), without the one-hots.      ids […], W [o, v] → y [… o]"""
     y, vjp = embedding(ids, W.T)
 
@@ -132,7 +133,16 @@ def lookup(ids: Array, W: Array, b: Array | None = None) -> tuple[Array, Vjp]:
     return y, lambda dy: (None, lambda: dW(dy), lambda: dy.reshape(-1, dy.shape[-1]).sum(0))
 
 
-def make(path: str, kind: str, W: Array, b: Array | None, W_key: Key, b_key: Key, eps: float = 0.0) -> Part:
+def make(
+    path: str,
+    kind: str,
+    W: Array,
+    b: Array | None,
+    W_key: Key,
+    b_key: Key,
+    eps: float = 0.0,
+    frozen: bool = False,
+) -> Part:
     """A part as the model has it: y = x Wᵀ + b, or a norm with gain W and shift b."""
 
     def op(x: Array) -> tuple[Array, Vjp]:
@@ -140,7 +150,7 @@ def make(path: str, kind: str, W: Array, b: Array | None, W_key: Key, b_key: Key
             return rms_norm(x, W, eps=eps)
         if kind == "layer_norm":
             return layer_norm(x, W, b, eps=eps)
-        return lookup(x, W, b) if kind == "embedding" else linear(x, W, b)
+        return lookup(x, W, b) if kind == "embedding" else linear(x, W, b, frozen=frozen)
 
     def run(x: Array) -> tuple[Array, Back]:
         y, vjp = op(x)
@@ -153,7 +163,7 @@ def make(path: str, kind: str, W: Array, b: Array | None, W_key: Key, b_key: Key
 
         return y, back
 
-    return Part(path, kind, W, b, W_key, b_key, eps, run)
+    return Part(path, kind, W, b, W_key, b_key, eps, frozen, run)
 
 
 def base_grads(want: Want, kind: str, W_key: Key, dW: Lazy, b_key: Key, db: Lazy | None = None) -> Grads:

@@ -209,7 +209,7 @@ def merged_part(adapters: Sequence[Adapter], part: Part) -> tuple[Array, Array |
     part = replaced(adapters, part)
     W, b = part.W, part.b
     for adapter, φ in found(adapters, part.path):
-        W, b, _ = METHODS[adapter.method].merge(adapter.config.at(part.path), W, b, φ.values, (part.W, part.b))
+        W, b, _ = METHODS[adapter.method].merge(adapter.at(part.path), W, b, φ.values, (part.W, part.b))
     return W, b
 
 
