@@ -8,7 +8,7 @@ import numpy as np
 
 import refpeft
 from refpeft.conformance import tiny
-from refpeft.conformance.case import DTYPES, SPEC_VERSION, Case
+from refpeft.conformance.case import DTYPES, Case
 from refpeft.conformance.numbers import generator, integers, normal
 from refpeft.conformance.targets.spec import LATIN, part
 from refpeft.methods import METHODS
@@ -20,7 +20,7 @@ Meta = dict[str, Any]
 
 def meta(method: str, level: str, prop: str, s: Mapping[str, Any], seed: int) -> Meta:
     return {
-        "spec_version": SPEC_VERSION, "id": f"{method}/{level}/{prop}", "method": method, "level": level,
+        "spec_version": refpeft.SPEC_VERSION, "id": f"{method}/{level}/{prop}", "method": method, "level": level,
         "property": prop, "regime": s.get("regime", "float"), "edge": s.get("edge", "none"), "seed": seed,
         "dtype": s["dtype"],
     }  # fmt: skip

@@ -18,7 +18,6 @@ from safetensors.numpy import save_file
 
 from refpeft.ops import Array
 
-SPEC_VERSION = "1"
 HEADER = "refpeft"
 DTYPES: Mapping[str, Any] = {
     "float16": np.float16,

@@ -12,8 +12,7 @@ of it or none.
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from onnx import ModelProto, TensorProto, checker
 
 import refpeft
 from refpeft.adapter import Adapter
-from refpeft.conformance.case import SPEC_VERSION
+from refpeft.checkpoint.folder import new_folder
 from refpeft.export import weights
 from refpeft.export.lowering import RULES
 from refpeft.export.proto import IR_VERSION, OPSET, to_model
@@ -90,7 +89,9 @@ def export(
         verification.ready()
     adapters = adapter_list(adapter)
     representable(model, adapters)
-    with staged(Path(out), needs=weights.size(model, DTYPES[dtype])) as folder:
+    if os.path.lexists(out):
+        raise FileExistsError(f"{out} exists already: an export never overwrites anything")
+    with new_folder(out, needs=weights.size(model, DTYPES[dtype])) as folder:
         report("writing the weights")
         whole, tensors = stored(model, adapters, DTYPES[dtype], folder, external)
         report("tracing the specification")
@@ -179,29 +180,6 @@ def symbolic(graph: Graph, model: Model) -> Model:
 # ── the folder ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@contextmanager
-def staged(out: Path, needs: int) -> Iterator[Path]:
-    """A hidden folder beside `out` that becomes `out` in the end, or is gone if anything went wrong."""
-    if out.exists() or out.is_symlink():
-        raise FileExistsError(f"{out} exists already: an export never overwrites anything")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"{out.parent}, where the export should go, is not a folder")
-    free = shutil.disk_usage(out.parent).free
-    if free < needs:
-        raise OSError(f"the weights need {needs / 1e6:,.0f} MB and {out.parent} has {free / 1e6:,.0f} MB left")
-    folder = out.parent / f".{out.name}.{os.getpid()}.part"
-    try:
-        folder.mkdir()
-        yield folder
-        folder.rename(out)
-    except OSError as error:
-        if error.errno and not error.filename:
-            raise OSError(error.errno, error.strerror, str(out)) from error
-        raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def save(proto: ModelProto, path: Path) -> None:
     """Written, then read back by onnx's checker, with shape inference."""
     path.write_bytes(proto.SerializeToString())
@@ -227,7 +205,7 @@ def carry_over(folder: Path, model: Model, adapters: Sequence[Adapter], result: 
     card = {
         "format": "refpeft export",
         "refpeft": refpeft.__version__,
-        "spec_version": SPEC_VERSION,
+        "spec_version": refpeft.SPEC_VERSION,
         **{k: v for k, v in result.as_json().items() if k != "folder"},
         "opset": OPSET,
         "ir_version": IR_VERSION,

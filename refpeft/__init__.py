@@ -37,12 +37,14 @@ HOME = {  # where each name lives: imported when it is first used, so that `refp
 }
 
 
-def __getattr__(name: str) -> Any:
-    for module, names in HOME.items():
-        if name in names:
-            found = globals()[name] = getattr(import_module(f"refpeft.{module}"), name)
-            return found
-    raise AttributeError(f"module 'refpeft' has no attribute {name!r}")
+if not TYPE_CHECKING:  # which would take any name then for one that is here
+
+    def __getattr__(name: str) -> Any:
+        for module, names in HOME.items():
+            if name in names:
+                found = globals()[name] = getattr(import_module(f"refpeft.{module}"), name)
+                return found
+        raise AttributeError(f"module 'refpeft' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -27,7 +27,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from refpeft.conformance.case import SPEC_VERSION, Case, read
+from refpeft import SPEC_VERSION
+from refpeft.conformance.case import Case, read
 from refpeft.conformance.targets.base import Arrays, Info, Skip
 
 TIMEOUT = 60.0  # seconds for one answer

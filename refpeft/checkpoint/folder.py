@@ -64,22 +64,28 @@ def existing(path: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
-def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder to write into, which takes its name when all is written; if anything fails, nothing is left."""
+def new_folder(path: str | os.PathLike[str], needs: int = 0) -> Iterator[Path]:
+    """A folder to write into, which takes its name when all is written; if anything fails, nothing is left.
+
+    `needs`: the bytes that will be written at least; where they do not fit, nothing is begun.
+    """
     target = Path(path).absolute()
     check_free(target)
+    left = shutil.disk_usage(target.parent).free
+    if left < needs:
+        raise OSError(f"{path}: needs {needs / 1e6:,.0f} MB, and {target.parent} has {left / 1e6:,.0f} MB left")
     work = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.part"
     try:
         work.mkdir()
         yield work
         work.rename(target)
     except OSError as e:
-        shutil.rmtree(work, ignore_errors=True)
+        if e.filename and not Path(os.fsdecode(e.filename)).is_relative_to(work):
+            raise  # not about what is written here
         why = "no space is left on the device" if e.errno == errno.ENOSPC else e.strerror or str(e)
         raise OSError(f"{path}: could not be written: {why}") from e
-    except BaseException:
+    finally:
         shutil.rmtree(work, ignore_errors=True)
-        raise
 
 
 def check_free(target: Path) -> None:

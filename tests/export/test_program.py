@@ -193,7 +193,7 @@ def test_out_that_exists(tmp_path: Path) -> None:
 
 
 def test_out_in_no_folder(tmp_path: Path) -> None:
-    refused(tmp_path, FileNotFoundError, "is not a folder", out=tmp_path / "no" / "out")
+    refused(tmp_path, ValueError, "the folder .*no does not exist", out=tmp_path / "no" / "out")
 
 
 def test_unknown_choices(tmp_path: Path) -> None:
@@ -223,9 +223,9 @@ def test_no_space_before_and_while_writing(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("refpeft.export.weights.write", full)
-    refused(tmp_path, OSError, "No space left on device: '.*out'", external=True)
+    refused(tmp_path, OSError, "out: could not be written: no space is left on the device", external=True)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-    refused(tmp_path, OSError, "the weights need .* MB and .* has 0 MB left")
+    refused(tmp_path, OSError, "out: needs .* MB, and .* has 0 MB left")
 
 
 def test_an_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -44,6 +45,23 @@ def test_types_are_published() -> None:
 def test_the_version_is_said_once() -> None:
     assert SETUPTOOLS["dynamic"]["version"] == {"attr": "refpeft.__version__"}
     assert re.fullmatch(r"\d+\.\d+\.\d+", refpeft.__version__)
+
+
+def test_every_name_is_found_when_it_is_first_used() -> None:
+    listed = [name for names in refpeft.HOME.values() for name in names]
+    assert sorted(listed) == sorted(refpeft.__all__)
+    assert set(refpeft.__all__) <= set(dir(refpeft))
+    for name in refpeft.__all__:
+        namespace: dict[str, object] = {}
+        exec(f"from refpeft import {name}", namespace)
+        assert namespace[name] is getattr(refpeft, name)
+    with pytest.raises(ImportError, match="cannot import name 'nothing'"):
+        exec("from refpeft import nothing")
+
+
+def test_the_command_starts_without_numpy() -> None:
+    code = "import sys, refpeft.cli; sys.exit('numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 def imported(path: Path) -> set[str]:
