@@ -27,15 +27,21 @@ Levels = Annotated[
 ]
 Properties = Annotated[Names, typer.Option("--property", "-p", metavar="NAME", help="Only this property (repeatable).")]
 Model = Annotated[
-    Path | None, typer.Option("--model", metavar="DIR", help="Also on the weights of this HF model folder.")
+    Path | None, typer.Option("--model", metavar="DIR", help="On the weights in this HF model folder, in place of tiny models.")
 ]
-Examples = Annotated[int | None, typer.Option(min=1, metavar="N", help="Drawn examples for each property.")]
+Examples = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="Drawn examples for each property.",
+        show_default="12 for a layer, 2 or 3 for a model, 1 with --model",
+    ),
+]  # fmt: skip
 Seed = Annotated[int, typer.Option(metavar="S", help="What the drawn examples depend on.")]
 Shard = Annotated[str, typer.Option(metavar="I/N", help="Do part I of N; [bold]refpeft report[/bold] joins the parts.")]
 Workers = Annotated[int, typer.Option(min=1, metavar="N", help="Processes to work in.")]
 Dask = Annotated[str | None, typer.Option(metavar="ADDRESS", help="Work on the Dask cluster at this address instead.")]
 Known = Annotated[Path | None, typer.Option(metavar="FILE", help="Known failures, instead of those shipped.")]
-Update = Annotated[bool, typer.Option("--update", help="Add what fails to the file of --known.")]
+Update = Annotated[bool, typer.Option("--update", help="Write what fails into the file of --known, and take out what no longer does.")]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results as JSON lines.")]
 Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one HTML page.")]
 Junit = Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Write the report as JUnit XML.")]

@@ -33,14 +33,18 @@ def export(
 ) -> None:
     """Export a model, with or without adapters, as an [b]ONNX[/] folder that is proven equal to what was trained.
 
-    The folder holds model.onnx (opset 23, standard operators, any batch and sequence length), the tokenizer and
-    refpeft.json, which says what it is. Before it counts as done it is run on onnxruntime and compared with the
-    specification in float64. A ratio of about 1 means: off by no more than rounding explains; above 10 nothing is kept.
-    bfloat16 checkpoints become float32.
+    The folder holds model.onnx (opset 23, standard operators, any batch and
+    sequence length), the tokenizer, and refpeft.json, which says what it is.
+    Before it counts as done it is run on onnxruntime and compared with the
+    specification in float64. A ratio of about 1 means: off by no more than
+    rounding explains; above 10 nothing is kept. bfloat16 checkpoints become
+    float32.
 
-    [b]refpeft export[/] bert-base --out exported
+    [cyan]refpeft export bert-base --out exported[/cyan]
+    [cyan]refpeft export gpt2 --adapter my-lora --out exported --dtype float16[/cyan]
 
-    [b]refpeft export[/] gpt2 --adapter my-lora --out exported --dtype float16
+    Exit code 0: exported. 1: not equal to the specification, so not kept.
+    2: could not run.
     """
     import refpeft
     from refpeft.export.program import export as run
