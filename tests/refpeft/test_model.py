@@ -406,3 +406,10 @@ def test_one_gradient_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert count.of("linear", 1) == layers + 2 * adapted
     assert count.of("attention", 0) == count.of("attention", 1) == count.of("attention", 2) == 2
     assert count.of("rope", 0) == 4
+
+
+def test_a_cotangent_of_another_shape_is_refused() -> None:
+    """NumPy would stretch it."""
+    out, vjp = tiny("gpt2", "GPT2LMHeadModel")(np.array([[1, 2, 3]]))
+    with pytest.raises(ValueError, match="dout must have the shape of the output"):
+        vjp(out[:, :1])
