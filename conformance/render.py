@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from refpeft.conformance.case import Case
 from refpeft.conformance.docs import doc
-from refpeft.conformance.report import STATUSES, Event, Report, key
+from refpeft.conformance.report import STATUSES, Event, Report, key, unique
 from refpeft.methods import METHODS
 
 # ── JUnit ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -169,12 +169,14 @@ LETTER = 6.3  # the width of one, about
 
 
 def svg(report: Report) -> str:
-    """The matrix, for a README: a block for each level, side by side as far as they fit."""
+    """The matrix, for a README: a block for each level, side by side as far as they fit. A level of which the target
+    declares nothing has no block; the verdict above counts it."""
+    levels = unique(result["level"] for result in report.results if result["status"] != "undeclared")
     longest = LETTER * max((len(result["property"]) for result in report.results), default=0)
     head, lean = math.ceil(longest * math.sin(TILT)) + 10, math.ceil(longest * math.cos(TILT))
     blocks: list[dict[str, Any]] = []
     x, y, widest, tallest = MARGIN, 50, 640, 0
-    for level in report.levels:
+    for level in levels:
         methods, properties = report.methods(level), report.properties(level)
         left = math.ceil(max(map(len, methods)) * LETTER) + 12
         wide = left + len(properties) * STEP

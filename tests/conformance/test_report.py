@@ -328,6 +328,16 @@ def test_the_picture_has_a_mark_for_every_cell() -> None:
     assert sorted(marks) == sorted(terminal.STATUSES[cell["status"]][0] for cell in MIXED)
 
 
+def test_the_picture_leaves_out_a_level_of_which_nothing_is_declared() -> None:
+    found = report(result(), result("frozen", "undeclared"), result("onnx", "undeclared", level="export"))
+    root = ElementTree.fromstring(render.svg(found))
+    text = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert "frozen" in text
+    assert "layer" in text
+    assert "export" not in text
+    assert "2 undeclared" in "".join(root.itertext())
+
+
 @pytest.mark.parametrize(
     ("found", "text"),
     [
