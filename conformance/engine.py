@@ -246,7 +246,8 @@ def drawn(
     clock: Clock,
 ) -> Event:
     wrong: list[tuple[Case, Verdict]] = []
-    tally, ratios, skips, met = Counter[str](), [0.0], [""], [""]
+    tally, ratios, skips = Counter[str](), list[float](), [""]
+    met: list[knowledge.Entry] = []
     info = told(target, options)
     phases = [Phase.generate, Phase.shrink] if options.shrink else [Phase.generate]
 
@@ -258,7 +259,7 @@ def drawn(
         if outcome.skipped:
             skips.append(outcome.skipped)
         elif entry:
-            met.append(entry.reason)
+            met.append(entry)
         elif verdict.kind:
             wrong.append((case, verdict))
             raise Gone if verdict.kind in COSTLY else Wrong
@@ -283,9 +284,10 @@ def drawn(
     except (Wrong, Gone, Flaky):
         case, verdict = wrong[-1]
         return {**failure(name, case, verdict, options), "examples": sum(tally.values())}
-    status = "known" if tally["known"] or entries else "pass" if tally["pass"] else "skip"
-    detail = {"known": met[-1] or (entries[0].reason if entries else ""), "skip": skips[-1]}.get(status, "")
-    return {"status": status, "examples": tally["pass"], "ratio": float(f"{max(ratios):.3g}"), "detail": detail}
+    row: Event = {"examples": tally["pass"], "ratio": float(f"{max(ratios):.3g}") if ratios else None}
+    if entry := next(iter([*met, *entries]), None):
+        return row | {"status": "known", "detail": entry.reason, **stored(entry.case, name)}
+    return row | ({"status": "pass"} if tally["pass"] else {"status": "skip", "detail": skips[-1]})
 
 
 def failure(name: str, case: Case, verdict: Verdict, options: Options) -> Event:
@@ -302,7 +304,12 @@ def failure(name: str, case: Case, verdict: Verdict, options: Options) -> Event:
     short = re.sub(r"[^\w.]+", "-", name)[:40]
     path = Path(options.folder) / f"{short}-{m['method']}-{m['level']}-{m['property']}.safetensors"
     case.save(path)
-    return {**row, "case": str(path), "replay": shlex.join(["refpeft", "replay", str(path), name])}
+    return {**row, **stored(path, name)}
+
+
+def stored(path: Path, target: str) -> Event:
+    """Where a case is, and the command that asks it again."""
+    return {"case": str(path), "replay": shlex.join(["refpeft", "replay", str(path), target])}
 
 
 # ── one case ─────────────────────────────────────────────────────────────────────────────────────────────────────────

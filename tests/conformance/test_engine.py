@@ -223,6 +223,8 @@ WRONG = "mutant:transposed-merge-on-square"
 def test_a_known_failure_is_known(tmp_path: Path) -> None:
     row = merge_row(WRONG, tmp_path, entry_for(WRONG, tmp_path))
     assert (row["status"], row["detail"]) == ("known", "it is a mutant")
+    assert row["replay"] == f"refpeft replay {row['case']} {WRONG}"
+    assert engine.replay(row["case"], WRONG).verdict.kind == "value"
 
 
 def test_a_known_failure_that_passes_is_unexpected(tmp_path: Path) -> None:
