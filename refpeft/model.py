@@ -53,13 +53,14 @@ class Model:
         adapters = self.fitting(adapter)
         inputs = (ids, attention_mask, token_type_ids, position_ids)
         out, backs, _ = self.run(each(adapters), *inputs)
-
         shape = out.shape
 
         def vjp(dout: Array, base: bool | Collection[str] = False) -> Any:
             if dout.shape != shape:
                 raise ValueError(f"dout must have the shape of the output, {shape}, found {dout.shape}")
             names = self.params.keys() if base is True else base or ()
+            if missing := set(names) - self.params.keys():
+                raise ValueError(f"the model has no parameter {min(missing)!r}")
             wanted = {(BASE, name) for name in names}
             wanted |= {(k, name) for k, a in enumerate(adapters) for name in a.params}
             # a frozen base does not keep what its own gradients need: they cost the forward pass once more
