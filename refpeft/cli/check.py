@@ -27,7 +27,8 @@ Levels = Annotated[
 ]
 Properties = Annotated[Names, typer.Option("--property", "-p", metavar="NAME", help="Only this property (repeatable).")]
 Model = Annotated[
-    Path | None, typer.Option("--model", metavar="DIR", help="On the weights in this HF model folder, in place of tiny models.")
+    Path | None,
+    typer.Option("--model", metavar="DIR", help="On the weights in this HF model folder, in place of tiny models."),
 ]
 Examples = Annotated[
     int | None,
@@ -41,7 +42,9 @@ Shard = Annotated[str, typer.Option(metavar="I/N", help="Do part I of N; [bold]r
 Workers = Annotated[int, typer.Option(min=1, metavar="N", help="Processes to work in.")]
 Dask = Annotated[str | None, typer.Option(metavar="ADDRESS", help="Work on the Dask cluster at this address instead.")]
 Known = Annotated[Path | None, typer.Option(metavar="FILE", help="Known failures, instead of those shipped.")]
-Update = Annotated[bool, typer.Option("--update", help="Write what fails into the file of --known, and take out what no longer does.")]
+Update = Annotated[
+    bool, typer.Option("--update", help="Write what fails into the file of --known, and take out what no longer does.")
+]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results as JSON lines.")]
 Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one HTML page.")]
 Junit = Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Write the report as JUnit XML.")]
