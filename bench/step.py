@@ -175,7 +175,7 @@ def growth(shapes: dict[str, tuple[int, ...]], scratch: str) -> Iterator[tuple[s
     """Shape, milliseconds a step of the spec, and the power of the size with which it grew since the shape before."""
     before = None
     for shape, (*_, steps, rounds) in shapes.items():
-        folder = str(Path(scratch) / shape)
+        folder = str(Path(scratch) / f"growth {shape}")
         write_model(folder, shape)
         engine = Engine("spec", folder, shape)
         ms = statistics.median(engine.run(steps)["seconds"] for _ in range(rounds)) / steps * 1e3
