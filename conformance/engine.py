@@ -204,7 +204,7 @@ def run_unit(target: str, unit: Unit, options: Options) -> Event:
     """The result of one property: known failures first, then drawn cases until one is wrong; that one made small."""
     prop, clock = find(unit), Clock()
     implementation = opened(target)
-    info = told(implementation, options)
+    info = told(implementation, options, unit.method)
     clock.target = time.perf_counter() - clock.began
     row: Event = {
         "type": "result", **asdict(unit), "required": prop.required, "status": "undeclared", "examples": 0,
@@ -227,9 +227,11 @@ def run_unit(target: str, unit: Unit, options: Options) -> Event:
     return row | clock.read()
 
 
-def told(target: Target, options: Options) -> Mapping[str, Any]:
-    """What the target declares, and about the model that it is to be checked on, if one is given."""
-    return {**target.info(), **({"model": about(options.model)} if options.model else {})}
+def told(target: Target, options: Options, method: str) -> Mapping[str, Any]:
+    """What the target declares for a method, and about the model that it is to be checked on, if one is given."""
+    info = target.info()
+    features = [f for f in info["features"] if f not in info.get("without", {}).get(method, ())]
+    return {**info, "features": features, **({"model": about(options.model)} if options.model else {})}
 
 
 def still_fails(target: Target, entry: "knowledge.Entry", clock: Clock) -> bool:
@@ -248,7 +250,7 @@ def drawn(
     wrong: list[tuple[Case, Verdict]] = []
     tally, ratios, skips = Counter[str](), list[float](), [""]
     met: list[knowledge.Entry] = []
-    info = told(target, options)
+    info = told(target, options, unit.method)
     phases = [Phase.generate, Phase.shrink] if options.shrink else [Phase.generate]
 
     def ask(structure: dict[str, Any]) -> None:

@@ -53,13 +53,18 @@ def layer_corners(method: str, info: Mapping[str, Any], fixed: Mapping[str, Sequ
     return found
 
 
+def buildable(info: Mapping[str, Any], families: Sequence[str]) -> list[str]:
+    """The families that the target has; GPT-2 is made of Conv1D layers."""
+    declared = info.get("families", families)
+    return [f for f in families if f in declared and ("conv1d" in info["features"] or f != "gpt2")]
+
+
 def model_corners(
     method: str, info: Mapping[str, Any], families: Sequence[str], architectures: Sequence[str]
 ) -> list[Structure]:
     """One model of each family, with adapters on two kinds of layers of unlike shapes."""
     given = info.get("model", {})
-    there = [f for f in families if "conv1d" in info["features"] or f != "gpt2"] or ["llama"]
-    there = [given["family"]] if given else there
+    there = [given["family"]] if given else buildable(info, families) or ["llama"]
     own: Structure = {"r": 2, "lora_alpha": 6.0} | FLAGS.get(method, {})
     return [
         {
@@ -112,11 +117,7 @@ def model(
 ) -> Structure:
     """A tiny model, or the one in `info["model"]`, and where an adapter goes. '' is the family's language model."""
     given = info.get("model")
-    family = (
-        given["family"]
-        if given
-        else draw(st.sampled_from([f for f in families if "conv1d" in info["features"] or f != "gpt2"]))
-    )
+    family = given["family"] if given else draw(st.sampled_from(buildable(info, families)))
     architecture = draw(st.sampled_from(architectures)) or tiny.LM[family]
     linears = tiny.LINEARS[family]
     own = draw(config(method, [], False, False, "none", 4))

@@ -21,6 +21,8 @@ class Target(Protocol):
         methods    of `refpeft methods`
         dtypes     of float16, bfloat16, float32, float64
         features   what it can be asked to do, see FEATURES
+        without    optional: method → features that it lacks for this method
+        families   optional: of gpt2, llama, qwen2, bert, roberta, those that it can build
 
     run(case) → the arrays that the case wants, by name.
     """
@@ -39,7 +41,8 @@ FEATURES: Mapping[str, str] = {
     "merge": "fold an adapter into the weights",
     "unmerge": "take it out again",
     "disable": "run as if there were no adapter, and go back",
-    "several": "hold several adapters, several of them active",
+    "several": "hold several adapters, one of them active",
+    "together": "have several adapters active at once",
     "weighted": "make an adapter that is a weighted sum of others",
     "delete": "forget an adapter",
     "save": "write an adapter's tensors to a safetensors file, and read them back",

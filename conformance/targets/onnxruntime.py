@@ -22,7 +22,7 @@ class OnnxRuntime:
     def info(self) -> Mapping[str, Any]:
         return {
             "name": "onnxruntime", "version": self.version, "levels": ["export"], "methods": list(METHODS),
-            "dtypes": ["float32"], "features": ["forward", "merge", "conv1d", "embedding", "several", "tied"],
+            "dtypes": ["float32"], "features": ["forward", "merge", "conv1d", "embedding", "together", "tied"],
         }  # fmt: skip
 
     def run(self, case: Case) -> Arrays:

@@ -25,6 +25,7 @@ import torch
 import transformers
 from transformers.pytorch_utils import Conv1D
 
+from refpeft.conformance import tiny
 from refpeft.conformance.case import DTYPES, Case, read
 from refpeft.conformance.targets.base import FEATURES, Arrays, Skip
 from refpeft.conformance.targets.spec import answers
@@ -42,14 +43,17 @@ class Peft:
     def __init__(self) -> None:
         torch.set_num_threads(1)
         logging.getLogger("transformers").setLevel(logging.ERROR)
-
-    def info(self) -> Mapping[str, Any]:
-        return {
+        self.declared = {
             "name": "peft", "version": peft.__version__, "levels": ["layer", "model", "lifecycle"],
             "methods": ["lora", *(method for method, flag in FLAG.items() if flag in FIELDS)], "dtypes": list(DTYPES),
-            "features": [f for f in FEATURES if NEEDED.get(f, "r") in FIELDS],
+            "features": [f for f in FEATURES if NEEDED.get(f, "r") in FIELDS and (f != "together" or together())],
+            "without": {method: ["embedding"] for method, flag in FLAG.items() if not adapts_embeddings(flag)},
+            "families": [family for family in tiny.FAMILIES if buildable(family)],
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }  # fmt: skip
+
+    def info(self) -> Mapping[str, Any]:
+        return self.declared
 
     def run(self, case: Case) -> Arrays:
         with warnings.catch_warnings():
@@ -62,6 +66,40 @@ class Peft:
 
     def close(self) -> None:
         pass
+
+
+# ── what this version has, found out by trying ───────────────────────────────────────────────────────────────────────
+
+
+def adapts_embeddings(flag: str) -> bool:
+    """DoRA on embeddings came later than DoRA, and was refused until then."""
+    if flag not in FIELDS:
+        return False
+    try:
+        peft.get_peft_model(Toy(torch.nn.Embedding(3, 2)), lora_config({flag: True}, target_modules=["layer"]))
+    except ValueError:
+        return False
+    return True
+
+
+def together() -> bool:
+    """Before several adapters could be active at once, a list of names was taken for one name."""
+    model = peft.get_peft_model(Toy(torch.nn.Linear(2, 2)), lora_config({}, target_modules=["layer"]), "one")
+    model.add_adapter("two", lora_config({}, target_modules=["layer"]))
+    try:
+        model.base_model.set_adapter(["one", "two"])
+        model(torch.zeros(1, 2))
+    except TypeError:
+        return False
+    return True
+
+
+def buildable(family: str) -> bool:
+    """Does transformers have the family, with all the fields of its config that the suite uses?"""
+    if family not in transformers.CONFIG_MAPPING:
+        return False
+    known = transformers.CONFIG_MAPPING[family]()
+    return all(hasattr(known, field) for field in tiny.FAMILIES[family])
 
 
 # ── numbers, configs, names ──────────────────────────────────────────────────────────────────────────────────────────
