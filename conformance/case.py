@@ -49,7 +49,7 @@ class Case:
         return self.map(lambda name, a: a.astype(np.float64))
 
     def save(self, path: str | Path) -> None:
-        write(Path(path), self.arrays, {HEADER: json.dumps(self.meta, ensure_ascii=False, sort_keys=True)})
+        write(Path(path), self.arrays, {HEADER: json.dumps(self.meta, ensure_ascii=False)})
 
     @classmethod
     def read(cls, path: str | Path) -> "Case":

@@ -5,7 +5,6 @@ unexpected pass; a drawn case that fails as an entry describes counts as known a
 """
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -101,6 +100,7 @@ def update(file: Path, version: str, results: Sequence[Mapping[str, Any]]) -> tu
     for row in failed:
         place = {name: row[name] for name in ("method", "level", "property", "kind")}
         case = f"{file.stem}/{row['method']}-{row['level']}-{row['property']}.safetensors"
+        (file.parent / case).parent.mkdir(parents=True, exist_ok=True)
         Case.read(row["case"]).save(file.parent / case)
         kept.append({**place, "class": "bug", "reason": row["detail"], "versions": f"=={version}", "case": case})
     for case in {entry["case"] for entry in entries} - {entry["case"] for entry in kept}:
@@ -108,18 +108,3 @@ def update(file: Path, version: str, results: Sequence[Mapping[str, Any]]) -> tu
     file.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     parse.cache_clear()
     return len(failed), len(entries) + len(failed) - len(kept)
-
-
-def record(file: Path, rows: Sequence[Mapping[str, Any]], reason: str = "not yet explained", cls: str = "bug") -> int:
-    """Add the failures among a run's results to a file of known failures, their cases copied beside it. How many."""
-    entries = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-    failed = [row for row in rows if row.get("status") in ("fail", "error") and row["case"]]
-    for row in failed:
-        case = file.parent / file.stem / Path(row["case"]).name
-        case.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(row["case"], case)
-        about = {name: row[name] for name in ("method", "level", "property", "kind")}
-        entries.append({**about, "class": cls, "reason": reason, "case": str(case.relative_to(file.parent))})
-    file.write_text(json.dumps(entries, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    parse.cache_clear()
-    return len(failed)

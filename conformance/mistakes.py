@@ -295,6 +295,17 @@ class SavesNeighbour(Session):
         return super().save(adapter) | more
 
 
+class SortsPatterns(Session):
+    """The config is written with sorted keys, though the first pattern that matches wins."""
+
+    def save(self, adapter: str) -> Arrays:
+        cfg = self.adapters[adapter].config
+        sorted_cfg = replace(cfg, alpha_pattern=dict(sorted(cfg.alpha_pattern.items())))
+        found = super().save(adapter)
+        self.files[adapter] = self.files[adapter].replace(config=sorted_cfg)
+        return found
+
+
 class LosesByName(Session):
     """Loading loses modules trained whole by an adapter whose name begins with another's."""
 

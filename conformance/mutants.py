@@ -106,6 +106,7 @@ MUTANTS: Mapping[str, Mutant] = {
     "weighted-scaled-twice": Mutant(WEIGHTED, of_session=m.KeepsAlpha, methods=SUMS),
     "save-foo-writes-foobar": Mutant(("lifecycle", "saved-keys"), of_session=m.SavesNeighbour),
     "prefix-names-lose-tensors": Mutant(("lifecycle", "saved-modules"), of_session=m.LosesByName),
+    "saved-patterns-sorted": Mutant(("lifecycle", "saved-patterns"), of_session=m.SortsPatterns),
     "changed-parameters-unseen": Mutant(("lifecycle", "change"), of_session=m.StaleSession),
 }
 

@@ -207,6 +207,12 @@ def prefixes(s: Structure) -> Mapping[str, Any]:
     return {"foo": two(s)["first"], "foobar": two(s)["second"]}
 
 
+def overlapping(s: Structure) -> Structure:
+    """One layer named before a pattern for all: the first that matches wins, so their order is part of the meaning."""
+    names = s["config"]["target_modules"]
+    return {"alpha_pattern": {names[0]: 12.0, f"({'|'.join(names)})": 3.0}}
+
+
 FIRST, BOTH = [do("add", adapter="first")], [do("add", adapter="first"), do("add", adapter="second")]
 FOO = [do("add", adapter="foo"), do("add", adapter="foobar")]
 LIFE = [
@@ -315,6 +321,14 @@ LIFE = [
         adapters=prefixes,
         configs=head,
         architectures=(tiny.CLASSIFIER,),
+    ),
+    life(
+        "saved-patterns",
+        "Patterns that match the same layer mean the same after saving and loading: the first still wins.",
+        [[*FIRST, do("save", adapter="first"), do("load", adapters=["first"])]],
+        ["save", "patterns"],
+        adapters=lambda s: {"first": s["config"]},
+        configs=overlapping,
     ),
     life(
         "change",

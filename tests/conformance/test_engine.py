@@ -246,10 +246,8 @@ def test_another_version_has_other_known_failures(tmp_path: Path) -> None:
 
 def test_failures_can_be_recorded(tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
-    assert (
-        known.record(file, rows(WRONG, tmp_path / "cases", methods=["lora"], properties=["merge"], levels=["layer"]))
-        == 1
-    )
+    found = rows(WRONG, tmp_path / "cases", methods=["lora"], properties=["merge"], levels=["layer"])
+    assert known.update(file, "0.1.0", found) == (1, 0)
     assert merge_row(WRONG, tmp_path, file)["status"] == "known"
 
 
