@@ -306,7 +306,7 @@ def test_the_panel_tells_claim_ratio_and_case(tmp_path: Path) -> None:
     Case(meta, {"W": np.array([[1.5, -2.0]]), "x": np.zeros((9, 9))}).save(tmp_path / "c.safetensors")
     failed = result("merge", "fail", **FAILED | {"case": str(tmp_path / "c.safetensors")})
     text = Page(render.html(report(failed, ok=False))).text
-    for said in (doc("lora").claims["L2"], "3.1e+04", "lora_alpha = 3, r = 2", "[[ 1.5 -2. ]]", "float64 [9, 9]"):
+    for said in (doc("lora").claims["L2"], "3.1e+04", "r = 2, lora_alpha = 3", "[[ 1.5 -2. ]]", "float64 [9, 9]"):
         assert said in text
     assert "refpeft replay c t" in text
 
