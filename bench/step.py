@@ -30,8 +30,8 @@ SHAPES = {  # layers, width, heads, batch, tokens, vocabulary, steps a round, ro
     "gpt2-small": (12, 768, 12, 1, 128, 50257, 1, 7),
 }
 GROWTH = {  # what grows → the shapes, each twice the one before
-    "width": {f"d={d}": (2, d, d // 32, 1, 64, 256, 3, 5) for d in (64, 128, 256, 512)},
-    "tokens": {f"s={s}": (2, 128, 4, 1, s, 256, 3, 5) for s in (32, 64, 128, 256, 512)},
+    "width": {f"d={d}, s=64": (2, d, d // 32, 1, 64, 256, 3, 5) for d in (64, 128, 256, 512)},
+    "tokens": {f"d=128, s={s}": (2, 128, 4, 1, s, 256, 3, 5) for s in (32, 64, 128, 256, 512)},
 }
 LIMITS = {"d=64": 0.2, "d=256": 0.8, "gpt2-small": 1.0}
 THREADS = 2
