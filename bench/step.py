@@ -176,7 +176,8 @@ def growth(shapes: dict[str, tuple[int, ...]], scratch: str) -> Iterator[tuple[s
     before = None
     for shape, (*_, steps, rounds) in shapes.items():
         folder = str(Path(scratch) / f"growth {shape}")
-        write_model(folder, shape)
+        if not Path(folder).exists():
+            write_model(folder, shape)
         engine = Engine("spec", folder, shape)
         ms = statistics.median(engine.run(steps)["seconds"] for _ in range(rounds)) / steps * 1e3
         engine.close()
