@@ -16,8 +16,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bench.step import LIMITS
+
 HERE = Path(__file__).parent
-STEP_LIMITS = {"d=64": 0.2, "d=256": 0.8, "gpt2-small": 1.0}
 Figure = tuple[str, float, float, str]  # what, measured, at most, its unit
 
 
@@ -33,7 +34,7 @@ def run(script: str) -> dict[str, Any]:
 
 
 def step_figures(found: dict[str, Any]) -> Iterator[Figure]:
-    for shape, limit in STEP_LIMITS.items():
+    for shape, limit in LIMITS.items():
         measured = found[f"{shape}, peft"]
         yield f"training step, {shape}: time against transformers + peft", measured["ratio"], limit, ""
         yield f"training step, {shape}: peak memory", measured["a_mb"] / measured["b_mb"], 1.0, ""
