@@ -27,6 +27,7 @@ from refpeft.export import weights
 from refpeft.export.lowering import RULES
 from refpeft.export.proto import IR_VERSION, OPSET, to_model
 from refpeft.export.symbols import Graph, Symbol
+from refpeft.hooks import Hooks
 from refpeft.model import Model, Site, adapter_list
 
 DTYPES: Mapping[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16)}
@@ -133,7 +134,7 @@ def merged(graph: Graph, model: Model) -> tuple[list[str], Outputs]:
     """The model with its adapters folded into its weights: the base model's graph, node for node."""
     inputs = token_inputs(graph, model)
     ids, attention_mask, *types = inputs
-    out, _, _ = model.run(lambda part: part, ids, attention_mask, types[0] if types else None)
+    out, _, _ = model.run(Hooks(), ids, attention_mask, types[0] if types else None)
     return [x.node.name for x in inputs], {output_name(model): out}
 
 

@@ -3,12 +3,16 @@
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from refpeft.method import Phi
+from refpeft.hooks import Hooks, compose
+from refpeft.method import Phi, shared
 from refpeft.methods import METHODS
 from refpeft.ops import Array
 from refpeft.part import Key, Part, make, stored
+
+if TYPE_CHECKING:
+    from refpeft.model import Model
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Adapter:
     params: Mapping[str, Array]
     frozen: Mapping[str, Array] = field(default_factory=dict)
     masks: Mapping[str, Array] = field(default_factory=dict)
+    rows: Array | None = None
 
     def replace(self, **changes: Any) -> "Adapter":
         return replace(self, **changes)
@@ -44,7 +49,10 @@ class Adapter:
         """Module → (formula name → parameter name, 'weight' or 'bias' → parameter name)."""
         suffixes = {key: name for name, keys in METHODS[self.method].KEYS.items() for key in keys if key}
         table: dict[str, tuple[dict[str, str], dict[str, str]]] = {}
+        common = set(shared(METHODS[self.method]).values())
         for name in [*self.params, *self.frozen]:
+            if name in common:
+                continue
             own = next((s for s in suffixes if name.endswith("." + s)), None)
             path = name[: -len(own) - 1] if own else name.rpartition(".")[0]
             φ, whole = table.setdefault(path, ({}, {}))
@@ -58,8 +66,16 @@ class Adapter:
         return self.params[name] if name in self.params else self.frozen[name]
 
 
-def each(adapters: Sequence[Adapter]) -> Callable[[Part], Part]:
-    """`wrap` for a model: first the tensors that adapters replace whole, then each adapter's method, in order."""
+def each(adapters: Sequence[Adapter], model: "Model") -> Hooks:
+    """The hooks of a model: first the tensors that adapters replace whole, then each adapter's method, in order."""
+    own = [getattr(METHODS[adapter.method], "hooks", None) for adapter in adapters]
+    others = [hooks(a, k, model) for k, (a, hooks) in enumerate(zip(adapters, own, strict=True)) if hooks]
+    wraps = Hooks(part=wrapped(adapters))
+    return compose([wraps, *others]) if others else wraps
+
+
+def wrapped(adapters: Sequence[Adapter]) -> Callable[[Part], Part]:
+    """The hook of all methods that adapt one layer at a time."""
     touched = {path for adapter in adapters for path in adapter.by_module}
 
     def wrap(part: Part) -> Part:
@@ -77,8 +93,9 @@ def each(adapters: Sequence[Adapter]) -> Callable[[Part], Part]:
 def fits(adapters: Sequence[Adapter], paths: Collection[str]) -> None:
     """An adapter for a module that the model lacks is refused, and a mask for one that the adapter does not adapt."""
     for adapter in adapters:
-        for path in adapter.by_module:
-            if path not in paths:
+        elsewhere = hasattr(METHODS[adapter.method], "hooks")  # then the method itself knows its places
+        for path, (own, _) in adapter.by_module.items():
+            if path not in paths and not (own and elsewhere):
                 raise ValueError(f"the adapter has parameters for {path}, a module that the model does not have")
         for path in adapter.masks:
             if path not in adapter.by_module:
@@ -100,10 +117,11 @@ def replaced(adapters: Sequence[Adapter], part: Part) -> Part:
 
 
 def found(adapters: Sequence[Adapter], path: str) -> Iterator[tuple[Adapter, Phi]]:
-    """The adapters that have parameters for a module, in order, with these parameters."""
+    """The adapters that have parameters for a module, in order, with these parameters and those of all modules."""
     for k, adapter in enumerate(adapters):
         names, _ = adapter.by_module.get(path, ({}, {}))
-        if names:
+        if names and hasattr(METHODS[adapter.method], "wrap"):
+            names = {**names, **shared(METHODS[adapter.method])}
             values = {name: adapter.value(full) for name, full in names.items()}
             keys: dict[str, Key] = {name: (k, full) for name, full in names.items() if full in adapter.params}
             yield adapter, Phi(values, keys)

@@ -6,17 +6,20 @@ from typing import Any
 import numpy as np
 
 from refpeft.config import Config
+from refpeft.hooks import Prompt
 from refpeft.ops import Array
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """ids [b, s], mask [b or 1, 1, s or 1, t] (None: all is seen), types [b, s] or None, places [b or 1, s]."""
+    """ids [b, s], mask [b or 1, 1, s or 1, t] (None: all is seen), types [b, s] or None, places [b or 1, s];
+    front [b, n] or None: ids of the rows that come before what the embeddings make of those."""
 
     ids: Array
     mask: Array | None
     types: Array | None
     places: Array
+    front: Array | None = None
 
 
 def read(
@@ -27,25 +30,64 @@ def read(
     position_ids: Any = None,
     start: int = 0,
     sizes: tuple[int | None, int | None, int | None] = (None, None, None),
+    prompt: Prompt | None = None,
+    shift: int = 0,
 ) -> Inputs:
     """Checked, and completed by what HF takes where nothing is given. `start`: how many positions came before.
-    `sizes`: how many tokens, positions and types there are (None: no such table)."""
+    `sizes`: how many tokens, positions and types there are (None: no such table). A `prompt` is put before the tokens
+    unless positions came before; `shift` moves the places of all tokens."""
     ids, attention_mask, token_type_ids, position_ids = (
         np.asarray(a) if isinstance(a, list | tuple) else a for a in (ids, attention_mask, token_type_ids, position_ids)
     )
-    check("ids", ids, ("batch", "positions"), sizes[0])
+    virtual = prompt.virtual if prompt else 0
+    check("ids", ids, ("batch", "positions"), None if sizes[0] is None else sizes[0] + virtual)
     b, s = ids.shape
     check("token_type_ids", token_type_ids, (b, s), sizes[2])
     check("position_ids", position_ids, (len(position_ids) if is_row(position_ids) else b, s), sizes[1])
-    check("attention_mask", attention_mask, (b, start + s), None)
+    before = 0 if prompt is None else prompt.length  # places that the mask of a longer sequence does not mention
+    check("attention_mask", attention_mask, (b, (start - before if before and start else start) + s), None)
     room = None if sizes[1] is None else sizes[1] if c.positions == "index" else sizes[1] - (c.pad_token_id or 0) - 1
-    if isinstance(ids, np.ndarray) and position_ids is None and room is not None and start + s > room:
-        raise ValueError(f"a sequence of {start + s} positions does not fit the model, which has {room}")
+    placed = before if prompt and prompt.placed and not start else 0
+    counted = isinstance(ids, np.ndarray) and position_ids is None and room is not None
+    if counted and (length := start + s + placed + shift) > room:
+        raise ValueError(f"a sequence of {length} positions does not fit the model, which has {room}")
     if token_type_ids is not None and sizes[2] is None:
         raise ValueError(f"a {c.family} model has no token types, but token_type_ids were given")
     types = np.zeros_like(ids) if token_type_ids is None and sizes[2] is not None else token_type_ids
-    places = place(c, ids, start) if position_ids is None else position_ids
+    front = None
+    if prompt is not None and prompt.length:
+        attention_mask = extended(attention_mask, b, prompt.length)
+        if not start and prompt.placed:
+            ids, types, position_ids = prefixed(prompt, ids, types, position_ids)
+        elif not start:
+            front = prompt.ids + np.zeros_like(ids[:, 0])[:, None]
+            mask = visible(c, np.concatenate([front, ids], axis=1), 0, attention_mask)
+            return Inputs(
+                ids, mask, types, place(c, ids, shift) if position_ids is None else position_ids + shift, front
+            )
+        elif not prompt.placed:
+            shift -= prompt.length  # which are among the positions that came before
+    places = place(c, ids, start + shift) if position_ids is None else position_ids + shift
     return Inputs(ids, visible(c, ids, start, attention_mask), types, places)
+
+
+def extended(attention_mask: Array | None, b: Any, n: int) -> Array | None:
+    """The mask of tokens with a prompt before them, which everyone sees."""
+    if attention_mask is None:
+        return None
+    return np.concatenate([np.zeros_like(attention_mask[:, 0])[:, None] + np.ones(n, np.int64), attention_mask], axis=1)
+
+
+def prefixed(prompt: Prompt, ids: Array, types: Array | None, places: Array | None) -> tuple[Array, Any, Any]:
+    """ids, types and places of [prompt; tokens]: type 0, and places before those of the tokens."""
+    n = prompt.length
+    front = prompt.ids + np.zeros_like(ids[:, 0])[:, None]
+    ids = np.concatenate([front, ids], axis=1)
+    if types is not None:
+        types = np.concatenate([np.zeros_like(front), types], axis=1)
+    if places is not None:
+        places = np.concatenate([np.zeros_like(places[:, 0])[:, None] + np.arange(n), places + n], axis=1)
+    return ids, types, places
 
 
 def check(name: str, a: Any, shape: tuple[Any, ...], size: int | None) -> None:
@@ -84,7 +126,7 @@ def place(c: Config, ids: Array, start: int) -> Array:
     """Position of each token, counted from the start; RoBERTa counts non-padding ids only, from pad_token_id + 1."""
     if c.positions == "nonpad":
         real = (ids != c.pad_token_id).astype(ids.dtype)
-        return np.cumsum(real, axis=1) * real + c.pad_token_id
+        return (np.cumsum(real, axis=1) + start) * real + c.pad_token_id
     return (np.arange(ids.shape[1], like=ids) + start)[None, :]
 
 

@@ -8,6 +8,7 @@ from operator import add
 import numpy as np
 
 from refpeft.config import Config, Site
+from refpeft.hooks import Block, Hooks, recall
 from refpeft.inputs import Inputs, last
 from refpeft.ops import Array, Vjp, activations, attention, pick, rope
 from refpeft.part import Back, Grads, Lazy, Once, Part, Run, Want, join, link, op_run, plus
@@ -22,10 +23,18 @@ class Parts:
     config: Config
     sites: Mapping[str, Site]
     part: Callable[[str], Part]
+    hooks: Hooks
+
+    def block(self, at: str, f: Run) -> Block:
+        """The sublayer f at 'layers.3.attn.', with its norm and the residual."""
+        norm = self.part(at + "norm").run
+        return self.hooks.block(Block(at, norm, f, self.config.norm_first, residual(self.config, norm, f)))
 
 
 def embed(m: Parts, inputs: Inputs) -> tuple[Array, Back]:
-    """x = token[ids] (+ position[places]) (+ type[types]), then a norm if the family has one."""
+    """x = token[ids] (+ position[places]) (+ type[types]), then a norm if the family has one.
+
+    The rows of a prompt that has no positions come before all that, as they are."""
     tables: dict[str, Array] = {
         "embed.token": inputs.ids,
         "embed.position": inputs.places,
@@ -34,15 +43,25 @@ def embed(m: Parts, inputs: Inputs) -> tuple[Array, Back]:
     terms = {role: m.part(role).run(i) for role, i in tables.items() if role in m.sites}
     x = reduce(add, [y for y, _ in terms.values()])
     norm = m.part("embed.norm").run(x) if "embed.norm" in m.sites else None
+    y, front = norm[0] if norm else x, None if inputs.front is None else m.part("embed.token").run(inputs.front)
 
     def back(dx: Lazy, want: Want) -> tuple[Lazy, Grads]:
-        dx, grads = norm[1](dx, want) if norm else (dx, {})
+        dy, grads_front = (dx, {}) if front is None else parted(dx, front, want)
+        dx, grads = norm[1](dy, want) if norm else (dy, {})
+        grads = join(grads, grads_front)
         for role, (y, back_term) in terms.items():
             _, g = back_term(over_batch(dx, y) if role == "embed.position" else dx, want)
             grads = join(grads, g)
         return dx, grads
 
-    return norm[0] if norm else x, back
+    return y if front is None else np.concatenate([front[0], y], axis=1), back
+
+
+def parted(dx: Lazy, front: tuple[Array, Back], want: Want) -> tuple[Lazy, Grads]:
+    """The cotangent of [front; y] parted into that of y and the gradients of what made the front."""
+    n = front[0].shape[1]
+    _, grads = front[1](Once(lambda: dx()[:, :n]), want)
+    return Once(lambda: dx()[:, n:]), grads
 
 
 def over_batch(dx: Lazy, y: Array) -> Lazy:
@@ -94,12 +113,18 @@ def attend(m: Parts, at: str, inputs: Inputs, turns: Pair | None, past: Pair | N
         if past is not None:
             k, v = np.concatenate([past[0], k], axis=1), np.concatenate([past[1], v], axis=1)
         kept.append((k, v))
-        a, vjp = attention(q, k, v, inputs.mask)
+        mask, memories = inputs.mask, m.hooks.memory(at)
+        if memories:
+            k, v, mask, back_memories = recall(memories, k, v, mask)
+        a, vjp = attention(q, k, v, mask)
         z, back_o = m.part(at + "o").run(a.reshape(b, s, h * e))
 
         def back(dz: Lazy, want: Want) -> tuple[Lazy, Grads]:
             da, grads_o = back_o(dz, want)
             dq, dk, dv = link(vjp, Once(lambda: da().reshape(b, s, h, e)), 3)
+            if memories:
+                dk, dv, grads_memories = back_memories(dk, dv, want)
+                grads_o = join(grads_o, grads_memories)
             if turned:
                 dq, dk = link(turned[0], dq, 1)[0], link(turned[1], dk, 1)[0]
             dx, grads = back_qkv(dq, dk, dv, want)

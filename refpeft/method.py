@@ -9,6 +9,13 @@ A method is one module in `methods/`, registered there by one line, with
     merge(cfg, W, b, φ) → W′, b′, vjp  the definition, where the method is a reparametrisation of weights
     wrap(cfg, φ, part, …) → part       the run-time form
 
+A method that takes hold of a model elsewhere than at its layers has
+
+    hooks(adapter, k, model) → Hooks   instead of `wrap` and `merge`: see `refpeft.hooks`
+    init_model(cfg, model, chosen, rng) → params, frozen      instead of `init`, by their names in checkpoints, if they
+                                       belong to no module; `chosen` are the roles of the targeted sites
+    SHARED                             names in the formulae → in checkpoints, of parameters that all modules share
+
 Where both exist they must agree on outputs and gradients: wrap ≡ merge, a theorem every method is tested for
 (`weight` below runs a part by its `merge`). `φ` arrives as a `Phi`: values by name, and under which key to return
 each gradient.
@@ -60,6 +67,11 @@ class Method(Protocol):
     def init(self, cfg: Any, part: Part, rng: np.random.Generator) -> dict[str, Array]: ...
     def merge(self, cfg: Any, W: Array, b: Array | None, φ: Values, base: Base | None = None) -> Merged: ...
     def wrap(self, cfg: Any, φ: Phi, part: Part, mask: Array | None = None) -> Part: ...
+
+
+def shared(method: Any) -> Mapping[str, str]:
+    """The names of the parameters that belong to no module: in the formulae → in checkpoints."""
+    return getattr(method, "SHARED", {})
 
 
 # ── lifts ────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,8 +1,9 @@
 """The transformer: one, described by data.
 
 `Config` says what it computes, `sites` where each of its layers finds its parameters; a family (GPT-2, LLaMA, BERT, …)
-is nothing but a table of these two (`refpeft.checkpoint.families`). Every layer passes through `wrap(part) → part`
-before it runs, and the model never learns whether an adapter did something there.
+is nothing but a table of these two (`refpeft.checkpoint.families`). Every layer passes through `part(part) → part`
+before it runs, and some other places through hooks of their own (`refpeft.hooks`); the model never learns whether an
+adapter did something there.
 
     pre-norm    x ← x + attend(norm x);   x ← x + mlp(norm x);   finally norm
     post-norm   x ← norm(x + attend x);   x ← norm(x + mlp x)
@@ -19,14 +20,14 @@ import numpy as np
 
 from refpeft.adapter import Adapter, each, fits
 from refpeft.config import Config, Site
+from refpeft.hooks import Hooks
 from refpeft.inputs import read
-from refpeft.layers import Pair, Parts, attend, embed, head_step, mlp, residual, rotations
+from refpeft.layers import Pair, Parts, attend, embed, head_step, mlp, rotations
 from refpeft.ops import Array
 from refpeft.part import BASE, Back, Grads, Key, Lazy, Part, make, stored
 
 __all__ = ["Cache", "Config", "Model", "Site", "adapter_list"]
 
-Wrap = Callable[[Part], Part]
 Cache = Sequence[Pair]  # per layer: keys and values [b, t, g, e]
 Named = dict[str, Array]
 
@@ -52,7 +53,7 @@ class Model:
         adapters). vjp(dout, base=True), or base=[names], returns (grads, base_grads)."""
         adapters = self.fitting(adapter)
         inputs = (ids, attention_mask, token_type_ids, position_ids)
-        out, backs, _ = self.run(each(adapters), *inputs)
+        out, backs, _ = self.run(each(adapters, self), *inputs)
         shape = out.shape
 
         def vjp(dout: Array, base: bool | Collection[str] = False) -> Any:
@@ -64,7 +65,7 @@ class Model:
             wanted = {(BASE, name) for name in names}
             wanted |= {(k, name) for k, a in enumerate(adapters) for name in a.params}
             # a frozen base does not keep what its own gradients need: they cost the forward pass once more
-            stages = self.run(each(adapters), *inputs, frozen=False)[1] if base else backs
+            stages = self.run(each(adapters, self), *inputs, frozen=False)[1] if base else backs
             found = collect(stages, dout, wanted)
 
             def named(owner: int, params: Mapping[str, Array]) -> Named:
@@ -88,7 +89,7 @@ class Model:
         `attention_mask` [b, t] covers both."""
         if not self.config.causal:
             raise ValueError(f"a {self.config.family} model sees all positions at once and cannot decode step by step")
-        out, _, present = self.run(each(self.fitting(adapter)), ids, attention_mask, None, position_ids, cache)
+        out, _, present = self.run(each(self.fitting(adapter), self), ids, attention_mask, None, position_ids, cache)
         return out, present
 
     def fitting(self, adapter: Adapter | Sequence[Adapter] | None) -> Sequence[Adapter]:
@@ -108,7 +109,7 @@ class Model:
 
     def run(
         self,
-        wrap: Wrap,
+        hooks: Hooks,
         ids: Array,
         attention_mask: Array | None = None,
         token_type_ids: Array | None = None,
@@ -119,16 +120,17 @@ class Model:
         """The forward pass, and the backward passes of its stages in the order in which they ran."""
         c = self.config
         start = past[0][0].shape[1] if past else 0
-        inputs = read(c, ids, attention_mask, token_type_ids, position_ids, start, self.sizes())
-        m = Parts(c, self.sites, lambda role: wrap(self.part(role, frozen)))
+        given = (ids, attention_mask, token_type_ids, position_ids)
+        inputs = read(c, *given, start, self.sizes(), hooks.prompt, hooks.shift)
+        m = Parts(c, self.sites, lambda role: hooks.part(self.part(role, frozen)), hooks)
         x, back = embed(m, inputs)
         turns = rotations(c, x, inputs.places)
         backs, present = [back], []
         for n in range(c.num_layers):
             at = f"layers.{n}."
             attention, kept = attend(m, at + "attn.", inputs, turns, past[n] if past else None)
-            for f, norm in ((attention, at + "attn.norm"), (mlp(m, at + "mlp."), at + "mlp.norm")):
-                x, back = residual(c, m.part(norm).run, f)(x)
+            for sublayer, f in ((at + "attn.", attention), (at + "mlp.", mlp(m, at + "mlp."))):
+                x, back = m.block(sublayer, f).run(x)
                 backs.append(back)
             present += kept
         for step in c.head:

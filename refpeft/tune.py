@@ -26,13 +26,16 @@ def init(method: str, config: Any, model: Model, seed: int = 0) -> Adapter:
         raise ValueError(f"unknown method {method!r}: there are {', '.join(METHODS)}")
     m = METHODS[method]
     cfg = configured(m, method, config, model)
-    chosen = targets(cfg, model)
+    chosen = targets(cfg, model) if isinstance(cfg, Targets) else []
     if hasattr(cfg, "fan_in_fan_out"):  # a fact of the layers, which HF peft wants to be told
         cfg = replace(cfg, fan_in_fan_out=all(model.sites[role].kind == "conv1d" for role in chosen))
     rng = np.random.default_rng(seed)
     params: dict[str, Array] = {}
     frozen: dict[str, Array] = {}
-    for role in chosen:
+    whole_model = getattr(m, "init_model", None)
+    if whole_model is not None:
+        params, frozen = whole_model(cfg, model, chosen, rng)
+    for role in chosen if whole_model is None else ():
         part = model.part(role)
         for name, value in m.init(cfg.at(part.path), part, rng).items():
             (frozen if name in m.FROZEN else params)[f"{part.path}.{key(m, part.kind, name)}"] = value
@@ -51,6 +54,8 @@ def configured(m: Method, method: str, config: Any, model: Model) -> Any:
         config = {name: sorted(v, key=str) if isinstance(v, set | frozenset) else v for name, v in config.items()}
         check_types(m, config)
         config = m.Config(**config)
+    if not isinstance(config, Targets):
+        return config
     check_patterns(config)
     if config.target_modules is None:
         config = replace(config, target_modules=DEFAULT_TARGETS[model.config.family])
@@ -149,15 +154,16 @@ def saved_whole(cfg: Any, model: Model) -> dict[str, str]:
     As in HF peft, an entry of `modules_to_save` stands for every module whose path ends in it, and all that is inside.
     """
     whole: dict[str, str] = {}
-    chosen = set(targets(cfg, model))
-    saved = [path for path in modules(model) if path.endswith(tuple(cfg.modules_to_save or ()))]
-    if cfg.modules_to_save and not saved:
-        raise ValueError(f"modules_to_save {cfg.modules_to_save!r} matches no module of the model")
+    names, bias = getattr(cfg, "modules_to_save", None), getattr(cfg, "bias", "none")
+    chosen = set(targets(cfg, model)) if bias == "lora_only" else set()
+    saved = [path for path in modules(model) if path.endswith(tuple(names or ()))]
+    if names and not saved:
+        raise ValueError(f"modules_to_save {names!r} matches no module of the model")
     for role, site in model.sites.items():
         if any(site.path == path or site.path.startswith(path + ".") for path in saved):
             whole[site.path + ".weight"] = site.weight
             whole[site.path + ".bias"] = site.bias
-        elif cfg.bias == "all" or (cfg.bias == "lora_only" and role in chosen):
+        elif bias == "all" or role in chosen:
             whole[site.path + ".bias"] = site.bias
     return {name: tensor for name, tensor in whole.items() if tensor in model.params}
 
@@ -190,6 +196,7 @@ def merge(model: Model, adapter: Adapter | Sequence[Adapter]) -> Model:
     A tensor that two layers share and only one of them changes is given to each on its own (and no longer tied).
     """
     adapters = model.fitting(adapter)
+    mergeable(adapters)
     params, sites = dict(model.params), dict(model.sites)
     for role in model.sites:
         old = model.part(role)
@@ -202,6 +209,13 @@ def merge(model: Model, adapter: Adapter | Sequence[Adapter]) -> Model:
     used = {s.weight for s in sites.values()} | {s.bias for s in sites.values()}
     source = model.source if sites == dict(model.sites) else {**model.source, "tie_word_embeddings": False}
     return replace(model, params={n: v for n, v in params.items() if n in used}, sites=sites, source=source)
+
+
+def mergeable(adapters: Sequence[Adapter]) -> None:
+    for a in adapters:
+        m = METHODS[a.method]
+        if hasattr(m, "hooks") or (hasattr(m, "wrap") and not hasattr(m, "merge")):
+            raise ValueError(f"{a.method} has no merge: what it computes cannot be written as weights of the model")
 
 
 def merged_part(adapters: Sequence[Adapter], part: Part) -> tuple[Array, Array | None]:

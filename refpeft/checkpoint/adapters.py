@@ -13,7 +13,7 @@ by name. Every tensor of adapter_model.safetensors is accounted for.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ import numpy as np
 from refpeft import tune
 from refpeft.adapter import Adapter
 from refpeft.checkpoint import folder, models, safetensors
+from refpeft.checkpoint.format import Format
 from refpeft.checkpoint.safetensors import Malformed, show
 from refpeft.methods import METHODS, lora
 from refpeft.model import Model
@@ -37,6 +38,7 @@ IGNORED = {  # without influence on the function
 }  # fmt: skip
 PLAIN_INITS = ("eva", "mica")  # they leave the base alone: A and B in the file are all there is
 TWINS = {twin: name for name, twin in models.TWINS.items()}
+FORMATS: Sequence[Format] = ()  # of the methods that are not of LoRA's kind, each in a module of its own
 METHOD_FLAGS = {"lora": (False, False), "rslora": (True, False), "dora": (False, True)}  # use_rslora, use_dora
 
 
@@ -47,6 +49,9 @@ def load_adapter(path: str | os.PathLike[str], model: Model) -> Adapter:
     """The adapter of an HF peft folder, for this model."""
     where = folder.existing(path)
     raw = safetensors.read_json(where / CONFIG)
+    for form in FORMATS:
+        if raw.get("peft_type") in form.PEFT_TYPES:
+            return form.read(raw, folder.tensors(where, "adapter_model"), model)
     try:
         method, cfg = read_config(raw, model)
         chosen = {model.sites[role].path: model.part(role) for role in tune.targets(cfg, model)}
@@ -189,10 +194,14 @@ def start(cfg: Any, chosen: Mapping[str, Part]) -> dict[str, Array]:
 
 def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     """An HF peft folder that HF peft and `load_adapter` read, written whole or not at all."""
-    if adapter.method not in METHOD_FLAGS:
+    form = next((f for f in FORMATS if adapter.method in f.METHODS), None)
+    if form is not None:
+        config, tensors = form.write(adapter)
+    elif adapter.method in METHOD_FLAGS:
+        config = as_json(adapter)
+        tensors = {PREFIX + stored_name(adapter, name): a for name, a in plain_params(adapter).items()}
+    else:
         raise ValueError(f"{adapter.method} adapters have no HF folder: only {', '.join(METHOD_FLAGS)} do")
-    config = as_json(adapter)
-    tensors = {PREFIX + stored_name(adapter, name): a for name, a in plain_params(adapter).items()}
     with folder.new_folder(path) as new:
         safetensors.write_json(new / CONFIG, config)
         safetensors.write(new / FILE, tensors)
