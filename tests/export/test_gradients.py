@@ -7,10 +7,12 @@ import pytest
 
 import refpeft
 from refpeft.adapter import Adapter
+from refpeft.conformance.numbers import signs
+from refpeft.conformance.yardstick import UNIT
 from refpeft.export.lowering import RULES
 from refpeft.export.proto import tensor, to_model
 from refpeft.export.symbols import Graph, Symbol
-from refpeft.export.verification import LIMIT, example, in_dtype, ratio
+from refpeft.export.verification import LIMIT, distance, example, in_dtype, ratio
 from refpeft.model import Model
 from refpeft.ops import cross_entropy
 from tests.export.graphs import run
@@ -59,6 +61,16 @@ def graph_of(model: Model, adapter: Adapter, labels: Array, inputs: dict[str, Ar
     return to_model(g, [*inputs, "labels", *(f"φ {name}" for name in φ)], outputs, weights)
 
 
+def dithered(model: Model, adapter: Adapter, labels: Any, draw: int, *inputs: Any) -> dict[str, Any]:
+    """In float64, with every parameter moved by half a unit in its last place in float32."""
+
+    def moved(values: Any) -> dict[str, Array]:
+        return {n: a.astype(np.float64) * (1 + UNIT["float32"] * signs(draw, n, a.shape)) for n, a in values.items()}
+
+    base = Model(model.config, model.sites, moved(model.params))
+    return loss_and_gradients(base, adapter.replace(params=moved(adapter.params)), labels, *inputs)
+
+
 @pytest.mark.ort
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradients(case: str) -> None:
@@ -79,5 +91,9 @@ def test_loss_and_gradients(case: str) -> None:
         ref = loss_and_gradients(model.astype(np.float64), in_dtype(adapter, np.float64), labels, *inputs.values())
         assert got.keys() == ref.keys()
         off = {name: ratio(y, np.asarray(ref[name]), np.asarray(spec[name]), F32) for name, y in got.items()}
+        if max(off.values()) > LIMIT / 4:  # as the suite's yardstick has it: what moves of the inputs by ½ ulp explain
+            moved = [dithered(model, adapter, labels, draw, *inputs.values()) for draw in range(8)]
+            allowed = {n: max(distance(np.asarray(m[n]), np.asarray(ref[n])) for m in moved) for n in got}
+            off = {n: min(off[n], distance(y, np.asarray(ref[n])) / allowed[n]) for n, y in got.items()}
         assert max(off.values()) <= LIMIT, off
         assert all(np.linalg.norm(d) > 0 for d in ref.values())
