@@ -133,17 +133,20 @@ def model(
     adapters = adapters or {"default": s["config"]}
     ids = integers(seed, "ids", tuple(s["batch"]), 2, vocab - 1)
     arrays: dict[str, Array] = {f"model/{n}": v for n, v in base.params.items()} | {"ids": ids}
+    about: dict[str, Any] = {}
     for n, (name, config) in enumerate(adapters.items()):
-        arrays |= {f"{name}/{k}": v for k, v in adapter(method, config, base, seed + 10 * n).items()}
+        values, still = adapter(method, config, base, seed + 10 * n)
+        arrays |= {f"{name}/{k}": v for k, v in (values | still).items()}
+        about[name] = {"method": method, "config": config} | ({"frozen": list(still)} if still else {})
     for name in changed:
-        arrays |= {f"new-{name}/{k}": v for k, v in adapter(method, adapters[name], base, seed + 1000).items()}
+        arrays |= {f"new-{name}/{k}": v for k, v in adapter(method, adapters[name], base, seed + 1000)[0].items()}
     if s.get("padded"):
         arrays |= padded(s, ids, source.get("pad_token_id") or 0)
     if "other_logits" in fields.get("want", ()):
         arrays["other_ids"] = np.where(np.arange(ids.shape[1]) == ids.shape[1] - 1, 2 + (ids - 1) % (vocab - 2), ids)
     asked = {
         "model": source,
-        "adapters": {n: {"method": method, "config": c} for n, c in adapters.items()},
+        "adapters": about,
         "active": list(adapters),
     }
     case = Case(meta(method, level, prop, s, seed) | asked | fields, arrays)
@@ -170,13 +173,16 @@ def about(folder: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def adapter(method: str, config: Mapping[str, Any], base: Model, seed: int) -> dict[str, Array]:
-    """Its parameters, moved away from where the method starts them."""
+def adapter(
+    method: str, config: Mapping[str, Any], base: Model, seed: int
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Its parameters, moved away from where the method starts them, and what is never trained."""
     fresh = refpeft.init(method, config, base, seed=0)
-    return {
+    moved = {
         n: (v + 0.5 * normal(seed, n, v.shape) / max(v.shape[-1:] or (1,)) ** 0.5).astype(v.dtype)
         for n, v in fresh.params.items()
     }
+    return moved, dict(fresh.frozen)
 
 
 def padded(s: Mapping[str, Any], ids: Array, pad: int) -> dict[str, Array]:
@@ -189,5 +195,7 @@ def padded(s: Mapping[str, Any], ids: Array, pad: int) -> dict[str, Array]:
 
 
 def with_dout(case: Case, base: Model, seed: int) -> Case:
-    out, _ = base(case.arrays["ids"], None, **{n: case.arrays[n] for n in ("attention_mask",) if n in case.arrays})
+    from refpeft.conformance.targets.spec import Whole
+
+    out = Whole(case).logits()["logits"]
     return Case(case.meta, {**case.arrays, "dout": normal(seed, "dout", out.shape).astype(out.dtype)})

@@ -30,8 +30,8 @@ from refpeft.conformance.build import about
 from refpeft.conformance.case import Case
 from refpeft.conformance.properties import PROPERTIES, Property
 from refpeft.conformance.targets import Skip, Target, open_target
+from refpeft.conformance.traits import known
 from refpeft.conformance.yardstick import LIMIT, Verdict, Yardstick
-from refpeft.methods import METHODS
 
 EXAMPLES = {"layer": 12, "model": 3, "lifecycle": 2, "export": 2}  # drawn, beside the corners
 ON_REAL_WEIGHTS = 1  # instead, on the model in a folder: one there costs as much as many tiny ones
@@ -156,7 +156,7 @@ def chosen(
     """The units asked for; a name that does not exist is an error, not an empty run."""
     names = sorted({p.name for p in PROPERTIES})
     for what, given_, there in (
-        ("method", methods, list(METHODS)),
+        ("method", methods, known()),
         ("level", levels, list(LEVELS)),
         ("property", properties, names),
     ):
@@ -166,7 +166,7 @@ def chosen(
     return [
         Unit(method, p.level, p.name)
         for p in PROPERTIES
-        for method in methods or METHODS
+        for method in methods or known()
         if p.applies(method) and p.level in (levels or LEVELS) and p.name in (properties or names)
     ]
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from refpeft.conformance import build, strategies, tiny
 from refpeft.conformance.case import Case
 from refpeft.conformance.strategies import Strategy, Structure
+from refpeft.conformance.traits import TRAITS
 
 Info = Mapping[str, Any]
-CLAIMS = {"lora": "L", "rslora": "R", "dora": "D"}
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,16 @@ class Property:
     any_head: bool = True  # or only language models
 
     def applies(self, method: str) -> bool:
+        """Is it about methods of this kind?"""
+        if method not in TRAITS:
+            return False
+        asks = TRAITS[method].asks
+        if asks is not None:
+            return f"{self.level}/{self.name}" in asks
         return self.methods is None or method in self.methods
 
     def claims_of(self, method: str) -> Sequence[str]:
-        return [c for c in self.claims if c.startswith(CLAIMS.get(method, "?"))]
+        return [c for c in self.claims if c.startswith(TRAITS[method].letter)]
 
     def fits(self, about: Mapping[str, Any]) -> bool:
         """Can it be asked of the model in a folder, which is of one family and architecture?"""
@@ -120,9 +126,9 @@ def whole(
 
 
 def two(s: Structure) -> Mapping[str, Any]:
-    """Two adapters whose ranks and α differ."""
+    """Two adapters of one method whose configs differ: their ranks and α, …"""
     first = s["config"]
-    return {"first": first, "second": {**first, "r": first["r"] + 1, "lora_alpha": 2 * first["lora_alpha"] + 1}}
+    return {"first": first, "second": TRAITS[s["method"]].second(first)}
 
 
 Steps = Sequence[Mapping[str, Any]]

@@ -10,6 +10,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from refpeft.conformance import tiny
+from refpeft.conformance.traits import LORA, TRAITS
 
 Structure = dict[str, Any]
 Strategy = st.SearchStrategy[Structure]
@@ -63,17 +64,27 @@ def model_corners(
     method: str, info: Mapping[str, Any], families: Sequence[str], architectures: Sequence[str]
 ) -> list[Structure]:
     """One model of each family, with adapters on two kinds of layers of unlike shapes."""
-    given = info.get("model", {})
-    there = [given["family"]] if given else buildable(info, families) or ["llama"]
+    given, traits = info.get("model", {}), TRAITS[method]
+    there = [given["family"]] if given else buildable(info, able(families, traits.families)) or ["llama"]
+    heads = able(architectures, traits.architectures)
     own: Structure = {"r": 2, "lora_alpha": 6.0} | FLAGS.get(method, {})
-    return [
-        {
-            "family": family, "architecture": architectures[0] or tiny.LM[family], "layers": 1, "dtype": "float32",
-            "config": {**own, "target_modules": list(tiny.LINEARS[family][:2]) + list(tiny.LINEARS[family][-1:])},
-            "batch": [2, 3], "draw": n, **given,
-        }
-        for n, family in enumerate(there)
-    ]  # fmt: skip
+    found = []
+    for n, family in enumerate(there):
+        head = given.get("architecture") or heads[0] or tiny.LM[family]
+        linears = list(tiny.LINEARS[family][:2]) + list(tiny.LINEARS[family][-1:])
+        config = {**own, "target_modules": linears} if method in LORA else traits.plain(family, head)
+        found.append(
+            {
+                "method": method, "family": family, "architecture": head, "layers": 1, "dtype": "float32",
+                "config": config, "batch": [2, 3], "draw": n, **given,
+            }
+        )  # fmt: skip
+    return found
+
+
+def able(wanted: Sequence[str], possible: Sequence[str] | None) -> list[str]:
+    """What a property wants, as far as the method knows it; if nothing, what the method knows."""
+    return list(wanted) if possible is None else [name for name in wanted if name in possible] or list(possible)
 
 
 FLOAT = ("float32", "float64")
@@ -117,13 +128,20 @@ def model(
 ) -> Structure:
     """A tiny model, or the one in `info["model"]`, and where an adapter goes. '' is the family's language model."""
     given = info.get("model")
-    family = given["family"] if given else draw(st.sampled_from(buildable(info, families)))
-    architecture = draw(st.sampled_from(architectures)) or tiny.LM[family]
-    linears = tiny.LINEARS[family]
-    own = draw(config(method, [], False, False, "none", 4))
-    own["target_modules"] = draw(st.lists(st.sampled_from(linears), min_size=1, max_size=3, unique=True))
+    traits = TRAITS[method]
+    family = given["family"] if given else draw(st.sampled_from(buildable(info, able(families, traits.families))))
+    architecture = draw(st.sampled_from(able(architectures, traits.architectures))) or tiny.LM[family]
+    architecture = given["architecture"] if given else architecture
+    if method in LORA:
+        own = draw(config(method, [], False, False, "none", 4))
+        linears = tiny.LINEARS[family]
+        own["target_modules"] = draw(st.lists(st.sampled_from(linears), min_size=1, max_size=3, unique=True))
+    else:
+        drawn = st.fixed_dictionaries({name: st.sampled_from(values) for name, values in traits.choices.items()})
+        own = draw(drawn) | traits.fixed(family, architecture)
     floats = ["float32"] if family in ("llama", "qwen2") else ["float32", "float64"]
     return {
+        "method": method,
         "family": family,
         "architecture": architecture,
         "layers": draw(st.integers(1, layers)),

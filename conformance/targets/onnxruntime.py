@@ -10,9 +10,9 @@ import numpy as np
 from refpeft.conformance.case import Case
 from refpeft.conformance.targets.base import Arrays
 from refpeft.conformance.targets.spec import Whole, answers
+from refpeft.conformance.traits import known
 from refpeft.export import export
 from refpeft.export.runtime import require, session
-from refpeft.methods import METHODS
 
 
 class OnnxRuntime:
@@ -21,7 +21,7 @@ class OnnxRuntime:
 
     def info(self) -> Mapping[str, Any]:
         return {
-            "name": "onnxruntime", "version": self.version, "levels": ["export"], "methods": list(METHODS),
+            "name": "onnxruntime", "version": self.version, "levels": ["export"], "methods": known(),
             "dtypes": ["float32"], "features": ["forward", "merge", "conv1d", "embedding", "together", "tied"],
         }  # fmt: skip
 

@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from refpeft.conformance import tiny
 from refpeft.conformance.case import DTYPES, Case, read
 from refpeft.conformance.targets.base import FEATURES, Arrays, Skip
-from refpeft.conformance.targets.spec import answers
+from refpeft.conformance.targets.spec import answers, real
 from refpeft.ops import Array
 
 PREFIX = "base_model.model."
@@ -311,10 +311,7 @@ class Whole:
             self.model.base_model.set_adapter(self.names)
 
     def real(self, y: Array) -> Array:
-        """Zero at padded positions."""
-        if self.mask is None or y.ndim < 3:
-            return y
-        return np.where(self.mask[..., None] > 0, y, y.dtype.type(0))
+        return real(y, self.mask)
 
     def logits(self) -> Arrays:
         with torch.no_grad():

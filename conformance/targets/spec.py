@@ -14,6 +14,7 @@ from refpeft.adapter import Adapter
 from refpeft.checkpoint.families import describe
 from refpeft.conformance.case import DTYPES, Case
 from refpeft.conformance.targets.base import FEATURES, Arrays
+from refpeft.conformance.traits import known
 from refpeft.method import Phi
 from refpeft.methods import METHODS
 from refpeft.model import Model
@@ -28,7 +29,7 @@ class Spec:
     def info(self) -> Mapping[str, Any]:
         return {
             "name": "spec", "version": refpeft.__version__, "levels": ["layer", "model", "lifecycle", "export"],
-            "methods": list(METHODS), "dtypes": list(DTYPES), "features": list(FEATURES),
+            "methods": known(), "dtypes": list(DTYPES), "features": list(FEATURES),
         }  # fmt: skip
 
     def run(self, case: Case) -> Arrays:
@@ -141,8 +142,7 @@ class Whole:
 
     def real(self, out: Array) -> Array:
         """What is said at padded positions is nobody's business: zero."""
-        mask = self.inputs.get("attention_mask")
-        return out if mask is None or out.ndim < 3 else np.where(mask[..., None] > 0, out, out.dtype.type(0))
+        return real(out, self.inputs.get("attention_mask"))
 
     def other_logits(self) -> Arrays:
         return {"other_logits": self.base(self.case.arrays["other_ids"], self.active)[0]}
@@ -175,6 +175,14 @@ class Whole:
         return {"count": np.array(sum(v.size for a in self.active for v in a.params.values()))}
 
 
+def real(out: Array, mask: Array | None) -> Array:
+    """What is said at padded positions is nobody's business: zero. A prompt before the tokens is not padding."""
+    if mask is None or out.ndim < 3:
+        return out
+    prompt = np.ones((len(mask), out.shape[1] - mask.shape[1]), mask.dtype)
+    return np.where(np.concatenate([prompt, mask], axis=1)[..., None] > 0, out, out.dtype.type(0))
+
+
 def model_of(case: Case) -> Model:
     source = case.meta["model"]
     fields, sites, _ = describe(source)
@@ -183,8 +191,9 @@ def model_of(case: Case) -> Model:
 
 def adapter_of(case: Case, name: str, model: Model) -> Adapter:
     """The adapter `name`, its tensors being the case's arrays '<name>/<tensor>'."""
-    meta = case.meta["adapters"][name]
-    return Adapter(meta["method"], METHODS[meta["method"]].Config(**meta["config"]), tensors(case, name + "/"))
+    meta, values = case.meta["adapters"][name], tensors(case, name + "/")
+    still = {n: values.pop(n) for n in meta.get("frozen", ())}
+    return Adapter(meta["method"], METHODS[meta["method"]].Config(**meta["config"]), values, still)
 
 
 def tensors(case: Case, prefix: str) -> Arrays:

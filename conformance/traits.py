@@ -1,0 +1,57 @@
+"""What the suite may ask of each method, and what it draws for it.
+
+The properties about matrices (`LORA`) are of LoRA and its kin. A method of another kind says here which of the other
+properties make sense for it, on which models, and which configs are worth trying: the first value of each is the
+simplest, which is where shrinking goes. A method without an entry is not checked.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from refpeft.conformance import tiny
+from refpeft.methods import METHODS
+
+Structure = dict[str, Any]
+
+RUNS = ("model/logits", "model/param-grads", "model/count")
+TOKENS = ("model/causal", "model/padding", "model/incremental")
+LIVES = tuple("lifecycle/" + name for name in ("disable", "switch", "delete", "save-load", "saved-keys"))
+MERGES = tuple(
+    ["model/merge", "export/onnx"]
+    + ["lifecycle/" + name for name in ("merge-twice", "safe-merge", "unmerge", "change")]
+)
+
+
+@dataclass(frozen=True)
+class Traits:
+    """`asks`: properties as level/name; None means all. `choices`: values to draw for each field of the config;
+    `fixed`: fields that depend on the family and the architecture. `second`: another config of the same kind."""
+
+    letter: str  # of its claims
+    asks: Sequence[str] | None = None
+    choices: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    fixed: Callable[[str, str], Structure] = lambda family, architecture: {}
+    second: Callable[[Structure], Structure] = lambda first: first
+    families: Sequence[str] = tuple(tiny.FAMILIES)
+    architectures: Sequence[str] | None = None  # None: any; '' is the family's language model
+
+    def plain(self, family: str, architecture: str) -> Structure:
+        return {name: values[0] for name, values in self.choices.items()} | self.fixed(family, architecture)
+
+
+def other_rank(first: Structure) -> Structure:
+    return {**first, "r": first["r"] + 1, "lora_alpha": 2 * first["lora_alpha"] + 1}
+
+
+TRAITS: Mapping[str, Traits] = {
+    "lora": Traits("L", second=other_rank),
+    "rslora": Traits("R", second=other_rank),
+    "dora": Traits("D", second=other_rank),
+}
+LORA = ("lora", "rslora", "dora")
+
+
+def known() -> list[str]:
+    """The methods that the suite can check."""
+    return [method for method in METHODS if method in TRAITS]
