@@ -40,6 +40,17 @@ LINEARS = {  # what adapters are usually put on
     "bert": ("query", "key", "value", "attention.output.dense", "intermediate.dense"),
     "roberta": ("query", "key", "value", "attention.output.dense", "intermediate.dense"),
 }
+NORMS = {
+    "gpt2": ("ln_1", "ln_2", "ln_f"),
+    "llama": ("input_layernorm", "post_attention_layernorm", "norm"),
+    "qwen2": ("input_layernorm", "post_attention_layernorm", "norm"),
+    "bert": ("LayerNorm",),
+    "roberta": ("LayerNorm", "layer_norm"),
+}
+TOKENS = {
+    "gpt2": "wte", "llama": "embed_tokens", "qwen2": "embed_tokens", "bert": "word_embeddings",
+    "roberta": "word_embeddings",
+}  # fmt: skip
 HEAD = {"gpt2": "score", "llama": "score", "qwen2": "score", "bert": "classifier", "roberta": "classifier"}
 
 

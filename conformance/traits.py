@@ -44,10 +44,33 @@ def other_rank(first: Structure) -> Structure:
     return {**first, "r": first["r"] + 1, "lora_alpha": 2 * first["lora_alpha"] + 1}
 
 
+BIASED = ("gpt2", "qwen2", "bert", "roberta")  # families whose layers have biases
+SELECTION = (*RUNS, *TOKENS, *LIVES, *MERGES)
+
+
+def norms(family: str, architecture: str) -> Structure:
+    return {"target_modules": list(tiny.NORMS[family])}
+
+
+def embedding(family: str, architecture: str) -> Structure:
+    return {"target_modules": [tiny.TOKENS[family]]}
+
+
+def other_tokens(first: Structure) -> Structure:
+    return {**first, "token_indices": [9, 10]}
+
+
 TRAITS: Mapping[str, Traits] = {
     "lora": Traits("L", second=other_rank),
     "rslora": Traits("R", second=other_rank),
     "dora": Traits("D", second=other_rank),
+    "full": Traits("F", SELECTION),
+    "partial": Traits("T", SELECTION, {"layers": [1], "head": [True, False], "tied": [False, True]}),
+    "bitfit": Traits("B", SELECTION, {"biases": ["all", "query_and_intermediate"]}, families=BIASED),
+    "ln_tuning": Traits("S", SELECTION, fixed=norms),
+    "trainable_tokens": Traits(
+        "W", SELECTION, {"token_indices": [[2, 5], [7], [12, 3, 4]]}, fixed=embedding, second=other_tokens
+    ),
 }
 LORA = ("lora", "rslora", "dora")
 

@@ -15,7 +15,7 @@ from refpeft.adapter import Adapter
 from refpeft.export.proto import elem_type, tensor
 from refpeft.model import Model, Site
 from refpeft.part import Part, make, stored
-from refpeft.tune import merged_part, untied
+from refpeft.tune import merged_part, substituted, untied
 
 Array = np.ndarray[Any, Any]
 BLOCK = 4 << 20  # bytes that are cast or transposed at a time
@@ -26,6 +26,7 @@ DATA = "model.onnx.data"
 def merged(model: Model, adapters: Sequence[Adapter], sites: dict[str, Site]) -> Iterator[tuple[str, Array]]:
     """Name and value of every tensor of the merged model, as `refpeft.merge` gives it. `sites` is brought up to date:
     a tied layer of which one side changed gets a tensor of its own."""
+    model, adapters = substituted(model, adapters)
     params = dict(model.params)
     written: set[str] = set()
     for role in model.sites:

@@ -50,6 +50,8 @@ class Adapter:
         suffixes = {key: name for name, keys in METHODS[self.method].KEYS.items() for key in keys if key}
         table: dict[str, tuple[dict[str, str], dict[str, str]]] = {}
         common = set(shared(METHODS[self.method]).values())
+        if substitutes(self):
+            return table
         for name in [*self.params, *self.frozen]:
             if name in common:
                 continue
@@ -66,12 +68,19 @@ class Adapter:
         return self.params[name] if name in self.params else self.frozen[name]
 
 
+def substitutes(adapter: Adapter) -> bool:
+    """Does the method put tensors in the place of the model's own, wherever these are used, before all others act?"""
+    return hasattr(METHODS[adapter.method], "merge_model")
+
+
 def each(adapters: Sequence[Adapter], model: "Model") -> Hooks:
     """The hooks of a model: first the tensors that adapters replace whole, then each adapter's method, in order."""
-    own = [getattr(METHODS[adapter.method], "hooks", None) for adapter in adapters]
-    others = [hooks(a, k, model) for k, (a, hooks) in enumerate(zip(adapters, own, strict=True)) if hooks]
-    wraps = Hooks(part=wrapped(adapters))
-    return compose([wraps, *others]) if others else wraps
+    first: list[Hooks] = []
+    then = [Hooks(part=wrapped(adapters))]
+    for k, adapter in enumerate(adapters):
+        if hooks := getattr(METHODS[adapter.method], "hooks", None):
+            (first if substitutes(adapter) else then).append(hooks(adapter, k, model))
+    return compose([*first, *then]) if first or len(then) > 1 else then[0]
 
 
 def wrapped(adapters: Sequence[Adapter]) -> Callable[[Part], Part]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from refpeft.adapter import Adapter, found, replaced
+from refpeft.adapter import Adapter, found, replaced, substitutes
 from refpeft.method import DEFAULT_TARGETS, Method, Targets, excluded, targeted
 from refpeft.methods import METHODS
 from refpeft.model import Model, Site
@@ -197,6 +197,7 @@ def merge(model: Model, adapter: Adapter | Sequence[Adapter]) -> Model:
     """
     adapters = model.fitting(adapter)
     mergeable(adapters)
+    model, adapters = substituted(model, adapters)
     params, sites = dict(model.params), dict(model.sites)
     for role in model.sites:
         old = model.part(role)
@@ -214,8 +215,16 @@ def merge(model: Model, adapter: Adapter | Sequence[Adapter]) -> Model:
 def mergeable(adapters: Sequence[Adapter]) -> None:
     for a in adapters:
         m = METHODS[a.method]
-        if hasattr(m, "hooks") or (hasattr(m, "wrap") and not hasattr(m, "merge")):
+        if not (substitutes(a) or hasattr(m, "merge")):
             raise ValueError(f"{a.method} has no merge: what it computes cannot be written as weights of the model")
+
+
+def substituted(model: Model, adapters: Sequence[Adapter]) -> tuple[Model, list[Adapter]]:
+    """The model with the tensors in place that adapters substitute for its own, and the adapters that are left."""
+    for adapter in adapters:
+        if substitutes(adapter):
+            model = METHODS[adapter.method].merge_model(adapter, model)  # type: ignore[attr-defined]
+    return model, [a for a in adapters if not substitutes(a)]
 
 
 def merged_part(adapters: Sequence[Adapter], part: Part) -> tuple[Array, Array | None]:

@@ -32,9 +32,11 @@ from refpeft.conformance.targets.spec import answers, real
 from refpeft.ops import Array
 
 PREFIX = "base_model.model."
+OWN = r"lora_[A-Za-z_]+|ln_tuning_layers|trainable_tokens_delta"  # what holds an adapter's parameters by its name
 SHORT = {"A": "lora_A.weight", "B": "lora_B.weight", "bias": "lora_B.bias", "m": "lora_magnitude_vector"}
 SHORT_EMBEDDING = {"A": "lora_embedding_A", "B": "lora_embedding_B", "m": "lora_magnitude_vector"}
 FIELDS = frozenset(inspect.signature(peft.LoraConfig).parameters)
+CLASSES = {"ln_tuning": "LNTuningConfig", "trainable_tokens": "TrainableTokensConfig"}  # of methods that are no LoRA
 FLAG = {"rslora": "use_rslora", "dora": "use_dora"}
 NEEDED = {"bias": "lora_bias", "patterns": "alpha_pattern"}  # features that stand or fall with a config field
 
@@ -45,7 +47,9 @@ class Peft:
         logging.getLogger("transformers").setLevel(logging.ERROR)
         self.declared = {
             "name": "peft", "version": peft.__version__, "levels": ["layer", "model", "lifecycle"],
-            "methods": ["lora", *(method for method, flag in FLAG.items() if flag in FIELDS)], "dtypes": list(DTYPES),
+            "methods": ["lora", *(method for method, flag in FLAG.items() if flag in FIELDS),
+                        *(method for method, name in CLASSES.items() if hasattr(peft, name))],
+            "dtypes": list(DTYPES),
             "features": [f for f in FEATURES if NEEDED.get(f, "r") in FIELDS and (f != "together" or together())],
             "without": {method: ["embedding"] for method, flag in FLAG.items() if not adapts_embeddings(flag)},
             "families": [family for family in tiny.FAMILIES if buildable(family)],
@@ -132,9 +136,10 @@ def parameters(model: Any, adapter: str) -> dict[str, Any]:
     for full, p in model.named_parameters():
         name = full.removeprefix(PREFIX)
         own = name.replace(f".modules_to_save.{adapter}.", ".")
-        own = re.sub(rf"\.(lora_[A-Za-z_]+)\.{re.escape(adapter)}(?=\.|$)", r".\1", own)
+        own = re.sub(rf"\.({OWN})\.{re.escape(adapter)}(?=\.|$)", r".\1", own)
         if own != name:
-            found[own.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")] = p
+            own = own.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+            found[own.replace(".ln_tuning_layers.", ".")] = p
     return found
 
 
@@ -277,8 +282,10 @@ def base_model(case: Case) -> Any:
 
 
 def adapter_config(case: Case, name: str) -> Any:
-    gpt2 = case.meta["model"]["model_type"] == "gpt2"
-    return lora_config(case.meta["adapters"][name]["config"], fan_in_fan_out=gpt2)
+    about = case.meta["adapters"][name]
+    if about["method"] in CLASSES:
+        return getattr(peft, CLASSES[about["method"]])(**about["config"])
+    return lora_config(about["config"], fan_in_fan_out=case.meta["model"]["model_type"] == "gpt2")
 
 
 def values_of(case: Case, prefix: str) -> Arrays:

@@ -11,6 +11,7 @@ import numpy as np
 
 import refpeft
 from refpeft.adapter import Adapter
+from refpeft.checkpoint.adapters import PREFIX, contents
 from refpeft.checkpoint.families import describe
 from refpeft.conformance.case import DTYPES, Case
 from refpeft.conformance.targets.base import FEATURES, Arrays
@@ -264,7 +265,8 @@ class Session:
 
     def save(self, adapter: str) -> Arrays:
         self.files[adapter] = self.adapters[adapter]
-        return {f"file/{name}": a for name, a in self.files[adapter].params.items()}
+        _, tensors = contents(self.files[adapter])
+        return {f"file/{name.removeprefix(PREFIX)}": a for name, a in tensors.items()}
 
     def load(self, adapters: Sequence[str]) -> None:
         """A new base model, with these saved adapters; the first of them active."""

@@ -15,13 +15,13 @@ by name. Every tensor of adapter_model.safetensors is accounted for.
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from refpeft import tune
 from refpeft.adapter import Adapter
-from refpeft.checkpoint import folder, models, safetensors
+from refpeft.checkpoint import folder, models, safetensors, selection
 from refpeft.checkpoint.format import Format
 from refpeft.checkpoint.safetensors import Malformed, show
 from refpeft.methods import METHODS, lora
@@ -38,7 +38,7 @@ IGNORED = {  # without influence on the function
 }  # fmt: skip
 PLAIN_INITS = ("eva", "mica")  # they leave the base alone: A and B in the file are all there is
 TWINS = {twin: name for name, twin in models.TWINS.items()}
-FORMATS: Sequence[Format] = ()  # of the methods that are not of LoRA's kind, each in a module of its own
+FORMATS = cast(Sequence[Format], (selection,))  # of the methods that are not of LoRA's kind, each in its own module
 METHOD_FLAGS = {"lora": (False, False), "rslora": (True, False), "dora": (False, True)}  # use_rslora, use_dora
 
 
@@ -194,17 +194,20 @@ def start(cfg: Any, chosen: Mapping[str, Part]) -> dict[str, Array]:
 
 def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     """An HF peft folder that HF peft and `load_adapter` read, written whole or not at all."""
-    form = next((f for f in FORMATS if adapter.method in f.METHODS), None)
-    if form is not None:
-        config, tensors = form.write(adapter)
-    elif adapter.method in METHOD_FLAGS:
-        config = as_json(adapter)
-        tensors = {PREFIX + stored_name(adapter, name): a for name, a in plain_params(adapter).items()}
-    else:
-        raise ValueError(f"{adapter.method} adapters have no HF folder: only {', '.join(METHOD_FLAGS)} do")
+    config, tensors = contents(adapter)
     with folder.new_folder(path) as new:
         safetensors.write_json(new / CONFIG, config)
         safetensors.write(new / FILE, tensors)
+
+
+def contents(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Array]]:
+    """What a folder holds: adapter_config.json, and the tensors of adapter_model.safetensors by their names there."""
+    form = next((f for f in FORMATS if adapter.method in f.METHODS), None)
+    if form is not None:
+        return form.write(adapter)
+    if adapter.method not in METHOD_FLAGS:
+        raise ValueError(f"{adapter.method} adapters have no HF folder: only {', '.join(METHOD_FLAGS)} do")
+    return as_json(adapter), {PREFIX + stored_name(adapter, name): a for name, a in plain_params(adapter).items()}
 
 
 def as_json(adapter: Adapter) -> dict[str, Any]:

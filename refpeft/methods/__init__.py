@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import cast
 
 from refpeft.method import Method
-from refpeft.methods import dora, lora, rslora
+from refpeft.methods import bitfit, dora, full, ln_tuning, lora, partial, rslora, trainable_tokens
 
 METHODS: Mapping[str, Method] = cast(
     Mapping[str, Method],
@@ -12,5 +12,10 @@ METHODS: Mapping[str, Method] = cast(
         "lora": lora,
         "rslora": rslora,
         "dora": dora,
+        "full": full,
+        "partial": partial,
+        "bitfit": bitfit,
+        "ln_tuning": ln_tuning,
+        "trainable_tokens": trainable_tokens,
     },
 )

@@ -352,7 +352,7 @@ def test_the_badge(found: Report, text: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_a_paper_a_formula_and_claims(method: str) -> None:
     said = doc(method)
-    assert re.search(r"arXiv \d{4}\.\d{5}", said.paper)
+    assert re.search(r"arXiv \d{4}\.\d{5}|there is no paper", said.paper)
     assert "=" in said.formulae
     assert said.claims
     assert all(text.endswith((".", ")")) for text in said.claims.values())
