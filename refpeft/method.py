@@ -14,6 +14,7 @@ A method that takes hold of a model elsewhere than at its layers has
     hooks(adapter, k, model) → Hooks   instead of `wrap` and `merge`: see `refpeft.hooks`
     init_model(cfg, model, chosen, rng) → params, frozen      instead of `init`, by their names in checkpoints, if they
                                        belong to no module; `chosen` are the roles of the targeted sites
+    complete(cfg, model) → cfg         if some fields of its config are facts of the model (None: as the model has it)
     SHARED                             names in the formulae → in checkpoints, of parameters that all modules share
 
 Where both exist they must agree on outputs and gradients: wrap ≡ merge, a theorem every method is tested for
