@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from refpeft.adapter import Adapter
+    from refpeft.adapter import Adapter, by_row
     from refpeft.check import check_model, check_op
     from refpeft.checkpoint import load, load_adapter, save, save_adapter
     from refpeft.methods import METHODS
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from refpeft.tune import dropout, init, merge
 
 __all__ = [
-    "METHODS", "Adapter", "Model", "check_model", "check_op", "dropout", "init", "load", "load_adapter",
+    "METHODS", "Adapter", "Model", "by_row", "check_model", "check_op", "dropout", "init", "load", "load_adapter",
     "merge", "save", "save_adapter",
 ]  # fmt: skip
 __version__ = "0.1.0"
 SPEC_VERSION = "1"  # of what the methods compute: changes when a formula does, see CHANGELOG.md
 
 HOME = {  # where each name lives: imported when it is first used, so that `refpeft --help` needs no NumPy
-    "adapter": ("Adapter",),
+    "adapter": ("Adapter", "by_row"),
     "check": ("check_model", "check_op"),
     "checkpoint": ("load", "load_adapter", "save", "save_adapter"),
     "methods": ("METHODS",),

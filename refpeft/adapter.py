@@ -5,11 +5,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from refpeft.hooks import Hooks, compose
+import numpy as np
+
+from refpeft.hooks import Hooks, compose, only
 from refpeft.method import Phi, shared
 from refpeft.methods import METHODS
 from refpeft.ops import Array
-from refpeft.part import Key, Part, make, stored
+from refpeft.part import Key, Part, choose, make, stored
 
 if TYPE_CHECKING:
     from refpeft.model import Model
@@ -21,7 +23,8 @@ class Adapter:
 
     `params` are all that is trained, by name: '<module>.lora_A.weight', …; a parameter with the name of one of the
     model's own tensors ('score.weight', from `modules_to_save` or `bias`) stands in its place. `frozen` are companions
-    that are never trained. `masks` are dropout masks by module, as arguments of the function.
+    that are never trained. `masks` are dropout masks by module, as arguments of the function. `rows` [b] of bool says
+    which rows of the batch the adapter is for (None: all).
     """
 
     method: str
@@ -78,8 +81,10 @@ def each(adapters: Sequence[Adapter], model: "Model") -> Hooks:
     first: list[Hooks] = []
     then = [Hooks(part=wrapped(adapters))]
     for k, adapter in enumerate(adapters):
-        if hooks := getattr(METHODS[adapter.method], "hooks", None):
-            (first if substitutes(adapter) else then).append(hooks(adapter, k, model))
+        if make_hooks := getattr(METHODS[adapter.method], "hooks", None):
+            own = make_hooks(adapter, k, model)
+            own = own if adapter.rows is None else only(adapter.rows, own)
+            (first if substitutes(adapter) else then).append(own)
     return compose([*first, *then]) if first or len(then) > 1 else then[0]
 
 
@@ -92,8 +97,10 @@ def wrapped(adapters: Sequence[Adapter]) -> Callable[[Part], Part]:
             return part
         part = replaced(adapters, part)
         for adapter, φ in found(adapters, part.path):
+            alone(adapters, part.path)
             method = METHODS[adapter.method]
-            part = method.wrap(adapter.at(part.path), φ, part, adapter.masks.get(part.path))
+            new = method.wrap(adapter.at(part.path), φ, part, adapter.masks.get(part.path))
+            part = new if adapter.rows is None else new._replace(run=choose(adapter.rows, new.run, part.run))
         return part
 
     return wrap
@@ -112,17 +119,38 @@ def fits(adapters: Sequence[Adapter], paths: Collection[str]) -> None:
 
 
 def replaced(adapters: Sequence[Adapter], part: Part) -> Part:
-    """The part with its weight and bias taken from the adapters that carry them; the last one wins."""
+    """The part with its weight and bias taken from the adapters that carry them; the last one wins. Those of an adapter
+    that is for some rows of the batch only are used there, and the part keeps its own W and b."""
     for k, adapter in enumerate(adapters):
         _, whole = adapter.by_module.get(part.path, ({}, {}))
-        for name, full in whole.items():
-            W, b, W_key, b_key = part.W, part.b, part.W_key, part.b_key
-            if name == "weight":
-                W, W_key = stored(part.kind, adapter.params[full]), (k, full)
-            else:
-                b, b_key = adapter.params[full], (k, full)
-            part = make(part.path, part.kind, W, b, W_key, b_key, part.eps)  # and no longer frozen
+        if not whole:
+            continue
+        W, b, W_key, b_key = part.W, part.b, part.W_key, part.b_key
+        if full := whole.get("weight"):
+            W, W_key = stored(part.kind, adapter.params[full]), (k, full)
+        if full := whole.get("bias"):
+            b, b_key = adapter.params[full], (k, full)
+        new = make(part.path, part.kind, W, b, W_key, b_key, part.eps)  # and no longer frozen
+        part = new if adapter.rows is None else part._replace(run=choose(adapter.rows, new.run, part.run))
     return part
+
+
+def alone(adapters: Sequence[Adapter], path: str) -> None:
+    if any(a.rows is not None and a.by_module.get(path, ({}, {}))[1] for a in adapters):
+        raise ValueError(f"{path} is replaced in some rows of the batch, and cannot be adapted besides")
+
+
+def check_rows(adapters: Sequence[Adapter], b: int) -> None:
+    """`rows` must say of each of the b rows of a batch whether the adapter is for it."""
+    for rows in (a.rows for a in adapters):
+        given = isinstance(rows, list | tuple | np.ndarray)
+        if given and not (isinstance(rows, np.ndarray) and rows.dtype == bool and rows.shape == (b,)):
+            raise ValueError(f"rows must be an array of booleans, one for each of the {b} rows of ids, found {rows!r}")
+
+
+def by_row(adapters: Sequence[Adapter], which: Array) -> list[Adapter]:
+    """The adapters such that row i of the batch gets the one of number which[i], and none where that is negative."""
+    return [a.replace(rows=which == k) for k, a in enumerate(adapters)]
 
 
 def found(adapters: Sequence[Adapter], path: str) -> Iterator[tuple[Adapter, Phi]]:

@@ -4,7 +4,7 @@
     block(block) → block       a sublayer with the norm and the residual around it: bottleneck adapters
     memory(at) → memories      keys and values that every query of one attention sees: prefixes
     prompt                     rows before the tokens of each sequence: soft prompts
-    shift                      by how many places the positions of the tokens are moved
+    shift                      by how many places the positions of the tokens are moved: a number, or [b, 1]
 
 Most methods need the first alone, and define `wrap`, from which their hooks are made; the others define
 `hooks(adapter, k, model)`, k being the adapter's place in the list: the gradient of its parameter `name` has the key
@@ -12,13 +12,13 @@ Most methods need the first alone, and define `wrap`, from which their hooks are
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
 from refpeft.ops import Array
-from refpeft.part import Grads, Lazy, Once, Part, Run, Want, join
+from refpeft.part import Grads, Lazy, Once, Part, Run, Want, choose, join
 
 
 class Block(NamedTuple):
@@ -69,7 +69,7 @@ class Hooks:
     block: Callable[[Block], Block] = lambda block: block
     memory: Callable[[str], Sequence[Memory]] = lambda at: ()
     prompt: Prompt | None = None
-    shift: int = 0
+    shift: int | Array = 0
 
 
 def compose(hooks: Sequence[Hooks]) -> Hooks:
@@ -95,6 +95,26 @@ def compose(hooks: Sequence[Hooks]) -> Hooks:
         prompts[0] if prompts else None,
         sum(h.shift for h in hooks),
     )
+
+
+def only(rows: Array, hooks: Hooks) -> Hooks:
+    """The same hooks in those rows of the batch where `rows` [b] holds; in the others, as if there were none."""
+    if hooks.prompt is not None:
+        raise ValueError("a prompt makes every row of a batch longer, and cannot be given to some rows only")
+
+    def part(p: Part) -> Part:
+        q = hooks.part(p)
+        return p if q is p else q._replace(run=choose(rows, q.run, p.run))
+
+    def block(b: Block) -> Block:
+        c = hooks.block(b)
+        return b if c is b else c.wrapped(choose(rows, c.run, b.run))
+
+    def memory(at: str) -> list[Memory]:
+        return [replace(m, seen=rows if m.seen is None else m.seen & rows) for m in hooks.memory(at)]
+
+    still = isinstance(hooks.shift, int) and hooks.shift == 0
+    return Hooks(part, block, memory, None, 0 if still else rows[:, None] * hooks.shift)
 
 
 Recall = Callable[[Lazy, Lazy, Want], tuple[Lazy, Lazy, Grads]]

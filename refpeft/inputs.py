@@ -31,11 +31,11 @@ def read(
     start: int = 0,
     sizes: tuple[int | None, int | None, int | None] = (None, None, None),
     prompt: Prompt | None = None,
-    shift: int = 0,
+    shift: int | Array = 0,
 ) -> Inputs:
     """Checked, and completed by what HF takes where nothing is given. `start`: how many positions came before.
     `sizes`: how many tokens, positions and types there are (None: no such table). A `prompt` is put before the tokens
-    unless positions came before; `shift` moves the places of all tokens."""
+    unless positions came before; `shift`, a number or [b, 1], moves the places of all tokens."""
     ids, attention_mask, token_type_ids, position_ids = (
         np.asarray(a) if isinstance(a, list | tuple) else a for a in (ids, attention_mask, token_type_ids, position_ids)
     )
@@ -43,13 +43,15 @@ def read(
     check("ids", ids, ("batch", "positions"), None if sizes[0] is None else sizes[0] + virtual)
     b, s = ids.shape
     check("token_type_ids", token_type_ids, (b, s), sizes[2])
-    check("position_ids", position_ids, (len(position_ids) if is_row(position_ids) else b, s), sizes[1])
+    most = shift.max() if isinstance(shift, np.ndarray) else shift if isinstance(shift, int) else 0
+    last_place = None if sizes[1] is None else sizes[1] - most
+    check("position_ids", position_ids, (len(position_ids) if is_row(position_ids) else b, s), last_place)
     before = 0 if prompt is None else prompt.length  # places that the mask of a longer sequence does not mention
     check("attention_mask", attention_mask, (b, (start - before if before and start else start) + s), None)
     room = None if sizes[1] is None else sizes[1] if c.positions == "index" else sizes[1] - (c.pad_token_id or 0) - 1
     placed = before if prompt and prompt.placed and not start else 0
     counted = isinstance(ids, np.ndarray) and position_ids is None and room is not None
-    if counted and (length := start + s + placed + shift) > room:
+    if counted and (length := start + s + placed + most) > room:
         raise ValueError(f"a sequence of {length} positions does not fit the model, which has {room}")
     if token_type_ids is not None and sizes[2] is None:
         raise ValueError(f"a {c.family} model has no token types, but token_type_ids were given")
@@ -66,7 +68,7 @@ def read(
                 ids, mask, types, place(c, ids, shift) if position_ids is None else position_ids + shift, front
             )
         elif not prompt.placed:
-            shift -= prompt.length  # which are among the positions that came before
+            shift = shift - prompt.length  # which are among the positions that came before
     places = place(c, ids, start + shift) if position_ids is None else position_ids + shift
     return Inputs(ids, visible(c, ids, start, attention_mask), types, places)
 
@@ -122,12 +124,12 @@ def visible(c: Config, ids: Array, start: int, attention_mask: Array | None) -> 
     return keep if mask is None else keep & mask
 
 
-def place(c: Config, ids: Array, start: int) -> Array:
+def place(c: Config, ids: Array, start: int | Array) -> Array:
     """Position of each token, counted from the start; RoBERTa counts non-padding ids only, from pad_token_id + 1."""
     if c.positions == "nonpad":
         real = (ids != c.pad_token_id).astype(ids.dtype)
         return (np.cumsum(real, axis=1) + start) * real + c.pad_token_id
-    return (np.arange(ids.shape[1], like=ids) + start)[None, :]
+    return np.arange(ids.shape[1], like=ids)[None, :] + start
 
 
 def last(c: Config, ids: Array) -> Array:

@@ -16,6 +16,7 @@ A method that takes hold of a model elsewhere than at its layers has
                                        belong to no module; `chosen` are the roles of the targeted sites
     merge_model(adapter, model) → model      where it puts tensors in the place of the model's own, before all other
                                        methods act (`refpeft.selection`)
+    complete(cfg, model) → cfg         if some fields of its config are facts of the model (None: as the model has it)
     SHARED                             names in the formulae → in checkpoints, of parameters that all modules share
 
 Where both exist they must agree on outputs and gradients: wrap ≡ merge, a theorem every method is tested for

@@ -8,6 +8,8 @@ nothing, and asking for one gradient computes exactly what that gradient needs.
 from collections.abc import Callable, Container
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from refpeft.ops import Array, Cotangent, Op, Vjp, embedding, layer_norm, linear, rms_norm
 
 Lazy = Callable[[], Array]
@@ -172,6 +174,29 @@ def base_grads(want: Want, kind: str, W_key: Key, dW: Lazy, b_key: Key, db: Lazy
     if db is not None and b_key in want:
         grads[b_key] = db
     return grads
+
+
+def choose(rows: Array, f: Run, g: Run) -> Run:
+    """y = f(x) in those rows of the batch where `rows` [b] holds, g(x) in the others; cotangents part likewise."""
+
+    def run(x: Array) -> tuple[Array, Back]:
+        y, back_f = f(x)
+        z, back_g = g(x)
+        held = rows.reshape(-1, *[1] * (len(y.shape) - 1))
+
+        def back(dy: Lazy, want: Want) -> tuple[Lazy, Grads]:
+            dx_f, grads_f = back_f(Once(lambda: for_all(np.where(held, dy(), 0), y)), want)
+            dx_g, grads_g = back_g(Once(lambda: for_all(np.where(held, 0, dy()), z)), want)
+            return plus(dx_f, dx_g), join(grads_f, grads_g)
+
+        return np.where(held, y, z), back
+
+    return run
+
+
+def for_all(dy: Array, y: Array) -> Array:
+    """The cotangent of a y [1, …] that serves all rows of the batch (positions): theirs add up."""
+    return dy.sum(0, keepdims=True) if y.shape[0] == 1 else dy
 
 
 def op_run(f: Op) -> Run:

@@ -54,6 +54,9 @@ def configured(m: Method, method: str, config: Any, model: Model) -> Any:
         config = {name: sorted(v, key=str) if isinstance(v, set | frozenset) else v for name, v in config.items()}
         check_types(m, config)
         config = m.Config(**config)
+    complete = getattr(m, "complete", None)
+    if complete is not None:
+        config = complete(config, model)
     if not isinstance(config, Targets):
         return config
     check_patterns(config)
@@ -137,8 +140,9 @@ def targets(cfg: Targets, model: Model) -> list[str]:
 
 
 def language(model: Model) -> bool:
-    """Are the outputs words, from every position, and not classes, from one?"""
-    return not {"first", "last"} & set(model.config.head)
+    """Are the outputs words, and not classes?"""
+    out = model.sites.get("head.out")
+    return not {"first", "last"} & set(model.config.head) and not (out and out.path == "classifier")
 
 
 def modules(model: Model) -> dict[str, str]:
@@ -215,6 +219,8 @@ def merge(model: Model, adapter: Adapter | Sequence[Adapter]) -> Model:
 def mergeable(adapters: Sequence[Adapter]) -> None:
     for a in adapters:
         m = METHODS[a.method]
+        if a.rows is not None:
+            raise ValueError("an adapter for some rows of a batch cannot be merged, since weights serve all rows")
         if not (substitutes(a) or hasattr(m, "merge")):
             raise ValueError(f"{a.method} has no merge: what it computes cannot be written as weights of the model")
 

@@ -30,6 +30,7 @@ ARCHITECTURES = [
     ("llama", "LlamaModel"), ("llama", "LlamaForCausalLM"), ("llama", "LlamaForSequenceClassification"),
     ("qwen2", "Qwen2Model"), ("qwen2", "Qwen2ForCausalLM"), ("qwen2", "Qwen2ForSequenceClassification"),
     ("bert", "BertModel"), ("bert", "BertForMaskedLM"), ("bert", "BertForSequenceClassification"),
+    ("bert", "BertForTokenClassification"), ("roberta", "RobertaForTokenClassification"),
     ("roberta", "RobertaModel"), ("roberta", "RobertaForMaskedLM"), ("roberta", "RobertaForSequenceClassification"),
 ]  # fmt: skip
 DEFAULT = {"gpt2": "LMHeadModel", "llama": "ForCausalLM", "qwen2": "ForCausalLM", "bert": "Model", "roberta": "Model"}
@@ -41,7 +42,7 @@ def config_json(family: str, architecture: str | None = None, **config: Any) -> 
     name = architecture or DEFAULT[family]
     full = name if name.startswith(PREFIX[family]) else PREFIX[family] + name
     own: dict[str, Any] = {"model_type": family, "architectures": [full], **CONFIGS[family], **config}
-    if full.endswith("SequenceClassification"):
+    if full.endswith("Classification"):
         own = {"num_labels": 3} | own
         if PREFIX[family] in ("GPT2", "Llama", "Qwen2"):  # those that read the last token that is not padding
             own = {"pad_token_id": 0} | own
@@ -81,7 +82,7 @@ def shape_of(c: dict[str, Any], role: str, site: Site) -> tuple[int, ...]:
     inner = c.get("intermediate_size") or c.get("n_inner") or 4 * d
     if site.kind in NORMS:
         return (d,)
-    out = c["num_labels"] if c["architectures"][0].endswith("SequenceClassification") else c["vocab_size"]
+    out = c["num_labels"] if c["architectures"][0].endswith("Classification") else c["vocab_size"]
     sizes = {
         "embed.token": (c["vocab_size"], d),
         "embed.position": (c.get("n_positions") or c.get("max_position_embeddings"), d),

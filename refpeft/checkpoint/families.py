@@ -68,6 +68,7 @@ def bert_layer(prefix: str = "encoder.layer.{}.") -> dict[str, tuple[str, str]]:
     }
 
 
+TOKENS = Head(("head.out",), {"head.out": ("classifier", "linear")})  # a class for every token
 PRETRAINING = (r"bert\.pooler\..*", r"cls\.seq_relationship\..*")  # as in bert-base-uncased
 
 BERT_SITES = {
@@ -173,6 +174,7 @@ FAMILIES: Mapping[str, Family] = {
                 ("first", "pooler", "tanh", "head.out"),
                 {"pooler": ("bert.pooler.dense", "linear"), "head.out": ("classifier", "linear")},
             ),
+            "ForTokenClassification": TOKENS,
         },
         config=bert_config,
         biased=always,
@@ -202,6 +204,7 @@ FAMILIES: Mapping[str, Family] = {
                 ("first", "head.dense", "tanh", "head.out"),
                 {"head.dense": ("classifier.dense", "linear"), "head.out": ("classifier.out_proj", "linear")},
             ),
+            "ForTokenClassification": TOKENS,
         },
         config=roberta_config,
         biased=always,
@@ -300,7 +303,7 @@ def site_shape(c: Json, family: Family, config: Config, role: str) -> tuple[int,
         ff = family.intermediate(c)
         return (d, ff) if name == "mlp.down" else (ff, d)
     if name in ("embed.token", "head.out"):
-        classes = name == "head.out" and {"first", "last"} & set(config.head)
+        classes = name == "head.out" and c["architectures"][0].endswith("Classification")
         return (labels(c) if classes else natural(c, "vocab_size"), d)
     if name == "embed.position":
         return (natural(c, "n_positions" if "n_positions" in c else "max_position_embeddings"), d)

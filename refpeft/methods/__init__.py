@@ -4,7 +4,18 @@ from collections.abc import Mapping
 from typing import cast
 
 from refpeft.method import Method
-from refpeft.methods import bitfit, dora, full, ln_tuning, lora, partial, rslora, trainable_tokens
+from refpeft.methods import (
+    bitfit,
+    dora,
+    full,
+    ln_tuning,
+    lora,
+    p_tuning_v2,
+    partial,
+    prefix_tuning,
+    rslora,
+    trainable_tokens,
+)
 
 METHODS: Mapping[str, Method] = cast(
     Mapping[str, Method],
@@ -17,5 +28,7 @@ METHODS: Mapping[str, Method] = cast(
         "bitfit": bitfit,
         "ln_tuning": ln_tuning,
         "trainable_tokens": trainable_tokens,
+        "prefix_tuning": prefix_tuning,
+        "p_tuning_v2": p_tuning_v2,
     },
 )
