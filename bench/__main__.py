@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bench import fastfood
 from bench.step import LIMITS
 
 HERE = Path(__file__).parent
@@ -45,10 +46,17 @@ def export_figures(found: dict[str, Any]) -> Iterator[Figure]:
     yield "export, gpt2-small merged: peak anonymous memory", found["anonymous_mb"], 200, " MB"
 
 
+def fastfood_figures(found: dict[str, Any]) -> Iterator[Figure]:
+    for way in ("forward", "transpose"):
+        yield f"fastfood, 2²² parameters, {way}: time against scipy.fft.dct", found[way]["ratio"], fastfood.LIMIT, ""
+        yield f"fastfood, 2²² parameters, {way}: memory", found[way]["vectors"], fastfood.LIMIT_VECTORS, " vectors"
+
+
 def main() -> None:
     console = Console()
     figures: list[Figure] = []
-    for script, read in (("step.py", step_figures), ("export.py", export_figures)):
+    scripts = (("step.py", step_figures), ("export.py", export_figures), ("fastfood.py", fastfood_figures))
+    for script, read in scripts:
         console.print(f"\n[bold]bench/{script}[/]")
         figures += read(run(script))
     table = Table(title="What was to be reached", title_justify="left")

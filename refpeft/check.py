@@ -117,7 +117,8 @@ def norm(x: Array) -> float:
 
 def real(a: Adapter) -> Adapter:
     up = {name: v.astype(np.float64) for name, v in a.params.items()}
-    return replace(a, params=up, frozen={name: v.astype(np.float64) for name, v in a.frozen.items()})
+    frozen = {name: v.astype(np.float64) if is_float(v) else v for name, v in a.frozen.items()}
+    return replace(a, params=up, frozen=frozen)
 
 
 def complex_(a: Adapter, step: dict[str, Array]) -> Adapter:

@@ -103,11 +103,12 @@ def together(f: Run, g: Run) -> Run:
 
 
 def weight(part: Part, φ: Phi, merge: Callable[[Array, Array | None, Values], Merged]) -> Part:
-    """y = x W′ᵀ + b′ with W′, b′ = merge(W, b, φ): any reparametrisation of weights, run by its definition."""
+    """y = x W′ᵀ + b′, or a norm of gain W′ and shift b′, with W′, b′ = merge(W, b, φ): any reparametrisation of a
+    layer's weights, run by its definition."""
 
     def run(x: Array) -> tuple[Array, Back]:
         W, b, vjp_merge = merge(part.W, part.b, φ.values)
-        y, vjp = part.matmul(x, W, b)
+        y, vjp = part.op(x, W, b)
 
         def back(dy: Lazy, want: Want) -> tuple[Lazy, Grads]:
             dx, dW1, db1 = link(vjp, dy, 3)
@@ -178,7 +179,7 @@ def targeted(cfg: Targets, path: str) -> bool:
     return not numbered(cfg) or path in (cfg.target_modules or ()) or layer(cfg, path) in numbered(cfg)
 
 
-def excluded(cfg: Targets, path: str) -> bool:
+def excluded(cfg: Any, path: str) -> bool:
     """Excluded by name, or inside a module that is trained whole (whose names are regular expressions here)."""
     whole = (rf"(^|.*\.){name}($|\..*)" for name in cfg.modules_to_save or ())
     return matches(cfg.exclude_modules, path) or any(re.match(pattern, path) for pattern in whole)

@@ -6,6 +6,7 @@ nothing, and asking for one gradient computes exactly what that gradient needs.
 """
 
 from collections.abc import Callable, Container
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -97,6 +98,13 @@ class Part(NamedTuple):
     def matmul(self) -> Op:
         """y = x Wᵀ (+ b) for inputs of this part's kind: `linear`, or `lookup` where the inputs are ids."""
         return lookup if self.kind == "embedding" else linear
+
+    @property
+    def op(self) -> Op:
+        """y = f(x, W, b), what this kind of layer computes, for any W and b of its own."""
+        if self.kind == "rms_norm":
+            return lambda x, W, b=None: rms_norm(x, W, eps=self.eps)
+        return partial(layer_norm, eps=self.eps) if self.kind == "layer_norm" else self.matmul
 
     def bare(self, x: Array) -> tuple[Array, Back]:
         """y = x Wᵀ with the part's own W: no bias, no adapter."""

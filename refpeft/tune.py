@@ -197,7 +197,8 @@ def merge(model: Model, adapter: Adapter | Sequence[Adapter]) -> Model:
     """The model with its adapters folded into its weights; nothing else changes.
 
     Several adapters are folded in one after the other, as they run (claims L4, D5).
-    A tensor that two layers share and only one of them changes is given to each on its own (and no longer tied).
+    A tensor that two layers share and only one of them changes is given to each on its own (and no longer tied);
+    where both change it alike, they go on sharing it.
     """
     adapters = model.fitting(adapter)
     mergeable(adapters)
@@ -211,6 +212,7 @@ def merge(model: Model, adapter: Adapter | Sequence[Adapter]) -> Model:
             params[sites[role].weight] = np.ascontiguousarray(stored(old.kind, W))
         if b is not None and b is not old.b:
             params[sites[role].bias] = b
+    sites = retied(model.sites, sites, params)
     used = {s.weight for s in sites.values()} | {s.bias for s in sites.values()}
     source = model.source if sites == dict(model.sites) else {**model.source, "tie_word_embeddings": False}
     return replace(model, params={n: v for n, v in params.items() if n in used}, sites=sites, source=source)
@@ -251,3 +253,15 @@ def untied(sites: dict[str, Site], params: dict[str, Array], role: str) -> dict[
     own = {r: replace(sites[r], weight=sites[r].path + ".weight") for r in sharing}
     params.update({s.weight: params[tensor] for s in own.values()})
     return sites | own
+
+
+def retied(before: Mapping[str, Site], sites: dict[str, Site], params: dict[str, Array]) -> dict[str, Site]:
+    """The sites with those sharing a tensor again that did before, if all of them came out equal."""
+    again = dict(sites)
+    for tensor in {before[r].weight for r in sites if sites[r] != before[r]}:
+        sharing = [r for r, s in before.items() if s.weight == tensor]
+        first, *rest = (params[sites[r].weight] for r in sharing)
+        if all(np.array_equal(first, other) for other in rest):
+            params[tensor] = first
+            again |= {r: before[r] for r in sharing}
+    return again

@@ -6,6 +6,7 @@ from typing import cast
 from refpeft.method import Method
 from refpeft.methods import (
     bitfit,
+    did,
     dora,
     full,
     ln_tuning,
@@ -14,6 +15,7 @@ from refpeft.methods import (
     partial,
     prefix_tuning,
     rslora,
+    said,
     trainable_tokens,
 )
 
@@ -30,5 +32,7 @@ METHODS: Mapping[str, Method] = cast(
         "trainable_tokens": trainable_tokens,
         "prefix_tuning": prefix_tuning,
         "p_tuning_v2": p_tuning_v2,
+        "did": did,
+        "said": said,
     },
 )
