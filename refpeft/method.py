@@ -14,7 +14,10 @@ A method that takes hold of a model elsewhere than at its layers has
     hooks(adapter, k, model) → Hooks   instead of `wrap` and `merge`: see `refpeft.hooks`
     init_model(cfg, model, chosen, rng) → params, frozen      instead of `init`, by their names in checkpoints, if they
                                        belong to no module; `chosen` are the roles of the targeted sites
-    SHARED                             names in the formulae → in checkpoints, of parameters that all modules share
+    SHARED                             names in the formulae → in checkpoints, of parameters that all modules share;
+                                       'mlp_head.' with its dot stands for all names that begin so
+    complete(cfg, model) → cfg         the config with what the model says, where that is more than targets
+    masks(cfg, model, rng) → masks     its dropout masks, if they are of its own parts and not of the model's layers
 
 Where both exist they must agree on outputs and gradients: wrap ≡ merge, a theorem every method is tested for
 (`weight` below runs a part by its `merge`). `φ` arrives as a `Phi`: values by name, and under which key to return

@@ -13,7 +13,7 @@ from refpeft.ops import Array, Cotangent, Vjp, op, rows
 
 
 class Step(NamedTuple):
-    """What the backward pass needs of one step: the gates, tanh c, and the cell and state before it.      each [b, h]"""
+    """What the backward pass needs of one step: gates, tanh c, and the cell and state before it.      each [b, h]"""
 
     i: Array
     f: Array
@@ -26,7 +26,7 @@ class Step(NamedTuple):
 
 @op
 def lstm(x: Array, *weights: Array, bidirectional: bool = True, masks: Sequence[Array] = ()) -> tuple[Array, Vjp]:
-    """y = LSTM(x), several layers, in one direction or both, from a state of zeros.      x [b, s, i] → y [b, s, h or 2h]
+    """y = LSTM(x), several layers, in one direction or both, from zeros.      x [b, s, i] → y [b, s, h or 2h]
 
     [i f g o] = xₜ Wᵀ + b + hₜ₋₁ Uᵀ + β,   cₜ = σ(f) ⊙ cₜ₋₁ + σ(i) ⊙ tanh g,   hₜ = σ(o) ⊙ tanh cₜ
 
@@ -43,14 +43,14 @@ def lstm(x: Array, *weights: Array, bidirectional: bool = True, masks: Sequence[
     backs: list[list[Callable[[Array], tuple[Array, ...]]]] = []
     for n, layer in enumerate(layers):
         x = x * masks[n - 1] if n and len(masks) else x
-        ran = [direction(x, *layer[4 * k : 4 * k + 4], backwards=k == 1) for k in range(ways)]
+        ran = [direction(x, layer[4 * k : 4 * k + 4], backwards=k == 1) for k in range(ways)]
         x = np.concatenate([h for h, _ in ran], axis=-1)
         backs.append([back for _, back in ran])
 
     def vjp(dy: Array) -> tuple[Cotangent, ...]:
         @functools.cache
         def cotangents() -> list[Array]:
-            d, found = dy, []
+            d, found = dy, list[Array]()
             for n in reversed(range(len(layers))):
                 h = d.shape[-1] // ways
                 pulled = [back(d[..., k * h : (k + 1) * h]) for k, back in enumerate(backs[n])]
@@ -67,8 +67,9 @@ def lstm(x: Array, *weights: Array, bidirectional: bool = True, masks: Sequence[
 Back = Callable[[Array], tuple[Array, ...]]
 
 
-def direction(x: Array, W: Array, U: Array, b: Array, β: Array, backwards: bool = False) -> tuple[Array, Back]:
+def direction(x: Array, weights: Sequence[Array], backwards: bool = False) -> tuple[Array, Back]:
     """One layer in one direction: its states [b, s, h] in the order of x, and dh → dx, dW, dU, db, dβ."""
+    W, U, b, β = weights
     s = x.shape[1]
     order = range(s)[::-1] if backwards else range(s)
     z = x @ W.T + (b + β)

@@ -21,7 +21,7 @@ import numpy as np
 
 from refpeft import tune
 from refpeft.adapter import Adapter
-from refpeft.checkpoint import folder, models, safetensors
+from refpeft.checkpoint import folder, models, prompts, safetensors
 from refpeft.checkpoint.format import Format
 from refpeft.checkpoint.safetensors import Malformed, show
 from refpeft.methods import METHODS, lora
@@ -38,7 +38,7 @@ IGNORED = {  # without influence on the function
 }  # fmt: skip
 PLAIN_INITS = ("eva", "mica")  # they leave the base alone: A and B in the file are all there is
 TWINS = {twin: name for name, twin in models.TWINS.items()}
-FORMATS: Sequence[Format] = ()  # of the methods that are not of LoRA's kind, each in a module of its own
+FORMATS: Sequence[Format] = (prompts,)  # of the methods that are not of LoRA's kind, each in a module of its own
 METHOD_FLAGS = {"lora": (False, False), "rslora": (True, False), "dora": (False, True)}  # use_rslora, use_dora
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import cast
 
 from refpeft.method import Method
-from refpeft.methods import dora, lora, rslora
+from refpeft.methods import dora, lora, p_tuning, prompt_tuning, rslora
 
 METHODS: Mapping[str, Method] = cast(
     Mapping[str, Method],
@@ -12,5 +12,7 @@ METHODS: Mapping[str, Method] = cast(
         "lora": lora,
         "rslora": rslora,
         "dora": dora,
+        "prompt_tuning": prompt_tuning,
+        "p_tuning": p_tuning,
     },
 )

@@ -9,16 +9,16 @@ from refpeft.recurrent import lstm
 
 SHAPES = [(1, True, 1, 1), (1, False, 3, 2), (2, True, 1, 5), (3, False, 2, 4), (3, True, 2, 4)]  # layers, ways, b, s
 cases = pytest.mark.parametrize(("layers", "both", "b", "s"), SHAPES)
-I, H = 4, 3
+WIDTH, H = 4, 3
 
 
 def drawn(layers, both, b, s, dtype=np.float64):
     """x and the weights, in torch's order."""
     rng = np.random.default_rng(0)
     ways = 2 if both else 1
-    widths = [(I if n == 0 else ways * H) for n in range(layers) for _ in range(ways)]
+    widths = [(WIDTH if n == 0 else ways * H) for n in range(layers) for _ in range(ways)]
     shapes = [shape for i in widths for shape in ((4 * H, i), (4 * H, H), (4 * H,), (4 * H,))]
-    return [rng.normal(size=shape).astype(dtype) for shape in [(b, s, I), *shapes]]
+    return [rng.normal(size=shape).astype(dtype) for shape in [(b, s, WIDTH), *shapes]]
 
 
 @cases
@@ -36,7 +36,7 @@ def test_it_is_torchs(layers, both, b, s):
     import torch
 
     x, *weights = drawn(layers, both, b, s)
-    module = torch.nn.LSTM(I, H, layers, bidirectional=both, batch_first=True, dtype=torch.float64)
+    module = torch.nn.LSTM(WIDTH, H, layers, bidirectional=both, batch_first=True, dtype=torch.float64)
     with torch.no_grad():
         for p, w in zip(module.parameters(), weights, strict=True):
             p.copy_(torch.tensor(w))
