@@ -4,8 +4,8 @@
     MLP(z) = W₂ relu(W₁ z + b₁) + b₂                    behind the LSTM:  2h → 2h → d
     MLP(z) = W₃ relu(W₂ relu(W₁ z + b₁) + b₂) + b₃      alone:  d → h → h → d
 
-The LSTM reads H in both directions, h wide each, in `encoder_num_layers` layers (`refpeft.recurrent`). The rows of P are
-the embeddings of virtual tokens that stand among the tokens of a template, such as (P₁, x, P₂, [MASK]) or
+The LSTM reads H in both directions, h wide each, in `encoder_num_layers` layers (`refpeft.recurrent`). The rows of P
+are the embeddings of virtual tokens that stand among the tokens of a template, such as (P₁, x, P₂, [MASK]) or
 (P₁, x, P₂, [MASK], P₃): see `refpeft.templates`. With dP as in prompt tuning, the gradients of H, W and b follow by the
 chain rule, through the LSTM from its last step to its first.
 

@@ -8,12 +8,13 @@ has it. Outputs cover all n + s positions, so for a language model the last row 
 and labels get n places more on their left, −100.
 
 How P begins, by prompt_tuning_init:
-    RANDOM         N(0, 1): HF peft's default, and the default here
-    UNIFORM        U(−½, ½)
-    SAMPLE_VOCAB   rows of E, drawn from the first `init_vocab_size`, the most common words (of all if None; paper: 5,000)
-    TEXT           E[init_token_ids], repeated or cut to fit, as HF peft
-    CLASS_LABELS   E[label], the mean over its tokens (`init_label_ids`), as many as fit; the rest as SAMPLE_VOCAB: the
-                   paper's default
+    * RANDOM: N(0, 1), HF peft's default, and the default here.
+    * UNIFORM: U(−½, ½).
+    * SAMPLE_VOCAB: rows of E, drawn from its first `init_vocab_size`, the most common words (the paper: 5,000), or from
+      all.
+    * TEXT: E[init_token_ids], repeated or cut to fit, as in HF peft.
+    * CLASS_LABELS: E[label] for each label, the mean over its tokens (`init_label_ids`), as many as fit, and the rest as
+      SAMPLE_VOCAB: the paper's default.
 
 Claims:
     PT1  The gradient of a row is the sum, over the batch, of the cotangents at its place; that of E is not affected.
