@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from refpeft.checkpoint import load, load_adapter, save, save_adapter
     from refpeft.methods import METHODS
     from refpeft.model import Model
+    from refpeft.prompts import drop_encoder, ensembled, nearest, vote
     from refpeft.tune import dropout, init, merge
 
 __all__ = [
-    "METHODS", "Adapter", "Model", "by_row", "check_model", "check_op", "dropout", "init", "load", "load_adapter",
-    "merge", "save", "save_adapter",
+    "METHODS", "Adapter", "Model", "by_row", "check_model", "check_op", "drop_encoder", "dropout", "ensembled", "init",
+    "load", "load_adapter", "merge", "nearest", "save", "save_adapter", "vote",
 ]  # fmt: skip
 __version__ = "0.1.0"
 SPEC_VERSION = "1"  # of what the methods compute: changes when a formula does, see CHANGELOG.md
@@ -33,6 +34,7 @@ HOME = {  # where each name lives: imported when it is first used, so that `refp
     "checkpoint": ("load", "load_adapter", "save", "save_adapter"),
     "methods": ("METHODS",),
     "model": ("Model",),
+    "prompts": ("drop_encoder", "ensembled", "nearest", "vote"),
     "tune": ("dropout", "init", "merge"),
 }
 

@@ -55,8 +55,9 @@ class Adapter:
         common = set(shared(METHODS[self.method]).values())
         if substitutes(self):
             return table
+        inside = tuple(name for name in common if name.endswith("."))  # all that begins so
         for name in [*self.params, *self.frozen]:
-            if name in common:
+            if name in common or name.startswith(inside):
                 continue
             own = next((s for s in suffixes if name.endswith("." + s)), None)
             path = name[: -len(own) - 1] if own else name.rpartition(".")[0]
@@ -114,7 +115,7 @@ def fits(adapters: Sequence[Adapter], paths: Collection[str]) -> None:
             if path not in paths and not (own and elsewhere):
                 raise ValueError(f"the adapter has parameters for {path}, a module that the model does not have")
         for path in adapter.masks:
-            if path not in adapter.by_module:
+            if path not in adapter.by_module and not elsewhere:
                 raise ValueError(f"there is a dropout mask for {path}, a module that the adapter does not adapt")
 
 

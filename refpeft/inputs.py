@@ -46,6 +46,8 @@ def read(
     most = shift.max() if isinstance(shift, np.ndarray) else shift if isinstance(shift, int) else 0
     last_place = None if sizes[1] is None else sizes[1] - most
     check("position_ids", position_ids, (len(position_ids) if is_row(position_ids) else b, s), last_place)
+    if prompt is not None and isinstance(ids, np.ndarray) and np.ndim(prompt.ids) == 2 and len(prompt.ids) != b:
+        raise ValueError(f"a prompt is given for each of {len(prompt.ids)} rows, but the batch has {b}")
     before = 0 if prompt is None else prompt.length  # places that the mask of a longer sequence does not mention
     check("attention_mask", attention_mask, (b, (start - before if before and start else start) + s), None)
     room = None if sizes[1] is None else sizes[1] if c.positions == "index" else sizes[1] - (c.pad_token_id or 0) - 1

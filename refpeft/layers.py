@@ -216,7 +216,8 @@ def head_step(m: Parts, step: str, inputs: Inputs) -> Run:
         return m.part(step).run
     if step in activations:
         return op_run(activations[step])
-    index = np.zeros_like(inputs.ids[:, 0]) if step == "first" else last(m.config, inputs.ids)
+    before = 0 if inputs.front is None else inputs.front.shape[1]
+    index = np.zeros_like(inputs.ids[:, 0]) if step == "first" else last(m.config, inputs.ids) + before
     return op_run(lambda x: pick(x, index))
 
 

@@ -17,7 +17,9 @@ A method that takes hold of a model elsewhere than at its layers has
     merge_model(adapter, model) → model      where it puts tensors in the place of the model's own, before all other
                                        methods act (`refpeft.selection`)
     complete(cfg, model) → cfg         if some fields of its config are facts of the model (None: as the model has it)
-    SHARED                             names in the formulae → in checkpoints, of parameters that all modules share
+    masks(cfg, model, rng) → masks     its dropout masks, if they are of its own parts and not of the model's layers
+    SHARED                             names in the formulae → in checkpoints, of parameters that all modules share;
+                                       'mlp_head.' with its dot stands for all names that begin so
 
 Where both exist they must agree on outputs and gradients: wrap ≡ merge, a theorem every method is tested for
 (`weight` below runs a part by its `merge`). `φ` arrives as a `Phi`: values by name, and under which key to return

@@ -51,7 +51,7 @@ class Model:
     ) -> tuple[Array, Callable[..., Any]]:
         """out, vjp = model(ids, …);   grads = vjp(dout): the adapter's gradients by name (a list of dicts for a list of
         adapters). vjp(dout, base=True), or base=[names], returns (grads, base_grads)."""
-        adapters = self.fitting(adapter, len(ids))
+        adapters = self.fitting(adapter, ids)
         inputs = (ids, attention_mask, token_type_ids, position_ids)
         out, backs, _ = self.run(each(adapters, self), *inputs)
         shape = out.shape
@@ -90,15 +90,15 @@ class Model:
         if not self.config.causal:
             raise ValueError(f"a {self.config.family} model sees all positions at once and cannot decode step by step")
         out, _, present = self.run(
-            each(self.fitting(adapter, len(ids)), self), ids, attention_mask, None, position_ids, cache
+            each(self.fitting(adapter, ids), self), ids, attention_mask, None, position_ids, cache
         )
         return out, present
 
-    def fitting(self, adapter: Adapter | Sequence[Adapter] | None, batch: int | None = None) -> Sequence[Adapter]:
+    def fitting(self, adapter: Adapter | Sequence[Adapter] | None, ids: Any = None) -> Sequence[Adapter]:
         """The adapters as a list, all of them made for modules that this model has, and for a batch of this size."""
         adapters = adapter_list(adapter)
-        if batch is not None:
-            check_rows(adapters, batch)
+        if any(a.rows is not None for a in adapters) and ids is not None:
+            check_rows(adapters, len(ids))
         fits(adapters, {site.path for site in self.sites.values()} if adapters else ())
         return adapters
 

@@ -175,6 +175,9 @@ def saved_whole(cfg: Any, model: Model) -> dict[str, str]:
 def dropout(adapter: Adapter, model: Model, ids_shape: tuple[int, int], seed: int = 0) -> Adapter:
     """The adapter with masks for its `lora_dropout` p on inputs of this shape [b, s]: 0 with probability p, else
     1/(1 − p), drawn from `seed` alone. Embeddings get none, since their inputs are ids (as in HF peft)."""
+    own = getattr(METHODS[adapter.method], "masks", None)
+    if own is not None:
+        return adapter.replace(masks=own(adapter.config, model, np.random.default_rng(seed)))
     rng, p = np.random.default_rng(seed), adapter.config.lora_dropout
     masks: dict[str, Array] = {}
     for role in targets(adapter.config, model) if p else ():

@@ -21,7 +21,7 @@ import numpy as np
 
 from refpeft import tune
 from refpeft.adapter import Adapter
-from refpeft.checkpoint import folder, intrinsic, models, prefix, safetensors, selection
+from refpeft.checkpoint import folder, intrinsic, models, prefix, prompts, safetensors, selection
 from refpeft.checkpoint.format import Format
 from refpeft.checkpoint.safetensors import Malformed, show
 from refpeft.methods import METHODS, lora
@@ -39,7 +39,7 @@ IGNORED = {  # without influence on the function
 PLAIN_INITS = ("eva", "mica")  # they leave the base alone: A and B in the file are all there is
 TWINS = {twin: name for name, twin in models.TWINS.items()}
 # of the methods that are not of LoRA's kind, each in a module of its own
-FORMATS = cast(Sequence[Format], (selection, prefix, intrinsic))
+FORMATS = cast(Sequence[Format], (selection, prompts, prefix, intrinsic))
 METHOD_FLAGS = {"lora": (False, False), "rslora": (True, False), "dora": (False, True)}  # use_rslora, use_dora
 
 

@@ -15,6 +15,7 @@ COMMANDS = {  # in the order of `refpeft --help`
     "check": ("check", "replay", "targets", "mutants", "report"),
     "methods": ("methods",),
     "export": ("export",),
+    "prompts": ("read-prompt",),
 }
 
 
@@ -75,7 +76,7 @@ def register() -> None:
             continue
         commands = importlib.import_module(f"refpeft.cli.{module}")
         for name in names:
-            app.command(name)(getattr(commands, name))
+            app.command(name)(getattr(commands, name.replace("-", "_")))
 
 
 register()
