@@ -1,4 +1,4 @@
-"""The merged model one tensor at a time: what `refpeft.merge` gives, without ever holding two models, or two tensors."""
+"""The merged model one tensor at a time: what `refpeft.merge` gives, without ever holding a second model."""
 
 from collections.abc import Iterator, Sequence
 

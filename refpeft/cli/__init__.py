@@ -16,6 +16,7 @@ COMMANDS = {  # in the order of `refpeft --help`
     "methods": ("methods",),
     "export": ("export",),
     "prompts": ("read-prompt",),
+    "audit": ("audit",),
 }
 
 

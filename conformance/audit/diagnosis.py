@@ -1,0 +1,216 @@
+"""One tensor of a merge: is it what base and adapters say, and if not, what is it?
+
+Every answer is a hypothesis that was tried: what the mistake would have made of the tensor, compared with what is there
+by the same rule as what is right. A tensor is called scaled by k because base + k ΔW is there, to rounding.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from refpeft.conformance.audit.compare import Gap, blocks, coarsest, compare, fit, is_float, narrowed, rank, spacing
+from refpeft.conformance.audit.constants import LEFT_OUT, RIGHT, Constants, meanings, nearest
+
+Array = np.ndarray[Any, Any]
+DType = np.dtype[Any]
+
+VERDICTS = {
+    "equal": "the correctly rounded numbers",
+    "rounding": "equal to rounding",
+    "coarse": "right to a coarser dtype than it is stored in",
+    "base": "the base's: the adapter was not applied",
+    "scaled": "k times the change that it should have",
+    "transposed": "transposed",
+    "mistaken": "what a known mistake makes",
+    "differs": "something else",
+    "foreign": "not the base's, though no adapter changes it",
+    "not finite": "NaN or infinity where a number should be",
+    "shape": "of another shape",
+    "dtype": "not of a float dtype",
+    "tied": "two tensors where config.json promises one",
+    "missing": "missing",
+    "extra": "not a tensor of this model",
+    "config": "config.json says something else than the base's",
+}
+RIGHT_ONES = ("equal", "rounding")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found about one tensor."""
+
+    name: str
+    verdict: str
+    detail: str = ""
+    adapted: bool = False
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    worst: float | None = None  # the largest difference, in units of dtype
+    k: tuple[float, ...] = ()  # per adapter, where the tensor is base + Σ kₙ ΔWₙ
+    means: tuple[str, ...] = ()  # what would have made it so; several where they cannot be told apart
+    stored_as: str | None = None  # the name in the file, where it is another one
+
+    @property
+    def right(self) -> bool:
+        return self.verdict in RIGHT_ONES
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What one tensor should be, and what else it might be, computed when it is asked for."""
+
+    name: str
+    want: Array
+    base: Array
+    adapters: Sequence[str] = ()  # the names of those that change it
+    known: Sequence[Constants] = ()  # per adapter
+    alone: Callable[[], list[Array]] = list  # what each adapter alone adds to the base
+    mistakes: Callable[[], Iterable[tuple[str, Array]]] = list  # words → what the tensor would be
+
+
+def judge(e: Expected, got: Array) -> Finding:
+    """The verdict on one tensor."""
+    found = Finding(e.name, "", "", bool(e.adapters), tuple(got.shape), got.dtype.name)
+    if not is_float(got.dtype):
+        return replace(found, verdict="dtype", detail=f"expected floats, found {got.dtype.name}")
+    if got.shape != e.want.shape:
+        return replace(found, **misshapen(e, got))
+    gap = compare(got, e.want, e.base, got.dtype)
+    found = replace(found, worst=gap.worst)
+    if gap.fits:
+        words = "" if gap.equal else f"{gap.worst:.2g} units of {got.dtype.name} at most"
+        return replace(found, verdict="equal" if gap.equal else "rounding", detail=words)
+    if bad := unbounded(e, got):
+        return replace(found, verdict="not finite", detail=bad)
+    dtype = coarsest(got)
+    if dtype != got.dtype and (coarse := compare(got, e.want, e.base, dtype)).fits:
+        words = (
+            f"{coarse.worst:.2g} units of {dtype.name} at most, through which it went before it became {got.dtype.name}"
+        )
+        return replace(found, verdict="coarse", detail=words)
+    return replace(found, **(explained if e.adapters else foreign)(e, got, dtype, gap))
+
+
+def misshapen(e: Expected, got: Array) -> dict[str, Any]:
+    want = list(e.want.shape)
+    if got.ndim == 2 and got.T.shape == e.want.shape:
+        inner = judge(e, got.T)
+        rest = "" if inner.right else f", and {VERDICTS[inner.verdict]}: {inner.detail}"
+        words = f"expected shape {want}, found {list(got.shape)}, the transpose{rest}"
+        return {"verdict": "transposed", "detail": words, "worst": inner.worst, "k": inner.k, "means": inner.means}
+    return {"verdict": "shape", "detail": f"expected shape {want}, found {list(got.shape)}"}
+
+
+def unbounded(e: Expected, got: Array) -> str:
+    """Are there numbers that are none, where there should be numbers?"""
+    bad = sum(int((~np.isfinite(g) & np.isfinite(narrowed(w, got.dtype))).sum()) for g, w in blocks(got, e.want))
+    return f"{bad} of {got.size} elements are NaN or infinite" if bad else ""
+
+
+# ── tensors that an adapter changes ──────────────────────────────────────────────────────────────────────────────────
+
+
+def explained(e: Expected, got: Array, dtype: DType, gap: Gap) -> dict[str, Any]:
+    """The first hypothesis that holds: not applied, scaled, transposed, a mistake of the method; or none of them."""
+    if e.base.shape == e.want.shape and tried(e, got, e.base, dtype):
+        none = tuple(0.0 for _ in e.adapters)
+        return {"verdict": "base", "detail": left_out(e), "k": none, "means": (LEFT_OUT,)}
+    square = got.ndim == 2 and got.shape[0] == got.shape[1]
+    if square and compare(got.T, e.want, e.base, dtype).fits:
+        return {"verdict": "transposed", "detail": f"the whole tensor is transposed ({got.shape[0]} × {got.shape[1]})"}
+    deltas = e.alone()
+    k = scales(e, got, dtype, deltas)
+    if k is not None:
+        return scaled(e, k)
+    if square and (flipped := scales(e, got, dtype, [Δ.T for Δ in deltas])) is not None:
+        rest = "" if all(x == 1 for x in flipped) else f", and scaled by {shown(flipped)}"
+        return {"verdict": "transposed", "detail": f"ΔW was added transposed{rest}", "k": tuple(flipped)}
+    for words, made in e.mistakes():
+        if compare(got, made, e.base, dtype).fits:
+            return {"verdict": "mistaken", "detail": words, "means": (words,)}
+    return unexplained(e, got, dtype, gap)
+
+
+def left_out(e: Expected) -> str:
+    return "the adapter was not applied" if len(e.adapters) == 1 else "none of the adapters was applied"
+
+
+def tried(e: Expected, got: Array, made: Array, dtype: DType) -> bool:
+    """Is this what the mistake would have made? How much of ΔW was kept counts as well."""
+    change = e.want.astype(np.float64) - e.base
+    return compare(got, made, e.base, dtype, change).fits
+
+
+def scales(e: Expected, got: Array, dtype: DType, deltas: list[Array]) -> list[float] | None:
+    """The k for which the tensor is base + Σ kₙ ΔWₙ to rounding: those of known mistakes before any others."""
+    k = [float(x) for x in fit(got, e.base, deltas)]
+    if not np.isfinite(k).all():
+        return None
+    if len(k) == 1:
+        guesses = [[value] for value in nearest(k[0], e.known[0])[:4]]
+    else:
+        guesses = [[nearest(x, known)[0] for x, known in zip(k, e.known, strict=True)]]
+    for guess in [*guesses, k]:
+        made = e.base + sum(x * Δ for x, Δ in zip(guess, deltas, strict=True))
+        if any(guess) and tried(e, got, made, dtype):
+            return guess
+    return None
+
+
+def scaled(e: Expected, k: list[float]) -> dict[str, Any]:
+    """k in words."""
+    means = [(RIGHT,) if x == 1 else meanings(x, known) for x, known in zip(k, e.known, strict=True)]
+    if len(k) == 1:
+        why = " or ".join(means[0]) or "no known mistake"
+        return {"verdict": "scaled", "detail": f"k = {k[0]:.4g}: {why}", "k": tuple(k), "means": means[0]}
+    said = [
+        f"{name}: k = {x:.4g}" + (f" ({' or '.join(words)})" if words else "")
+        for name, x, words in zip(e.adapters, k, means, strict=True)
+        if x != 1
+    ]
+    return {"verdict": "scaled", "detail": "; ".join(said), "k": tuple(k), "means": tuple(said)}
+
+
+def shown(k: Sequence[float]) -> str:
+    return ", ".join(f"{x:.4g}" for x in k)
+
+
+def unexplained(e: Expected, got: Array, dtype: DType, gap: Gap) -> dict[str, Any]:
+    """None of the hypotheses: how far it is, and in which direction."""
+    share = gap.off / gap.change if gap.change else math.inf
+    words = f"{gap.worst:.3g} units of {got.dtype.name}; off by {share:.2%} of ‖ΔW‖"
+    if abs(gap.kept - 1) < 0.01 and share < 2**-6:
+        coarse = "bfloat16" if share > 2**-10 else "float16 or TF32"
+        return {"verdict": "coarse", "detail": f"{words}, as if ΔW had been computed in {coarse}"}
+    rest = foreign(e, got, dtype, gap)["detail"].partition(": ")[2]
+    return {"verdict": "differs", "detail": f"{words}; along ΔW it has {gap.kept:.3g} times its length; {rest}"}
+
+
+# ── tensors that no adapter changes ──────────────────────────────────────────────────────────────────────────────────
+
+
+def foreign(e: Expected, got: Array, dtype: DType, gap: Gap) -> dict[str, Any]:
+    """Not the base's: transposed, a multiple of it, a low-rank change, or just something else."""
+    if got.ndim == 2 and got.shape[0] == got.shape[1] and compare(got.T, e.want, e.base, dtype).fits:
+        return {"verdict": "transposed", "detail": f"the whole tensor is transposed ({got.shape[0]} × {got.shape[1]})"}
+    zero = np.broadcast_to(np.zeros((), np.float32), e.base.shape)
+    (k,) = (float(x) for x in fit(got, zero, [e.base]))
+    if abs(k - 1) > 1e-3 and compare(got, k * e.base.astype(np.float64), e.base, dtype).fits:
+        return {"verdict": "foreign", "detail": f"the base's tensor: {k:.6g} times it", "k": (k,)}
+    away = math.sqrt(sum(float(np.nansum((g - b) ** 2)) for g, b in blocks(got, e.base)))
+    size = math.sqrt(sum(float(np.nansum(b**2)) for (b,) in blocks(e.base)))
+    far = f"‖W′ − W‖/‖W‖ = {away / size:.3g}" if size else f"‖W′‖ = {away:.3g} where the base has zeros"
+    n = low_rank(e, got, dtype)
+    why = f", a change of rank {n}, as some other adapter makes" if n else ""
+    return {"verdict": "foreign", "detail": f"differs from the base's: {far}{why}"}
+
+
+def low_rank(e: Expected, got: Array, dtype: DType) -> int | None:
+    if got.ndim != 2:
+        return None
+    D = got.astype(np.float64) - e.base
+    noise = math.sqrt(sum(float(np.sum(spacing(dtype, np.abs(b)) ** 2)) for (b,) in blocks(e.base))) / 3
+    return rank(D, noise)
