@@ -141,6 +141,8 @@ def rank(D: Array, noise: float, most: int = 64) -> int | None:
     Q, _ = np.linalg.qr(D @ np.random.default_rng(0).normal(size=(D.shape[1], most + 8)))
     S = np.linalg.svd(Q.T @ D, compute_uv=False)
     size = float(np.linalg.norm(D))
+    if size < 10 * noise:
+        return None
     rest = math.sqrt(max(0.0, size**2 - float(S @ S)))
     small = max(2 * noise, 1e-5 * size)
     tails = np.sqrt(np.maximum(0.0, np.cumsum(S[::-1] ** 2)[::-1] + rest**2))  # ‖D − its best part of rank n‖

@@ -115,7 +115,7 @@ def unbounded(e: Expected, got: Array) -> str:
 
 def explained(e: Expected, got: Array, dtype: DType, gap: Gap) -> dict[str, Any]:
     """The first hypothesis that holds: not applied, scaled, transposed, a mistake of the method; or none of them."""
-    if e.base.shape == e.want.shape and tried(e, got, e.base, dtype):
+    if against(e, got, (), (), dtype).fits:
         none = tuple(0.0 for _ in e.adapters)
         return {"verdict": "base", "detail": left_out(e), "k": none, "means": (LEFT_OUT,)}
     square = got.ndim == 2 and got.shape[0] == got.shape[1]
@@ -138,12 +138,6 @@ def left_out(e: Expected) -> str:
     return "the adapter was not applied" if len(e.adapters) == 1 else "none of the adapters was applied"
 
 
-def tried(e: Expected, got: Array, made: Array, dtype: DType) -> bool:
-    """Is this what the mistake would have made? How much of ΔW was kept counts as well."""
-    change = e.want.astype(np.float64) - e.base
-    return compare(got, made, e.base, dtype, change).fits
-
-
 def scales(e: Expected, got: Array, dtype: DType, deltas: list[Array]) -> list[float] | None:
     """The k for which the tensor is base + Σ kₙ ΔWₙ to rounding: those of known mistakes before any others."""
     k = [float(x) for x in fit(got, e.base, deltas)]
@@ -153,11 +147,23 @@ def scales(e: Expected, got: Array, dtype: DType, deltas: list[Array]) -> list[f
         guesses = [[value] for value in nearest(k[0], e.known[0])[:4]]
     else:
         guesses = [[nearest(x, known)[0] for x, known in zip(k, e.known, strict=True)]]
-    for guess in [*guesses, k]:
-        made = e.base + sum(x * Δ for x, Δ in zip(guess, deltas, strict=True))
-        if any(guess) and tried(e, got, made, dtype):
+    for guess in guesses:
+        if any(guess) and against(e, got, guess, deltas, dtype).fits:
             return guess
+    for _ in range(6):  # rounding takes some of a small ΔW, and the fit with it: k is right when as much is kept as due
+        gap = against(e, got, k, deltas, dtype)
+        if gap.fits and any(k):
+            return k
+        k = [x * gap.kept / gap.due for x in k] if gap.due * gap.kept > 0 else k
     return None
+
+
+def against(e: Expected, got: Array, k: Sequence[float], deltas: Sequence[Array], dtype: DType) -> Gap:
+    """The tensor against base + Σ kₙ ΔWₙ."""
+    made = e.base.astype(np.float64)
+    for x, Δ in zip(k, deltas, strict=True):
+        made += x * Δ
+    return compare(got, made, e.base, dtype, e.want.astype(np.float64) - e.base)
 
 
 def scaled(e: Expected, k: list[float]) -> dict[str, Any]:
