@@ -101,7 +101,7 @@ def expected(s: Subject, sites: Mapping[str, Site], name: str, want: Array, role
             yield words, made(adapters)
 
     known = [known_of(s.adapters[n], path) for n in own]
-    return Expected(name, want, base, [s.labels[n] for n in own], known, alone, mistakes)
+    return Expected(name, want, base, [s.labels[n] for n in own], known, len(s.adapters) == 1, alone, mistakes)
 
 
 def known_of(a: Adapter, path: str) -> Constants:
@@ -166,7 +166,7 @@ def at_its_name(s: Subject, e: Expected) -> Iterator[Finding]:
     s.seen.update((name, e.name, *copies))
     if name not in s.named:
         if not optional(s, e.name):
-            yield Finding(e.name, "missing", f"expected of shape {list(e.want.shape)}", bool(e.adapters))
+            yield Finding(e.name, "missing", f"expected of shape {list(e.want.shape)}", adapters=tuple(e.adapters))
         return
     for at in dict.fromkeys((name, *copies)):
         same = at != name and (s.named[at] is s.named[name] or np.array_equal(s.named[at], s.named[name]))

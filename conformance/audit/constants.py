@@ -8,6 +8,7 @@ Constants = Mapping[str, float]  # words → k
 
 RIGHT = "as it should be"
 LEFT_OUT = "left out"
+UNKNOWN = "no known mistake"
 
 
 def constants(whole: Any, cfg: Any) -> Constants:

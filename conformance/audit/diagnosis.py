@@ -11,8 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from refpeft.conformance.audit.compare import Gap, blocks, coarsest, compare, fit, is_float, narrowed, rank, spacing
-from refpeft.conformance.audit.constants import LEFT_OUT, RIGHT, Constants, meanings, nearest
+from refpeft.conformance.audit.compare import (
+    KEPT,
+    Gap,
+    blocks,
+    coarsest,
+    compare,
+    fit,
+    is_float,
+    narrowed,
+    rank,
+    spacing,
+)
+from refpeft.conformance.audit.constants import LEFT_OUT, RIGHT, UNKNOWN, Constants, meanings, nearest
 
 Array = np.ndarray[Any, Any]
 DType = np.dtype[Any]
@@ -20,7 +31,7 @@ DType = np.dtype[Any]
 VERDICTS = {
     "equal": "the correctly rounded numbers",
     "rounding": "equal to rounding",
-    "coarse": "right to a coarser dtype than it is stored in",
+    "coarse": "right, but with more rounding than one merge in this dtype needs",
     "base": "the base's: the adapter was not applied",
     "scaled": "k times the change that it should have",
     "transposed": "transposed",
@@ -45,12 +56,12 @@ class Finding:
     name: str
     verdict: str
     detail: str = ""
-    adapted: bool = False
     shape: tuple[int, ...] = ()
     dtype: str = ""
     worst: float | None = None  # the largest difference, in units of dtype
+    adapters: tuple[str, ...] = ()  # those that change it
     k: tuple[float, ...] = ()  # per adapter, where the tensor is base + Σ kₙ ΔWₙ
-    means: tuple[str, ...] = ()  # what would have made it so; several where they cannot be told apart
+    means: tuple[tuple[str, ...], ...] = ()  # per adapter: the mistakes that make this k, several if they look the same
     stored_as: str | None = None  # the name in the file, where it is another one
 
     @property
@@ -67,13 +78,14 @@ class Expected:
     base: Array
     adapters: Sequence[str] = ()  # the names of those that change it
     known: Sequence[Constants] = ()  # per adapter
+    alone_there: bool = True  # there are no other adapters, so that its name need not be said
     alone: Callable[[], list[Array]] = list  # what each adapter alone adds to the base
     mistakes: Callable[[], Iterable[tuple[str, Array]]] = list  # words → what the tensor would be
 
 
 def judge(e: Expected, got: Array) -> Finding:
     """The verdict on one tensor."""
-    found = Finding(e.name, "", "", bool(e.adapters), tuple(got.shape), got.dtype.name)
+    found = Finding(e.name, "", "", tuple(got.shape), got.dtype.name, adapters=tuple(e.adapters))
     if not is_float(got.dtype):
         return replace(found, verdict="dtype", detail=f"expected floats, found {got.dtype.name}")
     if got.shape != e.want.shape:
@@ -117,7 +129,7 @@ def explained(e: Expected, got: Array, dtype: DType, gap: Gap) -> dict[str, Any]
     """The first hypothesis that holds: not applied, scaled, transposed, a mistake of the method; or none of them."""
     if against(e, got, (), (), dtype).fits:
         none = tuple(0.0 for _ in e.adapters)
-        return {"verdict": "base", "detail": left_out(e), "k": none, "means": (LEFT_OUT,)}
+        return {"verdict": "base", "detail": left_out(e), "k": none, "means": ((LEFT_OUT,),) * len(none)}
     square = got.ndim == 2 and got.shape[0] == got.shape[1]
     if square and compare(got.T, e.want, e.base, dtype).fits:
         return {"verdict": "transposed", "detail": f"the whole tensor is transposed ({got.shape[0]} × {got.shape[1]})"}
@@ -130,7 +142,7 @@ def explained(e: Expected, got: Array, dtype: DType, gap: Gap) -> dict[str, Any]
         return {"verdict": "transposed", "detail": f"ΔW was added transposed{rest}", "k": tuple(flipped)}
     for words, made in e.mistakes():
         if compare(got, made, e.base, dtype).fits:
-            return {"verdict": "mistaken", "detail": words, "means": (words,)}
+            return {"verdict": "mistaken", "detail": words, "means": ((words,),)}
     return unexplained(e, got, dtype, gap)
 
 
@@ -150,11 +162,13 @@ def scales(e: Expected, got: Array, dtype: DType, deltas: list[Array]) -> list[f
     for guess in guesses:
         if any(guess) and against(e, got, guess, deltas, dtype).fits:
             return guess
-    for _ in range(6):  # rounding takes some of a small ΔW, and the fit with it: k is right when as much is kept as due
+    for _ in range(8):  # rounding takes some of a small ΔW, and the fit with it: k is right when as much is kept as due
         gap = against(e, got, k, deltas, dtype)
         if gap.fits and any(k):
             return k
-        k = [x * gap.kept / gap.due for x in k] if gap.due * gap.kept > 0 else k
+        if gap.due * gap.kept <= 0:
+            return None
+        k = [x * math.sqrt(gap.kept / gap.due) for x in k]  # what is kept grows faster than k
     return None
 
 
@@ -168,16 +182,13 @@ def against(e: Expected, got: Array, k: Sequence[float], deltas: Sequence[Array]
 
 def scaled(e: Expected, k: list[float]) -> dict[str, Any]:
     """k in words."""
-    means = [(RIGHT,) if x == 1 else meanings(x, known) for x, known in zip(k, e.known, strict=True)]
-    if len(k) == 1:
-        why = " or ".join(means[0]) or "no known mistake"
-        return {"verdict": "scaled", "detail": f"k = {k[0]:.4g}: {why}", "k": tuple(k), "means": means[0]}
+    means = tuple((RIGHT,) if x == 1 else meanings(x, known) for x, known in zip(k, e.known, strict=True))
     said = [
-        f"{name}: k = {x:.4g}" + (f" ({' or '.join(words)})" if words else "")
+        f"{'' if e.alone_there else name + ': '}k = {x:.4g}: {' or '.join(words) or UNKNOWN}"
         for name, x, words in zip(e.adapters, k, means, strict=True)
         if x != 1
     ]
-    return {"verdict": "scaled", "detail": "; ".join(said), "k": tuple(k), "means": tuple(said)}
+    return {"verdict": "scaled", "detail": "; ".join(said), "k": tuple(k), "means": means}
 
 
 def shown(k: Sequence[float]) -> str:
@@ -185,14 +196,22 @@ def shown(k: Sequence[float]) -> str:
 
 
 def unexplained(e: Expected, got: Array, dtype: DType, gap: Gap) -> dict[str, Any]:
-    """None of the hypotheses: how far it is, and in which direction."""
+    """None of the hypotheses: too coarse, or how far it is, and in which direction."""
     share = gap.off / gap.change if gap.change else math.inf
-    words = f"{gap.worst:.3g} units of {got.dtype.name}; off by {share:.2%} of ‖ΔW‖"
-    if abs(gap.kept - 1) < 0.01 and share < 2**-6:
-        coarse = "bfloat16" if share > 2**-10 else "float16 or TF32"
-        return {"verdict": "coarse", "detail": f"{words}, as if ΔW had been computed in {coarse}"}
+    words = f"off by {gap.worst:.3g} units of {got.dtype.name} at most, by {share:.2g} of ‖ΔW‖"
+    if abs(gap.kept - gap.due) <= KEPT and (gap.worst <= 4 * gap.limit or share < 2**-6):
+        return {"verdict": "coarse", "detail": f"{words}: {coarseness(share, got.dtype)}"}
     rest = foreign(e, got, dtype, gap)["detail"].partition(": ")[2]
     return {"verdict": "differs", "detail": f"{words}; along ΔW it has {gap.kept:.3g} times its length; {rest}"}
+
+
+def coarseness(share: float, dtype: DType) -> str:
+    """What loses this share of ΔW, or so many units of its sum with W."""
+    if dtype.itemsize > 2 and share > 2**-10:
+        return "as if ΔW had been computed in bfloat16"
+    if dtype.itemsize > 2 and share > 2**-14:
+        return "as if ΔW had been computed in float16 or TF32"
+    return f"as if {dtype.name} had been rounded to after every step, or the factors been rounded"
 
 
 # ── tensors that no adapter changes ──────────────────────────────────────────────────────────────────────────────────

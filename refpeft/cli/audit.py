@@ -161,30 +161,27 @@ def whole(findings: Findings, adapters: Sequence[str]) -> str:
     wrong = [f for f in findings if not f.right]
     if not wrong:
         return f"It holds what the base and {them} say."
-    adapted = [f for f in findings if f.adapted]
-    kinds = Counter(f.verdict for f in wrong)
-    reasons = []
-    for kind, n in kinds.most_common():
-        of = [f for f in wrong if f.verdict == kind]
-        reasons.append(reason(kind, of, n, len(adapted), them))
+    adapted = sum(bool(f.adapters) for f in findings)
+    reasons = [
+        reason(kind, [f for f in wrong if f.verdict == kind], n, adapted, them)
+        for kind, n in Counter(f.verdict for f in wrong).most_common()
+    ]
     return f"It does not hold what the base and {them} say: {'; '.join(reasons)}."
 
 
 def reason(kind: str, of: Findings, n: int, adapted: int, them: str) -> str:
     """One kind of difference, in words."""
     where = f"all {n} adapted tensors" if n == adapted and n > 1 else tensors(of)
-    common = [m for m in of[0].means if all(m in f.means for f in of)]
     if kind == "base":
         return f"{them} {'was' if them == 'the adapter' else 'were'} not applied to {where}"
-    if kind in ("scaled", "mistaken"):
-        values = sorted({f"{k:.4g}" for f in of for k in f.k if k != 1})
-        k = f"k = {', '.join(values[:3])}{' …' if len(values) > 3 else ''}, " if values and kind == "scaled" else ""
-        why = " or ".join(common) or "; ".join(dict.fromkeys(" or ".join(f.means) or "no known mistake" for f in of))
-        return f"{'ΔW is scaled' if kind == 'scaled' else 'a known mistake'} in {where} ({k}{why})"
+    if kind == "scaled":
+        return scaling(of, adapted, them)
+    if kind == "mistaken":
+        return f"{where}: {'; '.join(dict.fromkeys(f.detail for f in of))}"
     if kind == "foreign":
         return f"{where}, which no adapter changes, {'is' if n == 1 else 'are'} not the base's"
     return {
-        "coarse": f"{where} went through a coarser dtype",
+        "coarse": f"{where} {'is' if n == 1 else 'are'} right but for more rounding than one merge needs",
         "transposed": f"{where} {'is' if n == 1 else 'are'} transposed",
         "differs": f"{where} differ{'s' if n == 1 else ''} from it in a way that no known mistake explains",
         "not finite": f"{where} {'has' if n == 1 else 'have'} elements that are no numbers",
@@ -195,6 +192,25 @@ def reason(kind: str, of: Findings, n: int, adapted: int, them: str) -> str:
         "extra": f"{where} {'is' if n == 1 else 'are'} there that no such model has",
         "config": f"config.json says something else than the base's ({of[0].detail})",
     }[kind]
+
+
+def scaling(of: Findings, adapted: int, them: str) -> str:
+    """Adapter by adapter: by which k in how many tensors, and the mistakes that all of them may come from."""
+    said = []
+    for label in dict.fromkeys(label for f in of for label in f.adapters):
+        its = [(f, f.adapters.index(label)) for f in of if label in f.adapters]
+        its = [(f, n) for f, n in its if f.k[n] != 1]
+        if not its:
+            continue
+        found = [f for f, _ in its]
+        values = sorted({float(f"{f.k[n]:.3g}") for f, n in its})
+        k = f"k = {', '.join(f'{v:g}' for v in values[:3])}{' …' if len(values) > 3 else ''}"
+        common = [m for m in its[0][0].means[its[0][1]] if all(m in f.means[n] for f, n in its)]
+        each = dict.fromkeys(" or ".join(f.means[n]) or "no known mistake" for f, n in its)
+        whose = "" if them == "the adapter" else f" of {label}"
+        where = f"all {adapted} adapted tensors" if len(found) == adapted > 1 else tensors(found)
+        said.append(f"ΔW{whose} is scaled in {where} by {k}: {' or '.join(common) or '; '.join(each)}")
+    return "; ".join(said)
 
 
 def tensors(of: Findings) -> str:

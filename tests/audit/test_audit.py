@@ -1,7 +1,6 @@
 """`refpeft audit`: merges that are right are found right, and every mistake is found and named."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +161,7 @@ def test_one_of_two_adapters_left_out_is_named(tmp_path: Path) -> None:
     folders = made(tmp_path, methods=("lora", "rslora"))
     merged = merge(folders["base"], [folders["lora0"]], tmp_path / "merged")
     assert audit(merged, folders).exit_code == 1
-    assert all(f["verdict"] == "scaled" and f["detail"] == "rslora1: k = 0 (left out)" for f in wrong(merged))
+    assert all(f["verdict"] == "scaled" and f["detail"] == "rslora1: k = 0: left out" for f in wrong(merged))
     assert [f["k"] for f in wrong(merged)] == [[1, 0]] * 8
 
 
@@ -171,4 +170,4 @@ def test_each_adapter_has_a_constant_of_its_own(tmp_path: Path) -> None:
     twice = [folders["lora0"], folders["rslora1"], folders["rslora1"]]
     merged = merge(folders["base"], twice, tmp_path / "merged")
     audit(merged, folders)
-    assert {f["detail"] for f in wrong(merged)} == {"rslora1: k = 2 (applied twice)"}
+    assert {f["detail"] for f in wrong(merged)} == {"rslora1: k = 2: applied twice"}
