@@ -6,7 +6,7 @@ each of its tensors is held against the one that the file has: `compare` says wh
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -63,7 +63,8 @@ def audit(model: Model, adapters: Sequence[Adapter], labels: Sequence[str], foun
     s = Subject(model, adapters, labels, p, named, originals, ties(p, found.config))
     sites = dict(model.sites)
     for name, want, role in merged_by_role(model, adapters, sites):
-        yield from at_its_name(s, expected(s, sites, name, want, role))
+        own = {n for site in sites.values() for n in (site.weight, site.bias)}
+        yield from at_its_name(s, expected(s, sites, name, want, role), own)
     yield from tied(s, found)
     if not found.graph:
         yield from extra(s)
@@ -159,9 +160,10 @@ def matched(
     return named, originals
 
 
-def at_its_name(s: Subject, e: Expected) -> Iterator[Finding]:
-    """The tensor where the model has it, and at the second name of a tied one if it is stored there too."""
-    copies = [c for c, original in s.plan.tied.items() if original == e.name and c in s.named]
+def at_its_name(s: Subject, e: Expected, own: Collection[str]) -> Iterator[Finding]:
+    """The tensor where the model has it, and at the second name of a tied one if it is stored there too (and is not,
+    by now, the name of a tensor of its `own`)."""
+    copies = [c for c, first in s.plan.tied.items() if first == e.name and c in s.named and c not in own]
     name = e.name if e.name in s.named else next(iter(copies), s.ties.get(e.name, e.name))
     s.seen.update((name, e.name, *copies))
     if name not in s.named:

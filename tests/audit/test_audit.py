@@ -1,6 +1,7 @@
 """`refpeft audit`: merges that are right are found right, and every mistake is found and named."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +172,240 @@ def test_each_adapter_has_a_constant_of_its_own(tmp_path: Path) -> None:
     merged = merge(folders["base"], twice, tmp_path / "merged")
     audit(merged, folders)
     assert {f["detail"] for f in wrong(merged)} == {"rslora1: k = 2: applied twice"}
+
+
+def test_the_mistakes_of_all_tensors_together_tell_more_than_those_of_one(tmp_path: Path) -> None:
+    """Where s = 2 in one layer, 'twice' and 's²' look the same; where it is 1.5 they do not."""
+    folders = made(tmp_path, methods=())
+    model = refpeft.load(folders["base"])
+    fields = {"r": 3, "lora_alpha": 4.5, "alpha_pattern": {"v_proj": 6}, "init_lora_weights": False}
+    refpeft.save_adapter(refpeft.init("lora", fields | {"target_modules": TARGETS["llama"]}, model), tmp_path / "lora")
+    folders["lora"] = tmp_path / "lora"
+    merged = tmp_path / "merged"
+    adapter = refpeft.load_adapter(tmp_path / "lora", model)
+    squared = adapter.replace(
+        params={
+            n: v * adapter.at(n.partition(".lora_")[0]).scale if "lora_B" in n else v for n, v in adapter.params.items()
+        }
+    )
+    refpeft.save(refpeft.merge(model, squared), merged)
+    result = audit(merged, folders)
+    assert {f["verdict"] for f in wrong(merged)} == {"scaled"}
+    assert {len(f["means"][0]) for f in wrong(merged)} == {1, 2}
+    assert "applied twice (s²)" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("mistake", "words"),
+    [
+        ({"lora_alpha": 4.5 * 3**0.5}, "α/√r in place of α/r"),
+        ({"lora_alpha": 0.0}, "B A left out, the magnitude m applied"),
+        ({"use_dora": False}, "the magnitude m left out: merged as plain LoRA"),
+    ],
+)
+def test_mistakes_with_dora_are_named(mistake: dict[str, Any], words: str, tmp_path: Path) -> None:
+    folders = made(tmp_path, methods=("dora",))
+    model = refpeft.load(folders["base"])
+    adapter = refpeft.load_adapter(folders["dora0"], model)
+    moved = adapter.replace(params={n: v * 1.25 if "magnitude" in n else v for n, v in adapter.params.items()})
+    shutil.rmtree(folders["dora0"])
+    refpeft.save_adapter(moved, folders["dora0"])
+    wrongly = tmp_path / "wrongly"
+    shutil.copytree(folders["dora0"], wrongly)
+    config = json.loads((wrongly / "adapter_config.json").read_text())
+    (wrongly / "adapter_config.json").write_text(json.dumps(config | mistake))
+    if "use_dora" in mistake:
+        tensors = load_file(wrongly / "adapter_model.safetensors")
+        save_file({n: v for n, v in tensors.items() if "magnitude" not in n}, wrongly / "adapter_model.safetensors")
+    merged = refpeft.merge(model, refpeft.load_adapter(wrongly, model))
+    refpeft.save(merged, tmp_path / "merged")
+    assert audit(tmp_path / "merged", folders).exit_code == 1
+    assert {(f["verdict"], f["detail"]) for f in wrong(tmp_path / "merged")} == {("mistaken", words)}
+
+
+def test_adapters_that_do_not_commute_are_found_in_the_wrong_order(tmp_path: Path) -> None:
+    folders = made(tmp_path, methods=("dora", "lora"))
+    model = refpeft.load(folders["base"])
+    both = [refpeft.load_adapter(f, model) for f in adapters(folders)]
+    refpeft.save(refpeft.merge(model, both[::-1]), tmp_path / "merged")
+    assert audit(tmp_path / "merged", folders).exit_code == 1
+    assert {f["detail"] for f in wrong(tmp_path / "merged")} == {"the adapters applied in reverse order"}
+    refpeft.save(refpeft.merge(model, both[:1]), tmp_path / "one")
+    audit(tmp_path / "one", folders)
+    assert {f["detail"] for f in wrong(tmp_path / "one")} == {"lora1 left out"}
+
+
+# ── a change smaller than one unit ───────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("k", [0, 0.5, 1, 1.5, 2])
+def test_an_adapter_far_below_rounding_is_still_seen_or_missed(k: float) -> None:
+    """In bfloat16 every element is within a unit of the base's; only all of them together tell."""
+    from refpeft.conformance.audit import Expected, judge
+
+    rng = np.random.default_rng(0)
+    W = rng.normal(size=(300, 300)).astype(ml_dtypes.bfloat16)
+    Δ = 1e-4 * rng.normal(size=(300, 4)) @ rng.normal(size=(4, 300))
+    assert np.median(np.abs(Δ / W.astype(float))) < 2**-10
+    e = Expected("W", W + Δ, W, ["a"], [{"left out": 0.0, "applied twice": 2.0}], True, lambda: [Δ])
+    found = judge(e, (W + k * Δ).astype(ml_dtypes.bfloat16))
+    if k == 1:
+        assert found.right
+    else:
+        assert found.verdict == ("base" if k == 0 else "scaled")
+        assert found.k == pytest.approx((k,), abs=0.1)
+
+
+# ── tied layers, and config.json ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file({n: np.ascontiguousarray(v) for n, v in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+
+
+def reconfigure(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
+
+
+def test_a_tied_head_may_be_stored_or_not_or_alone(tmp_path: Path) -> None:
+    folders = made(tmp_path, "gpt2")
+    merged = merge(folders["base"], adapters(folders), tmp_path / "merged")
+    assert HEAD not in load_file(merged / "model.safetensors")
+    rewrite(merged, lambda t: t.update({HEAD: t[EMBEDDING]}))
+    assert audit(merged, folders).exit_code == 0
+    rewrite(merged, lambda t: t.pop(EMBEDDING))
+    assert audit(merged, folders).exit_code == 0
+
+
+def test_a_tied_head_that_was_changed_is_found(tmp_path: Path) -> None:
+    folders = made(tmp_path, "gpt2")
+    merged = merge(folders["base"], adapters(folders), tmp_path / "merged")
+    rewrite(merged, lambda t: t.update({HEAD: 2 * t[EMBEDDING]}))
+    assert audit(merged, folders).exit_code == 1
+    assert {(f["name"], f["verdict"]) for f in wrong(merged)} == {(HEAD, "foreign"), (HEAD, "tied")}
+
+
+def test_an_untied_head_that_is_not_stored_is_missing(tmp_path: Path) -> None:
+    folders = made(tmp_path, "gpt2")
+    merged = merge(folders["base"], adapters(folders), tmp_path / "merged")
+    reconfigure(merged, tie_word_embeddings=False)
+    assert audit(merged, folders).exit_code == 1
+    assert [(f["name"], f["verdict"]) for f in wrong(merged)] == [(HEAD, "missing")]
+
+
+def on_the_embedding(tmp_path: Path) -> Folders:
+    model = tiny("gpt2", dtype=np.float32, tie_word_embeddings=True)
+    refpeft.save(model, tmp_path / "base")
+    fields = {"r": 2, "target_modules": ["wte"], "init_lora_weights": False}
+    refpeft.save_adapter(refpeft.init("lora", fields, model), tmp_path / "lora")
+    return {"base": tmp_path / "base", "lora": tmp_path / "lora"}
+
+
+def test_an_adapted_embedding_leaves_the_head_what_it_was(tmp_path: Path) -> None:
+    folders = on_the_embedding(tmp_path)
+    model = refpeft.load(folders["base"])
+    merged = tmp_path / "merged"
+    refpeft.save(refpeft.merge(model, refpeft.load_adapter(folders["lora"], model)), merged)
+    assert audit(merged, folders).exit_code == 0
+    rewrite(merged, lambda t: t.pop(HEAD))  # a tool that merges into the shared tensor
+    reconfigure(merged, tie_word_embeddings=True)
+    assert audit(merged, folders).exit_code == 1
+    assert [(f["name"], f["verdict"]) for f in wrong(merged)] == [(HEAD, "foreign")]
+
+
+def test_a_config_that_means_another_model_is_found(tmp_path: Path) -> None:
+    folders = made(tmp_path)
+    merged = merge(folders["base"], adapters(folders), tmp_path / "merged")
+    reconfigure(merged, rms_norm_eps=1e-5, pad_token_id=7)
+    assert audit(merged, folders).exit_code == 1
+    assert [f["detail"] for f in wrong(merged)] == ["norm_eps: expected 1e-06, found 1e-05"]
+    reconfigure(merged, model_type="mamba")
+    assert audit(merged, folders).exit_code == 1
+    (merged / "config.json").unlink()
+    assert audit(merged, folders).exit_code == 0
+
+
+def test_saved_modules_and_biases_are_part_of_the_merge(tmp_path: Path) -> None:
+    model = tiny("llama", "ForSequenceClassification", dtype=np.float32)
+    refpeft.save(model, tmp_path / "base")
+    fields = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["score"], "lora_bias": True}
+    adapter = refpeft.init("lora", fields, model)
+    rng = np.random.default_rng(0)
+    moved = {n: (v + rng.normal(size=v.shape)).astype(v.dtype) for n, v in adapter.params.items()}
+    refpeft.save_adapter(adapter.replace(params=moved), tmp_path / "lora")
+    folders = {"base": tmp_path / "base", "lora": tmp_path / "lora"}
+    audit(tmp_path / "base", folders)
+    names = {f["name"]: f["verdict"] for f in wrong(tmp_path / "base")}
+    assert names.pop("score.weight") == "base"
+    assert set(names.values()) == {"base", "missing"}  # q_proj has no bias in the base, and one from the adapter
+    refpeft.merge(model, adapter)
+
+
+# ── what cannot be audited ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def refused(folders: Folders, merged: Path, words: str) -> None:
+    result = audit(merged, folders)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("refpeft: ")
+    assert result.stderr.count("\n") == 1
+    assert words in result.stderr
+
+
+def test_each_thing_that_is_no_model_is_one_sentence(tmp_path: Path) -> None:
+    folders = made(tmp_path)
+    refused(folders, tmp_path / "nothing", "no such file or folder")
+    (tmp_path / "empty").mkdir()
+    refused(folders, tmp_path / "empty", "there is no model.safetensors")
+    (tmp_path / "model.bin").write_bytes(b"x")
+    refused(folders, tmp_path / "model.bin", "expected a folder, a .safetensors or an .onnx file")
+    (tmp_path / "a.safetensors").write_bytes(b"x" * 20)
+    refused(folders, tmp_path / "a.safetensors", "header")
+    for name in ("one.onnx", "two.onnx"):
+        (tmp_path / "empty" / name).write_bytes(b"x")
+    refused(folders, tmp_path / "empty", "there are several ONNX files, name one of them: one.onnx, two.onnx")
+    refused(folders, tmp_path / "empty" / "one.onnx", "not an ONNX model")
+    merged = merge(folders["base"], adapters(folders), tmp_path / "merged")
+    (merged / "config.json").write_text("{")
+    refused(folders, merged, "config.json: not JSON")
+
+
+def test_a_single_file_is_audited_too(tmp_path: Path) -> None:
+    folders = made(tmp_path)
+    merged = merge(folders["base"], adapters(folders), tmp_path / "merged")
+    assert audit(merged / "model.safetensors", folders).exit_code == 0
+
+
+def test_help_teaches() -> None:
+    text = " ".join(CliRunner().invoke(app, ["audit", "--help"]).stdout.split())
+    for words in ("equal to rounding", "scaled by a constant", "refpeft audit merged --base llama", "Exit code 0"):
+        assert words in text
+
+
+def test_no_second_model_is_held(tmp_path: Path) -> None:
+    """What is held at a time is a few copies of one tensor, not the model's 64."""
+    import tracemalloc
+
+    from refpeft.conformance.audit import Found
+    from refpeft.conformance.audit import audit as run
+
+    model = tiny("llama", dtype=np.float32, num_hidden_layers=8, hidden_size=64, intermediate_size=512)
+    refpeft.save(model, tmp_path / "base")
+    model = refpeft.load(tmp_path / "base")
+    fields = {"r": 2, "target_modules": "all-linear", "init_lora_weights": False}
+    adapter = refpeft.init("lora", fields, model)
+    refpeft.save(refpeft.merge(model, adapter), tmp_path / "merged")
+    tensors = dict(refpeft.load(tmp_path / "merged").params)
+    tracemalloc.start()
+    assert all(f.right for f in run(model, [adapter], ["a"], Found(tensors)))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    largest = 512 * 64 * 8
+    assert peak < 16 * largest
+    assert sum(a.nbytes for a in tensors.values()) > 16 * largest / 2
