@@ -32,7 +32,9 @@ def made(where: Path, family: str = "llama", dtype: Any = np.float32, methods: t
     folders = {"base": where / "base"}
     for n, method in enumerate(methods):
         fields = {"r": 3, "lora_alpha": 4.5, "target_modules": TARGETS[family], "init_lora_weights": False}
-        refpeft.save_adapter(refpeft.init(method, fields, model, seed=n), where / f"{method}{n}")
+        adapter = refpeft.init(method, fields, model, seed=n)
+        moved = {k: v * v.dtype.type(1.25) if "magnitude" in k else v for k, v in adapter.params.items()}
+        refpeft.save_adapter(adapter.replace(params=moved), where / f"{method}{n}")
         folders[f"{method}{n}"] = where / f"{method}{n}"
     return folders
 
@@ -206,10 +208,6 @@ def test_the_mistakes_of_all_tensors_together_tell_more_than_those_of_one(tmp_pa
 def test_mistakes_with_dora_are_named(mistake: dict[str, Any], words: str, tmp_path: Path) -> None:
     folders = made(tmp_path, methods=("dora",))
     model = refpeft.load(folders["base"])
-    adapter = refpeft.load_adapter(folders["dora0"], model)
-    moved = adapter.replace(params={n: v * 1.25 if "magnitude" in n else v for n, v in adapter.params.items()})
-    shutil.rmtree(folders["dora0"])
-    refpeft.save_adapter(moved, folders["dora0"])
     wrongly = tmp_path / "wrongly"
     shutil.copytree(folders["dora0"], wrongly)
     config = json.loads((wrongly / "adapter_config.json").read_text())
