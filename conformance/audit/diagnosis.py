@@ -134,15 +134,17 @@ def explained(e: Expected, got: Array, dtype: DType, gap: Gap) -> dict[str, Any]
     if square and compare(got.T, e.want, e.base, dtype).fits:
         return {"verdict": "transposed", "detail": f"the whole tensor is transposed ({got.shape[0]} × {got.shape[1]})"}
     deltas = e.alone()
-    k = scales(e, got, dtype, deltas)
-    if k is not None:
-        return scaled(e, k)
-    if square and (flipped := scales(e, got, dtype, [Δ.T for Δ in deltas])) is not None:
+    k = fitted(e, got, deltas)
+    if (known := of_mistakes(e, got, dtype, deltas, k)) is not None:
+        return scaled(e, known)
+    if square and (flipped := of_transposed(e, got, dtype, [Δ.T for Δ in deltas])) is not None:
         rest = "" if all(x == 1 for x in flipped) else f", and scaled by {shown(flipped)}"
         return {"verdict": "transposed", "detail": f"ΔW was added transposed{rest}", "k": tuple(flipped)}
     for words, made in e.mistakes():
         if compare(got, made, e.base, dtype).fits:
             return {"verdict": "mistaken", "detail": words, "means": ((words,),)}
+    if (free := of_any(e, got, dtype, deltas, k)) is not None:
+        return scaled(e, free)
     return unexplained(e, got, dtype, gap)
 
 
@@ -150,19 +152,24 @@ def left_out(e: Expected) -> str:
     return "the adapter was not applied" if len(e.adapters) == 1 else "none of the adapters was applied"
 
 
-def scales(e: Expected, got: Array, dtype: DType, deltas: list[Array]) -> list[float] | None:
-    """The k for which the tensor is base + Σ kₙ ΔWₙ to rounding: those of known mistakes before any others."""
+def fitted(e: Expected, got: Array, deltas: list[Array]) -> list[float]:
+    """The k that come closest; none if there are numbers that are none."""
     k = [float(x) for x in fit(got, e.base, deltas)]
-    if not np.isfinite(k).all():
-        return None
+    return k if np.isfinite(k).all() else []
+
+
+def of_mistakes(e: Expected, got: Array, dtype: DType, deltas: list[Array], k: list[float]) -> list[float] | None:
+    """The k of known mistakes for which the tensor is base + Σ kₙ ΔWₙ to rounding."""
     if len(k) == 1:
         guesses = [[value] for value in nearest(k[0], e.known[0])[:4]]
     else:
-        guesses = [[nearest(x, known)[0] for x, known in zip(k, e.known, strict=True)]]
-    for guess in guesses:
-        if any(guess) and against(e, got, guess, deltas, dtype).fits:
-            return guess
-    for _ in range(8):  # rounding takes some of a small ΔW, and the fit with it: k is right when as much is kept as due
+        guesses = [[nearest(x, known)[0] for x, known in zip(k, e.known, strict=False)]]
+    return next((g for g in guesses if any(g) and against(e, got, g, deltas, dtype).fits), None)
+
+
+def of_any(e: Expected, got: Array, dtype: DType, deltas: list[Array], k: list[float]) -> list[float] | None:
+    """Any other k. Rounding takes some of a small ΔW, and the fit with it: k is right when as much is kept as is due."""
+    for _ in range(8):
         gap = against(e, got, k, deltas, dtype)
         if gap.fits and any(k):
             return k
@@ -170,6 +177,12 @@ def scales(e: Expected, got: Array, dtype: DType, deltas: list[Array]) -> list[f
             return None
         k = [x * math.sqrt(gap.kept / gap.due) for x in k]  # what is kept grows faster than k
     return None
+
+
+def of_transposed(e: Expected, got: Array, dtype: DType, deltas: list[Array]) -> list[float] | None:
+    k = fitted(e, got, deltas)
+    known = of_mistakes(e, got, dtype, deltas, k)
+    return of_any(e, got, dtype, deltas, k) if known is None else known
 
 
 def against(e: Expected, got: Array, k: Sequence[float], deltas: Sequence[Array], dtype: DType) -> Gap:
