@@ -34,7 +34,6 @@ DTYPES: dict[int, np.dtype[Any]] = {
     TensorProto.UINT8: np.dtype("u1"),
     TensorProto.BOOL: np.dtype("?"),
 }
-FIELDS = ("location", "offset", "length", "checksum")
 Span = tuple[int, int, str]  # begin, end, tensor
 
 
@@ -61,11 +60,11 @@ def read(path: Path) -> dict[str, Array]:
 
 def tensors(model: ModelProto) -> Iterator[tuple[str, TensorProto]]:
     for t in model.graph.initializer:
-        yield t.name, t
+        yield text(t.name), t
     for node in model.graph.node:
         for attribute in node.attribute if node.op_type == "Constant" and node.output else ():
             if attribute.name == "value" and attribute.HasField("t"):
-                yield node.output[0], attribute.t
+                yield text(node.output[0]), attribute.t
 
 
 def tensor(model: Path, name: str, proto: TensorProto, spans: dict[Path, list[Span]]) -> Array:
@@ -96,7 +95,7 @@ def beside(
     spans: dict[Path, list[Span]],
 ) -> Array:
     """A tensor in another file, mapped."""
-    said = {entry.key: entry.value for entry in proto.external_data}
+    said = {text(entry.key): text(entry.value) for entry in proto.external_data}
     file = inside(model, where, said.get("location", ""))
     size = file.stat().st_size
     offset = natural(where, "offset", said.get("offset", "0"))
@@ -131,10 +130,15 @@ def inside(model: Path, where: str, location: str) -> Path:
     return file
 
 
-def natural(where: str, what: str, text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 19):
-        raise Malformed(f"{where}: external_data {what} must be a natural number, found {show(text)}")
-    return int(text)
+def text(value: str | bytes) -> str:
+    """Protobuf hands out what is not UTF-8 as bytes."""
+    return value if isinstance(value, str) else value.decode("utf-8", "backslashreplace")
+
+
+def natural(where: str, what: str, digits: str) -> int:
+    if not (digits.isascii() and digits.isdigit() and len(digits) < 19):
+        raise Malformed(f"{where}: external_data {what} must be a natural number, found {show(digits)}")
+    return int(digits)
 
 
 def check_overlap(file: Path, spans: list[Span]) -> None:

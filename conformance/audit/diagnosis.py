@@ -168,7 +168,7 @@ def of_mistakes(e: Expected, got: Array, dtype: DType, deltas: list[Array], k: l
 
 
 def of_any(e: Expected, got: Array, dtype: DType, deltas: list[Array], k: list[float]) -> list[float] | None:
-    """Any other k. Rounding takes some of a small ΔW, and the fit with it: k is right when as much is kept as is due."""
+    """Any other k. Rounding takes some of a small ΔW, and the fit too: k is right when as much is kept as is due."""
     for _ in range(8):
         gap = against(e, got, k, deltas, dtype)
         if gap.fits and any(k):

@@ -230,7 +230,7 @@ def test_adapters_that_do_not_commute_are_found_in_the_wrong_order(tmp_path: Pat
     assert {f["detail"] for f in wrong(tmp_path / "merged")} == {"the adapters applied in reverse order"}
     refpeft.save(refpeft.merge(model, both[:1]), tmp_path / "one")
     audit(tmp_path / "one", folders)
-    assert {f["detail"] for f in wrong(tmp_path / "one")} == {"lora1 left out"}
+    assert {f["detail"] for f in wrong(tmp_path / "one")} == {"lora1: k = 0: left out"}
 
 
 # ── a change smaller than one unit ───────────────────────────────────────────────────────────────────────────────────
