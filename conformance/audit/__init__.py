@@ -147,11 +147,10 @@ def matched(
     wanted = [n for site in model.sites.values() for n in (site.weight, site.bias) if n in model.params]
     where = names.by_suffix([*wanted, *p.tied], found.tensors)
     if set(wanted) - where.keys():
-        left = {f: a for f, a in found.tensors.items() if f not in where.values()}
         sites = dict(model.sites)
         stream = merged_by_role(model, adapters, sites)
         missing = ((n, (want, model.params.get(n, want))) for n, want, _ in stream if n not in where)
-        by_what, flipped = names.by_content(missing, left)
+        by_what, flipped = names.by_content(missing, found.tensors, where.values())
         where |= by_what
     else:
         flipped = {}

@@ -4,7 +4,7 @@ By its name, as the model's class has it; under other prefixes and old names, as
 HF peft's wrapper. In an ONNX graph also by what is in it: exporters rename and transpose what MatMul multiplies by.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -47,31 +47,43 @@ def by_suffix(wanted: Iterable[str], found: Mapping[str, Array]) -> dict[str, st
 
 
 def by_content(
-    wanted: Iterable[tuple[str, tuple[Array, Array]]], left: Mapping[str, Array]
+    wanted: Iterable[tuple[str, tuple[Array, Array]]], found: Mapping[str, Array], named: Collection[str]
 ) -> tuple[dict[str, str], dict[str, bool]]:
     """Model's name → the file's, and whether the file has it transposed, by a sample of the numbers: those that should
-    be there, or the base's. `wanted` is walked once and nothing of it is kept. The best pairs are taken first."""
-    files = {f: a for f, a in left.items() if is_float(a.dtype) and a.ndim in (1, 2)}
+    be there, or the base's. `wanted` is walked once and nothing of it is kept. The best pairs are taken first.
+
+    What the file calls by a name (`named`), or what is taken already, stands for another tensor only if the numbers
+    are the same: exporters store equal tensors once."""
+    files = {f: a for f, a in found.items() if is_float(a.dtype) and a.ndim in (1, 2)}
     samples = {f: sample(a) for f, a in files.items()}
-    pairs: list[tuple[float, int, str, str]] = []
+    pairs: list[Pair] = []
     for name, (want, base) in wanted:
         for flip in (0, 1)[: want.ndim]:
             turned = [x.T if flip else x for x in (want, base)]
             fitting = [f for f, a in files.items() if a.shape == turned[0].shape]
             ours = [sample(x) for x in turned] if fitting else []
-            pairs += [(max(cosine(x, samples[f]) for x in ours), flip, name, f) for f in fitting]
-    return taken(pairs)
+            for f in fitting:
+                alike = max(cosine(x, samples[f]) for x in ours)
+                pairs.append((alike, any(same(x, samples[f]) for x in ours), bool(flip), name, f))
+    return taken(pairs, set(named))
 
 
-def taken(pairs: list[tuple[float, int, str, str]]) -> tuple[dict[str, str], dict[str, bool]]:
+Pair = tuple[float, bool, bool, str, str]  # how alike, the same numbers, transposed, model's name, the file's
+
+
+def taken(pairs: list[Pair], used: set[str]) -> tuple[dict[str, str], dict[str, bool]]:
     matched: dict[str, str] = {}
     flipped: dict[str, bool] = {}
-    used: set[str] = set()
-    for alike, flip, name, f in sorted(pairs, key=lambda pair: (-pair[0], pair[1], pair[2:])):
-        if alike >= ALIKE and name not in matched and f not in used:
-            matched[name], flipped[name] = f, bool(flip)
+    for alike, equal, flip, name, f in sorted(pairs, key=lambda p: (not p[1], -p[0], p[4] in used, *p[2:])):
+        if name not in matched and (equal or (alike >= ALIKE and f not in used)):
+            matched[name], flipped[name] = f, flip
             used.add(f)
     return matched, flipped
+
+
+def same(x: Array, y: Array) -> bool:
+    """To the rounding of any dtype."""
+    return bool(np.allclose(x, y, rtol=2**-7, atol=0.0))
 
 
 def sample(a: Array) -> Array:

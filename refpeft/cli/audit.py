@@ -171,7 +171,7 @@ def whole(findings: Findings, adapters: Sequence[str]) -> str:
 
 def reason(kind: str, of: Findings, n: int, adapted: int, them: str) -> str:
     """One kind of difference, in words."""
-    where = f"all {n} adapted tensors" if n == adapted and n > 1 else tensors(of)
+    where = f"all {n} adapted tensors" if n == adapted > 1 and all(f.adapters for f in of) else tensors(of)
     if kind == "base":
         return f"{them} {'was' if them == 'the adapter' else 'were'} not applied to {where}"
     if kind == "scaled":
