@@ -49,6 +49,7 @@ class Subject:
     named: dict[str, Array]
     originals: Mapping[str, str]
     ties: Mapping[str, str]  # those of the audited config.json
+    graph: bool
     seen: set[str] = field(default_factory=set)
 
 
@@ -60,7 +61,7 @@ def audit(model: Model, adapters: Sequence[Adapter], labels: Sequence[str], foun
     adapters = [in_float64(a) for a in model.fitting(adapters)]
     yield from settings(p, found.config)
     named, originals = matched(model, adapters, p, found)
-    s = Subject(model, adapters, labels, p, named, originals, ties(p, found.config))
+    s = Subject(model, adapters, labels, p, named, originals, ties(p, found.config), found.graph)
     sites = dict(model.sites)
     for name, want, role in merged_by_role(model, adapters, sites):
         own = {n for site in sites.values() for n in (site.weight, site.bias)}
@@ -166,8 +167,10 @@ def at_its_name(s: Subject, e: Expected, own: Collection[str]) -> Iterator[Findi
     name = e.name if e.name in s.named else next(iter(copies), s.ties.get(e.name, e.name))
     s.seen.update((name, e.name, *copies))
     if name not in s.named:
-        if not optional(s, e.name):
-            yield Finding(e.name, "missing", f"expected of shape {list(e.want.shape)}", adapters=tuple(e.adapters))
+        if not optional(s, e):
+            why = ": no tensor has its numbers, which may be folded into others" if s.graph else ""
+            words = f"expected of shape {list(e.want.shape)}{why}"
+            yield Finding(e.name, "missing", words, adapters=tuple(e.adapters))
         return
     for at in dict.fromkeys((name, *copies)):
         same = at != name and (s.named[at] is s.named[name] or np.array_equal(s.named[at], s.named[name]))
@@ -177,10 +180,11 @@ def at_its_name(s: Subject, e: Expected, own: Collection[str]) -> Iterator[Findi
             yield replace(judge(said, s.named[at]), stored_as=original if original != said.name else None)
 
 
-def optional(s: Subject, name: str) -> bool:
-    """A pooler that nothing reads."""
+def optional(s: Subject, e: Expected) -> bool:
+    """A pooler that nothing reads; in a graph also zeros, since exporters drop what adds nothing."""
     site = s.model.sites.get("pooler")
-    return site is not None and "pooler" not in s.model.config.head and name in (site.weight, site.bias)
+    unread = site is not None and "pooler" not in s.model.config.head and e.name in (site.weight, site.bias)
+    return unread or (s.graph and not e.want.any())
 
 
 def ties(p: Plan, config: Mapping[str, Any] | None) -> Mapping[str, str]:

@@ -214,8 +214,9 @@ def unexplained(e: Expected, got: Array, dtype: DType, gap: Gap) -> dict[str, An
     words = f"off by {gap.worst:.3g} units of {got.dtype.name} at most, by {share:.2g} of ‖ΔW‖"
     if abs(gap.kept - gap.due) <= KEPT and (gap.worst <= 4 * gap.limit or share < 2**-6):
         return {"verdict": "coarse", "detail": f"{words}: {coarseness(share, got.dtype)}"}
-    rest = foreign(e, got, dtype, gap)["detail"].partition(": ")[2]
-    return {"verdict": "differs", "detail": f"{words}; along ΔW it has {gap.kept:.3g} times its length; {rest}"}
+    n = low_rank(e.want, got, dtype)
+    rest = f"; the rest is a matrix of rank {n}, as other adapters make" if n else ""
+    return {"verdict": "differs", "detail": f"{words}; along ΔW it has {gap.kept:.3g} times its length{rest}"}
 
 
 def coarseness(share: float, dtype: DType) -> str:
@@ -241,14 +242,15 @@ def foreign(e: Expected, got: Array, dtype: DType, gap: Gap) -> dict[str, Any]:
     away = math.sqrt(sum(float(np.nansum((g - b) ** 2)) for g, b in blocks(got, e.base)))
     size = math.sqrt(sum(float(np.nansum(b**2)) for (b,) in blocks(e.base)))
     far = f"‖W′ − W‖/‖W‖ = {away / size:.3g}" if size else f"‖W′‖ = {away:.3g} where the base has zeros"
-    n = low_rank(e, got, dtype)
+    n = low_rank(e.base, got, dtype)
     why = f", a change of rank {n}, as some other adapter makes" if n else ""
     return {"verdict": "foreign", "detail": f"differs from the base's: {far}{why}"}
 
 
-def low_rank(e: Expected, got: Array, dtype: DType) -> int | None:
+def low_rank(base: Array, got: Array, dtype: DType) -> int | None:
+    """The rank of the difference, where it is low and more than rounding."""
     if got.ndim != 2:
         return None
-    D = got.astype(np.float64) - e.base
-    noise = math.sqrt(sum(float(np.sum(spacing(dtype, np.abs(b)) ** 2)) for (b,) in blocks(e.base))) / 3
+    D = got.astype(np.float64) - base
+    noise = math.sqrt(sum(float(np.sum(spacing(dtype, np.abs(b)) ** 2)) for (b,) in blocks(base))) / 3
     return rank(D, noise)
