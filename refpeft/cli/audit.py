@@ -147,7 +147,8 @@ def verdict(findings: Findings, adapters: Sequence[str]) -> list[str]:
     parts = [f"{counts['equal']} equal"] if counts["equal"] else []
     if worst:
         parts.append(f"{counts['rounding']} equal to rounding ({worst.worst:.2g} units of {worst.dtype} at most)")
-    parts += [f"{n} {name}" for name, n in counts.items() if name not in ("equal", "rounding")]
+    names = {"base": "not applied", "foreign": "not the base's"}
+    parts += [f"{n} {names.get(name, name)}" for name, n in counts.items() if name not in ("equal", "rounding")]
     said.append(f"{len(findings)} tensors: {', '.join(parts)}.")
     renamed = [f for f in findings if f.stored_as]
     if renamed:

@@ -281,7 +281,7 @@ def test_the_version() -> None:
     assert run("--version").stdout == f"refpeft {refpeft.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["check", "replay", "report", "targets", "mutants", "methods"])
+@pytest.mark.parametrize("command", ["check", "replay", "report", "targets", "mutants", "methods", "audit"])
 def test_every_command_explains_itself(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
