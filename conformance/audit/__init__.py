@@ -57,6 +57,9 @@ def audit(model: Model, adapters: Sequence[Adapter], labels: Sequence[str], foun
     """A finding for every tensor of the merged model, then for what else is, or is not, in the file.
 
     `labels`: what to call the adapters."""
+    for a in adapters:
+        if not hasattr(METHODS[a.method], "merge"):
+            raise ValueError(f"{a.method} adapters do not change weights, so that no merged model can hold them")
     p = plan(model.source)
     adapters = [in_float64(a) for a in model.fitting(adapters)]
     yield from settings(p, found.config)
@@ -125,7 +128,7 @@ def variants(adapters: Sequence[Adapter], labels: Sequence[str], path: str) -> I
 
 
 def altered_ways(a: Adapter, path: str) -> Iterator[tuple[str, Adapter]]:
-    if hasattr(a.config, "lora_alpha"):
+    if hasattr(a.config, "alpha_pattern"):
         for words, k in known_of(a, path).items():
             config = replace(a.config, lora_alpha=k * a.at(path).lora_alpha, alpha_pattern={})
             yield (words if k else "B A left out, the magnitude m applied"), a.replace(config=config)

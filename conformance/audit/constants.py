@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 Constants = Mapping[str, float]  # words → k
@@ -16,7 +17,7 @@ def constants(whole: Any, cfg: Any) -> Constants:
 
     Where s has a value for which a mistake does nothing (k = 1), it is no mistake."""
     known = {LEFT_OUT: 0.0, "applied twice": 2.0, "subtracted": -1.0}
-    if not hasattr(cfg, "lora_alpha") or not cfg.lora_alpha:
+    if not all(getattr(cfg, name, 0) for name in ("lora_alpha", "r", "scale")) or not hasattr(cfg, "use_rslora"):
         return known
     s, r, α = cfg.scale, cfg.r, cfg.lora_alpha
     root = math.sqrt(r)
@@ -35,8 +36,6 @@ def constants(whole: Any, cfg: Any) -> Constants:
 
 
 def scale(cfg: Any, **changed: Any) -> float:
-    from dataclasses import replace
-
     return float(replace(cfg, **changed).scale)
 
 

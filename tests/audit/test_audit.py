@@ -84,7 +84,7 @@ def test_a_merge_stored_in_a_narrower_dtype_holds(dtype: str, tmp_path: Path) ->
     assert {f["dtype"] for f in findings(merged)} == {dtype}
 
 
-@pytest.mark.parametrize("method", refpeft.METHODS)
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
 @pytest.mark.parametrize("family", TARGETS)
 def test_our_own_merges_are_equal_in_float64(method: str, family: str, tmp_path: Path) -> None:
     folders = made(tmp_path, family, np.float64, (method,))
