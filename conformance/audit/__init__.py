@@ -12,17 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from refpeft.adapter import Adapter
+from refpeft.adapter import Adapter, substitutes
 from refpeft.checkpoint.families import Plan, plan
 from refpeft.checkpoint.safetensors import Malformed, show
 from refpeft.conformance.audit import names
+from refpeft.conformance.audit.compare import is_float
 from refpeft.conformance.audit.constants import Constants, constants
 from refpeft.conformance.audit.diagnosis import RIGHT_ONES, VERDICTS, Expected, Finding, judge
 from refpeft.methods import METHODS
 from refpeft.model import Model, Site
 from refpeft.part import stored
 from refpeft.stream import in_float32, merged_by_role
-from refpeft.tune import merged_part
+from refpeft.tune import mergeable, merged_part, substituted
 
 __all__ = ["RIGHT_ONES", "VERDICTS", "Expected", "Finding", "Found", "audit", "judge"]
 
@@ -43,6 +44,7 @@ class Subject:
     """The model, its adapters in float64, and the tensors of the file by the model's names."""
 
     model: Model
+    placed: Model  # with the tensors in place that adapters substitute for its own
     adapters: Sequence[Adapter]
     labels: Sequence[str]
     plan: Plan
@@ -57,14 +59,13 @@ def audit(model: Model, adapters: Sequence[Adapter], labels: Sequence[str], foun
     """A finding for every tensor of the merged model, then for what else is, or is not, in the file.
 
     `labels`: what to call the adapters."""
-    for a in adapters:
-        if not hasattr(METHODS[a.method], "merge"):
-            raise ValueError(f"{a.method} adapters do not change weights, so that no merged model can hold them")
+    mergeable(adapters)
     p = plan(model.source)
     adapters = [in_float64(a) for a in model.fitting(adapters)]
     yield from settings(p, found.config)
     named, originals = matched(model, adapters, p, found)
-    s = Subject(model, adapters, labels, p, named, originals, ties(p, found.config), found.graph)
+    placed, _ = substituted(model, adapters)
+    s = Subject(model, placed, adapters, labels, p, named, originals, ties(p, found.config), found.graph)
     sites = dict(model.sites)
     for name, want, role in merged_by_role(model, adapters, sites):
         own = {n for site in sites.values() for n in (site.weight, site.bias)}
@@ -77,8 +78,11 @@ def audit(model: Model, adapters: Sequence[Adapter], labels: Sequence[str], foun
 def in_float64(a: Adapter) -> Adapter:
     """So that what is computed with it is exact enough to judge by; tensors that it carries whole stay as they are."""
     whole = {full for _, tensors in a.by_module.values() for full in tensors.values()}
-    params = {n: v if n in whole else v.astype(np.float64) for n, v in a.params.items()}
-    return a.replace(params=params, frozen={n: v.astype(np.float64) for n, v in a.frozen.items()}, masks={})
+
+    def wide(values: Mapping[str, Array]) -> dict[str, Array]:
+        return {n: v.astype(np.float64) if is_float(v.dtype) and n not in whole else v for n, v in values.items()}
+
+    return a.replace(params=wide(a.params), frozen=wide(a.frozen), masks={})
 
 
 # ── what the tensor should be, and what it might be ──────────────────────────────────────────────────────────────────
@@ -86,14 +90,14 @@ def in_float64(a: Adapter) -> Adapter:
 
 def expected(s: Subject, sites: Mapping[str, Site], name: str, want: Array, role: str | None) -> Expected:
     if role is None:
-        return Expected(name, want, want)
+        return unfolded(s, name, want)
     site, path = s.model.sites[role], s.model.sites[role].path
     weight = name == sites[role].weight
     base = s.model.params[site.weight] if weight else s.model.params.get(site.bias, np.zeros_like(want))
-    own = [n for n, a in enumerate(s.adapters) if path in a.by_module]
+    own = [n for n, a in enumerate(s.adapters) if path in a.by_module and not substitutes(a)]
 
     def made(adapters: Sequence[Adapter]) -> Array:
-        part = in_float32(s.model.part(role))
+        part = in_float32(s.placed.part(role))
         W, b = merged_part(adapters, part)
         value: Array | None = stored(part.kind, W) if weight else b
         return base if value is None else value
@@ -107,6 +111,17 @@ def expected(s: Subject, sites: Mapping[str, Site], name: str, want: Array, role
 
     known = [known_of(s.adapters[n], path) for n in own]
     return Expected(name, want, base, [s.labels[n] for n in own], known, len(s.adapters) == 1, alone, mistakes)
+
+
+def unfolded(s: Subject, name: str, want: Array) -> Expected:
+    """A tensor that is the model's own, or that an adapter substitutes for it."""
+    base = s.model.params.get(name, want)
+    if base is want or base.shape != want.shape:
+        return Expected(name, want, want)
+    by = [label for a, label in zip(s.adapters, s.labels, strict=True) if substitutes(a)]
+    known: Constants = {"left out": 0.0, "applied twice": 2.0}
+    alone = [want.astype(np.float64) - base]
+    return Expected(name, want, base, by[-1:], [known], len(s.adapters) == 1, lambda: alone)
 
 
 def known_of(a: Adapter, path: str) -> Constants:

@@ -407,3 +407,28 @@ def test_no_second_model_is_held(tmp_path: Path) -> None:
     largest = 512 * 64 * 8
     assert peak < 16 * largest
     assert sum(a.nbytes for a in tensors.values()) > 16 * largest / 2
+
+
+MERGEABLE = [name for name, m in refpeft.METHODS.items() if hasattr(m, "merge") or hasattr(m, "merge_model")]
+FIELDS = {
+    "trainable_tokens": {"token_indices": [1, 2]},
+    "bitfit": {"biases": "all"},
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("method", MERGEABLE)
+def test_every_method_that_merges_is_found_merged_or_not(method: str, dtype: str) -> None:
+    from refpeft.conformance.audit import Found
+    from refpeft.conformance.audit import audit as run
+
+    model = tiny("gpt2", dtype=np.dtype(dtype))
+    adapter = refpeft.init(method, FIELDS.get(method, {}), model)
+    rng = np.random.default_rng(0)
+    moved = {n: (v + 0.1 * rng.normal(size=v.shape)).astype(v.dtype) for n, v in adapter.params.items()}
+    adapter = adapter.replace(params=moved)
+    merged = refpeft.merge(model, adapter)
+    assert all(f.right for f in run(model, [adapter], ["a"], Found(dict(merged.params), merged.source)))
+    found = [f for f in run(model, [adapter], ["a"], Found(dict(model.params), model.source)) if not f.right]
+    assert found
+    assert {f.verdict for f in found} <= {"base", "foreign"}
