@@ -85,13 +85,20 @@ def make(name: str, s: Setting) -> Objective:
         return Objective(lambda rows, rng: classes(rows, s), class_loss)
     if name == "masked":
         return Objective(lambda rows, rng: masked(rows, rng, s), token_loss)
-    pair = {
-        "span-corruption": lambda row, rng: span_corruption(row["input_ids"], rng, s),
-        "lm-adaptation": lambda row, rng: lm_adaptation(row["input_ids"], rng, s),
-        "span-corruption-sentinel": lambda row, rng: (row["input_ids"], [s.sentinel_id, *row["labels"]]),
-    }.get(name, lambda row, rng: (row["input_ids"], row.get("labels")))
     loss = token_loss if s.encoder_decoder else next_token_loss
-    return Objective(lambda rows, rng: pairs([pair(row, rng) for row in rows], s), loss)
+    return Objective(lambda rows, rng: pairs([pair(name, row, rng, s) for row in rows], s), loss)
+
+
+def pair(name: str, row: Row, rng: np.random.Generator, s: Setting) -> tuple[Ids, Ids | None]:
+    """x and y of a row; no y where all of x is to be predicted."""
+    ids = row["input_ids"]
+    if name == "span-corruption":
+        return span_corruption(ids, rng, s)
+    if name == "lm-adaptation":
+        return lm_adaptation(ids, rng, s)
+    if name == "span-corruption-sentinel":
+        return ids, [s.sentinel_id, *row["labels"]]
+    return ids, row.get("labels")
 
 
 def needed(name: str, s: Setting) -> list[str]:
@@ -120,7 +127,7 @@ def pairs(rows: Sequence[tuple[Ids, Ids | None]], s: Setting) -> Batch:
 
 
 def causal(xs: Sequence[Ids], ys: Sequence[Ids | None], s: Setting) -> Batch:
-    """Text, labels its own ids; or x followed by y, with labels on y.      transformers: DataCollatorForLanguageModeling
+    """Text, labels its own ids; or x followed by y, with labels on y.     transformers: DataCollatorForLanguageModeling
 
     Where implementations differ: transformers takes the label away wherever the id is that of padding, hence from the
     end of text too if they share an id; here only padding is padding.
@@ -131,7 +138,7 @@ def causal(xs: Sequence[Ids], ys: Sequence[Ids | None], s: Setting) -> Batch:
 
 
 def seq2seq(xs: Sequence[Ids], ys: Sequence[Ids], s: Setting) -> Batch:
-    """x to the encoder, y shifted to the right to the decoder.      transformers: DataCollatorForSeq2Seq, _shift_right"""
+    """x to the encoder, y shifted to the right to the decoder.     HF: DataCollatorForSeq2Seq, _shift_right"""
     labels = padded(ys, IGNORE)
     shifted = np.concatenate([np.full((len(ys), 1), s.start_id), labels[:, :-1]], axis=1)
     return inputs(xs, s.pad_id) | {
