@@ -3,7 +3,7 @@
     objective = objectives.make("masked", Setting(mask_id=4, vocab=30522))
     batch = objective.batch(rows, rng)                 # arrays, named and laid out as HF's data collators do
     logits, vjp = model(batch["input_ids"], adapter, attention_mask=batch["attention_mask"])
-    loss, dlogits = objective.loss(logits, batch)
+    loss, dlogits, n = objective.loss(logits, batch)   # n: of how many terms the loss is the mean
 
 A row holds `input_ids`, and where there is something to answer, `labels` (the target's ids) or `label` (a class, or a
 number). A batch is padded on the right; labels are −100 where nothing is predicted, and not yet shifted. All that is
@@ -32,11 +32,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refpeft.ops import Array, cross_entropy, mse
+from refpeft.ops import Array, Op, cross_entropy, mse
 
 Ids = Sequence[int]
 Row = Mapping[str, Any]
 Batch = dict[str, Array]
+Loss = tuple[Array, Array, int]
 IGNORE = -100
 NAMES = (
     "causal", "masked", "seq2seq", "span-corruption", "span-corruption-sentinel", "lm-adaptation", "classification",
@@ -71,7 +72,7 @@ class Setting:
 
 class Objective(NamedTuple):
     batch: Callable[[Sequence[Row], np.random.Generator], Batch]
-    loss: Callable[[Array, Batch], tuple[Array, Array]]
+    loss: Callable[[Array, Batch], Loss]
 
 
 def make(name: str, s: Setting) -> Objective:
@@ -171,7 +172,8 @@ def draw(rng: np.random.Generator, maskable: Array, vocab: int, p: float = 0.15)
     """
     chosen = rng.binomial(1, np.where(maskable, p, 0.0)) == 1
     masked_ = (rng.binomial(1, 0.8, maskable.shape) == 1) & chosen
-    random = (rng.binomial(1, 0.5, maskable.shape) == 1) & chosen & ~masked_
+    half = 0.1 / (1 - 0.8)  # not 0.5 to the last bit, and NumPy draws otherwise above 0.5
+    random = (rng.binomial(1, half, maskable.shape) == 1) & chosen & ~masked_
     words = np.zeros(maskable.shape, np.int64)
     words[random] = rng.integers(0, vocab, int(random.sum()))
     return Draws(chosen, masked_, random, words)
@@ -259,38 +261,34 @@ def ended(ids: Ids, s: Setting) -> Ids:
 # ── losses ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def terms(batch: Batch) -> int:
-    """How many terms the mean has: the weight of this batch beside others (`optim.accumulate`)."""
-    return int((batch["labels"] != IGNORE).sum())
-
-
 def aligned(out: Array, labels: Array) -> Array:
     """Virtual tokens of a prompt stand first and have nothing to predict."""
     return np.concatenate([np.full((len(labels), out.shape[1] - labels.shape[1]), IGNORE), labels], axis=1)
 
 
-def token_loss(out: Array, batch: Batch) -> tuple[Array, Array]:
+def token_loss(out: Array, batch: Batch) -> Loss:
     """L = −mean log p_t(label_t), and dL/dlogits.      logits [b, s, v]"""
-    return pulled(cross_entropy(out, aligned(out, batch["labels"])))
+    return mean_of(cross_entropy, out, aligned(out, batch["labels"]))
 
 
-def next_token_loss(out: Array, batch: Batch) -> tuple[Array, Array]:
+def next_token_loss(out: Array, batch: Batch) -> Loss:
     """L = −mean log p_t(label_{t+1}), and dL/dlogits."""
     labels = aligned(out, batch["labels"])
-    return pulled(cross_entropy(out, np.concatenate([labels[:, 1:], np.full_like(labels[:, :1], IGNORE)], axis=1)))
+    shifted = np.concatenate([labels[:, 1:], np.full_like(labels[:, :1], IGNORE)], axis=1)
+    return mean_of(cross_entropy, out, shifted)
 
 
-def class_loss(out: Array, batch: Batch) -> tuple[Array, Array]:
+def class_loss(out: Array, batch: Batch) -> Loss:
     """Cross entropy of logits [b, labels]; with one output, the squared distance to a number."""
     labels = batch["labels"]
     if out.shape[-1] == 1:
-        L, vjp = mse(out[:, 0], labels.astype(out.dtype))
-        dy = vjp(np.ones_like(L))[0]
-        assert dy is not None
-        return L, dy()[:, None]
-    return pulled(cross_entropy(out, labels))
+        return mean_of(mse, out, labels.astype(out.dtype)[:, None])
+    return mean_of(cross_entropy, out, labels)
 
 
-def pulled(op: tuple[Array, Callable[[Array], Any]]) -> tuple[Array, Array]:
-    L, vjp = op
-    return L, vjp(np.ones_like(L))[0]()
+def mean_of(op: Op, out: Array, labels: Array) -> Loss:
+    """The loss, its gradient, and how many terms it is the mean of: their weight beside others (`optim.accumulate`)."""
+    L, vjp = op(out, labels)
+    dout = vjp(np.ones_like(L))[0]
+    assert dout is not None
+    return L, dout(), int((labels != IGNORE).sum()) if op is cross_entropy else labels.size

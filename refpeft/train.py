@@ -12,7 +12,7 @@ that there is to save, and a run that is resumed from one goes on to the bit.
 
 Claims:
     T1  From equal states follow equal states: stopping and going on changes no bit.
-    T2  k batches of n accumulated give the gradient of one batch of k n (where terms are counted alike).
+    T2  k batches of n accumulated give the gradient of one batch of k n.
     T3  Every row is seen once before any is seen twice, in a new order each time.
 """
 
@@ -25,7 +25,7 @@ import numpy as np
 from refpeft import optim
 from refpeft.adapter import Adapter
 from refpeft.model import Model
-from refpeft.objectives import Batch, Objective, Row, terms
+from refpeft.objectives import Batch, Objective, Row
 from refpeft.ops import Array
 from refpeft.tune import dropout
 
@@ -103,8 +103,8 @@ def step(
     for k in range(plan.accumulate):
         turn = state.step * plan.accumulate + k
         batch = objective.batch([rows[n] for n in chosen(plan, len(rows), turn)], random(plan, turn, 0))
-        L, grads = gradient(model, dropped(adapter, model, batch, random(plan, turn, 1)), objective, batch)
-        parts.append((terms(batch), grads))
+        L, n, grads = gradient(model, dropped(adapter, model, batch, random(plan, turn, 1)), objective, batch)
+        parts.append((n, grads))
         losses.append(L)
     total = sum(w for w, _ in parts) or 1
     loss = sum(w * L for (w, _), L in zip(parts, losses, strict=True)) / total
@@ -115,11 +115,13 @@ def step(
     return State(state.step + 1, params, moments, np.append(state.losses, loss))
 
 
-def gradient(model: Model, adapter: Adapter, objective: Objective, batch: Batch) -> tuple[float, Mapping[str, Array]]:
-    """The loss of a batch, and the gradients of the adapter's parameters."""
+def gradient(
+    model: Model, adapter: Adapter, objective: Objective, batch: Batch
+) -> tuple[float, int, Mapping[str, Array]]:
+    """The loss of a batch, of how many terms it is the mean, and the gradients of the adapter's parameters."""
     out, vjp = model(batch["input_ids"], adapter, **{name: batch[name] for name in INPUTS if name in batch})
-    L, dout = objective.loss(out, batch)
-    return float(L), vjp(dout)
+    L, dout, n = objective.loss(out, batch)
+    return float(L), n, vjp(dout)
 
 
 def update(plan: Plan, model: Model, state: State, grads: Mapping[str, Array]) -> optim.Updated:
