@@ -1,0 +1,165 @@
+"""Training an adapter: one step after the other, as a function from state to state.
+
+    state = train.start(plan, adapter)
+    while state.step < plan.steps:
+        state = train.step(plan, model, adapter, objective, rows, state)
+
+One step: `accumulate` batches of `batch` rows each; the gradient of them all as if they were one batch
+(`optim.accumulate`); clipped to the global norm `clip`; one step of the optimiser with lr · schedule(step).
+
+Which rows a step sees, and all that it draws (masks, spans, dropout), depend on (seed, step) alone. So a state is all
+that there is to save, and a run that is resumed from one goes on to the bit.
+
+Claims:
+    T1  From equal states follow equal states: stopping and going on changes no bit.
+    T2  k batches of n accumulated give the gradient of one batch of k n.
+    T3  Every row is seen once before any is seen twice, in a new order each time.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from refpeft import optim
+from refpeft.adapter import Adapter
+from refpeft.model import Model
+from refpeft.objectives import Batch, Objective, Row
+from refpeft.ops import Array
+from refpeft.tune import dropout
+
+Optimizer = tuple[Callable[..., dict[str, Array]], Callable[..., optim.Updated], Mapping[str, Any]]
+OPTIMIZERS: Mapping[str, Optimizer] = {  # name → init, step, options
+    "sgd": (optim.sgd_init, optim.sgd, {}),
+    "adam": (optim.adam_init, optim.adam, {}),
+    "adamw": (optim.adam_init, optim.adamw, {}),
+    "adafactor": (optim.adafactor_init, optim.adafactor, {"relative_step": False, "scale_parameter": False}),
+}
+SCHEDULES = {"constant": optim.constant, "linear": optim.linear, "cosine": optim.cosine}
+INPUTS = ("attention_mask", "token_type_ids", "decoder_input_ids")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to train. `momentum` and `nesterov` are SGD's; `loraplus_ratio` η_B/η_A, with `loraplus_embedding` for
+    embeddings; `clip` 0 does not clip."""
+
+    steps: int = 100
+    batch: int = 8
+    lr: float = 1e-3
+    schedule: str = "linear"
+    warmup: int = 0
+    optimizer: str = "adamw"
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    nesterov: bool = False
+    accumulate: int = 1
+    clip: float = 0.0
+    loraplus_ratio: float | None = None
+    loraplus_embedding: float = 1e-6
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("batch", 1), ("accumulate", 1), ("warmup", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, found {getattr(self, name)}")
+        for name in ("lr", "weight_decay", "momentum", "clip", "loraplus_embedding"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be 0 or more, found {getattr(self, name)}")
+        if self.loraplus_ratio is not None and not 0 < self.loraplus_ratio < float("inf"):
+            raise ValueError(f"loraplus_ratio must be above 0, found {self.loraplus_ratio}")
+        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, found {getattr(self, name)!r}")
+        if self.optimizer != "sgd" and (self.momentum or self.nesterov):
+            raise ValueError(f"momentum and nesterov are options of sgd, not of {self.optimizer}")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0")
+
+
+@dataclass(frozen=True)
+class State:
+    """After `step` steps: the adapter's parameters, the optimiser's state, and the loss of every step [step]."""
+
+    step: int
+    params: Mapping[str, Array]
+    moments: Mapping[str, Array]
+    losses: Array = field(default_factory=lambda: np.zeros(0))
+
+
+def start(plan: Plan, adapter: Adapter) -> State:
+    init, _, _ = OPTIMIZERS[plan.optimizer]
+    return State(0, dict(adapter.params), init(adapter.params))
+
+
+def step(
+    plan: Plan, model: Model, adapter: Adapter, objective: Objective, rows: Sequence[Row], state: State
+) -> State:  # fmt: skip
+    """The state after one more step."""
+    adapter = adapter.replace(params=state.params)
+    parts: list[tuple[float, Mapping[str, Array]]] = []
+    losses: list[float] = []
+    for k in range(plan.accumulate):
+        turn = state.step * plan.accumulate + k
+        batch = objective.batch([rows[n] for n in chosen(plan, len(rows), turn)], random(plan, turn, 0))
+        L, n, grads = gradient(model, dropped(adapter, model, batch, random(plan, turn, 1)), objective, batch)
+        parts.append((n, grads))
+        losses.append(L)
+    total = sum(w for w, _ in parts) or 1
+    loss = sum(w * L for (w, _), L in zip(parts, losses, strict=True)) / total
+    grads = parts[0][1] if len(parts) == 1 else optim.accumulate(parts)
+    if plan.clip:
+        grads, _ = optim.clip_by_global_norm(grads, plan.clip)
+    params, moments = update(plan, model, state, grads)
+    return State(state.step + 1, params, moments, np.append(state.losses, loss))
+
+
+def gradient(
+    model: Model, adapter: Adapter, objective: Objective, batch: Batch
+) -> tuple[float, int, Mapping[str, Array]]:
+    """The loss of a batch, of how many terms it is the mean, and the gradients of the adapter's parameters."""
+    out, vjp = model(batch["input_ids"], adapter, **{name: batch[name] for name in INPUTS if name in batch})
+    L, dout, n = objective.loss(out, batch)
+    return float(L), n, vjp(dout)
+
+
+def update(plan: Plan, model: Model, state: State, grads: Mapping[str, Array]) -> optim.Updated:
+    """The optimiser's step with this step's learning rate, or rates."""
+    _, turn, options = OPTIMIZERS[plan.optimizer]
+    if plan.optimizer == "sgd":
+        options = {"momentum": plan.momentum, "nesterov": plan.nesterov}
+    factor = SCHEDULES[plan.schedule](state.step, plan.warmup, plan.steps)
+    if plan.loraplus_ratio is None:
+        return turn(state.params, grads, state.moments, lr=plan.lr * factor, weight_decay=plan.weight_decay, **options)
+    norms = [site.path for site in model.sites.values() if site.kind in ("layer_norm", "rms_norm")]
+    rates, decays = optim.loraplus(
+        state.params, plan.lr, plan.loraplus_ratio, plan.weight_decay, plan.loraplus_embedding, norms
+    )
+    rates = {name: lr * factor for name, lr in rates.items()}
+    return turn(state.params, grads, state.moments, lr=rates, weight_decay=decays, **options)
+
+
+def random(plan: Plan, turn: int, use: int) -> np.random.Generator:
+    """A generator of its own for every batch and use."""
+    return np.random.default_rng([plan.seed, 1, turn, use])
+
+
+def chosen(plan: Plan, count: int, turn: int) -> list[int]:
+    """The rows of batch number `turn`: the next ones of an endless row of permutations of all."""
+    places = range(turn * plan.batch, (turn + 1) * plan.batch)
+    orders = {n // count: np.random.default_rng([plan.seed, 0, n // count]).permutation(count) for n in places}
+    return [int(orders[n // count][n % count]) for n in places]
+
+
+def dropped(adapter: Adapter, model: Model, batch: Batch, rng: np.random.Generator) -> Adapter:
+    """With fresh dropout masks, if the method has them."""
+    if not getattr(adapter.config, "lora_dropout", 0):
+        return adapter
+    if "decoder_input_ids" in batch:
+        raise ValueError("lora_dropout must be 0 for encoder-decoder models, whose masks are not drawn here")
+    return dropout(adapter, model, batch["input_ids"].shape, seed=int(rng.integers(2**62)))
+
+
+def trained(adapter: Adapter, state: State) -> Adapter:
+    return replace(adapter, params=state.params, masks={})
