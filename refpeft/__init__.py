@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from refpeft.adapter import Adapter, by_row
     from refpeft.check import check_model, check_op
     from refpeft.checkpoint import load, load_adapter, save, save_adapter
+    from refpeft.intrinsic import intrinsic_dimension
     from refpeft.methods import METHODS
     from refpeft.model import Model
     from refpeft.prompts import drop_encoder, ensembled, nearest, vote
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "METHODS", "Adapter", "Model", "by_row", "check_model", "check_op", "drop_encoder", "dropout", "ensembled", "init",
-    "load", "load_adapter", "merge", "nearest", "save", "save_adapter", "vote",
+    "intrinsic_dimension", "load", "load_adapter", "merge", "nearest", "save", "save_adapter", "vote",
 ]  # fmt: skip
 __version__ = "0.1.0"
 SPEC_VERSION = "1"  # of what the methods compute: changes when a formula does, see CHANGELOG.md
@@ -32,6 +33,7 @@ HOME = {  # where each name lives: imported when it is first used, so that `refp
     "adapter": ("Adapter", "by_row"),
     "check": ("check_model", "check_op"),
     "checkpoint": ("load", "load_adapter", "save", "save_adapter"),
+    "intrinsic": ("intrinsic_dimension",),
     "methods": ("METHODS",),
     "model": ("Model",),
     "prompts": ("drop_encoder", "ensembled", "nearest", "vote"),

@@ -38,6 +38,13 @@ def test_own_gradient_tells_right_from_wrong(run: Run) -> None:
     assert wrong.endswith("wrong")
 
 
+def test_intrinsic_dimension_of_digits(run: Run, tmp_path: Path) -> None:
+    """The assertions are its own."""
+    said = run("intrinsic_dimension.py", "--quick", "--out", tmp_path)
+    assert "d₉₀" in said
+    assert (tmp_path / "intrinsic-dimension.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.ort
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
 def test_export_and_run(run: Run, tmp_path: Path, family: str) -> None:

@@ -313,3 +313,58 @@ def test_a_wrong_folder_is_refused(change: Any, message: str, tmp_path: Path) ->
     write(file, tensors)
     with pytest.raises(Malformed, match=message):
         refpeft.load_adapter(tmp_path / "adapter", model)
+
+
+# ── d90 ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("needed", "expected"), [(1, 1), (2, 2), (30, 32), (64, 64), (65, None)])
+def test_the_search_finds_the_smallest_dimension_that_suffices(needed: int, expected: int | None) -> None:
+    tried = []
+
+    def train(d: int) -> float:
+        tried.append(d)
+        return 0.9 if d >= needed else 0.89
+
+    grid = [1, 2, 4, 8, 16, 32, 64]
+    found = refpeft.intrinsic_dimension(train, full=1.0, dimensions=grid)
+    assert (found.dimension, found.threshold) == (expected, 0.9)
+    assert len(tried) == len(found.scores) == 3
+    assert [*found.scores] == sorted(tried)
+
+
+def test_the_search_trains_adapters_of_a_model() -> None:
+    """A gain of 1 has to become the target: the distance that is left falls to nothing when d reaches the size, 16."""
+    model = tiny("llama")
+    name = "model.norm.weight"
+    target = model.params[name] + np.random.default_rng(0).normal(size=16)
+    distance = np.linalg.norm(target - model.params[name])
+
+    def train(adapter: Adapter) -> float:
+        P = dense(adapter, "model.norm", "weight", 16)
+        θ = np.linalg.lstsq(P, target - model.params[name], rcond=None)[0]
+        merged = refpeft.merge(model, adapter.replace(params={"did.theta": θ}))
+        return float(1 - np.linalg.norm(merged.params[name] - target) / distance)
+
+    config = {"target_modules": [name]}
+    found = refpeft.intrinsic_dimension(train, 1.0, range(1, 21), model, "did", config, share=0.999)
+    assert found.dimension == 16
+    loose = refpeft.intrinsic_dimension(train, 1.0, range(1, 21), model, "did", config, share=0.3)
+    assert loose.dimension is not None
+    assert loose.dimension < 16
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dimensions": []}, "dimensions must be positive and increase, found \\[\\]"),
+        ({"dimensions": [4, 4]}, "found \\[4, 4\\]"),
+        ({"dimensions": [0, 4]}, "found \\[0, 4\\]"),
+        ({"full": 0.0}, "full must be positive"),
+        ({"share": 1.5}, "share in \\(0, 1\\], found 1.0 and 1.5"),
+    ],
+)
+def test_a_search_that_makes_no_sense_is_refused(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"train": float, "full": 1.0, "dimensions": [1, 2], **change}
+    with pytest.raises(ValueError, match=message):
+        refpeft.intrinsic_dimension(**arguments)
