@@ -24,7 +24,8 @@ class Adapter:
     `params` are all that is trained, by name: '<module>.lora_A.weight', …; a parameter with the name of one of the
     model's own tensors ('score.weight', from `modules_to_save` or `bias`) stands in its place. `frozen` are companions
     that are never trained. `masks` are dropout masks by module, as arguments of the function. `rows` [b] of bool says
-    which rows of the batch the adapter is for (None: all).
+    which rows of the batch the adapter is for (None: all); of an ensemble of prompts, `rows` of integers say which of
+    them each row has.
     """
 
     method: str
@@ -84,7 +85,7 @@ def each(adapters: Sequence[Adapter], model: "Model") -> Hooks:
     for k, adapter in enumerate(adapters):
         if make_hooks := getattr(METHODS[adapter.method], "hooks", None):
             own = make_hooks(adapter, k, model)
-            own = own if adapter.rows is None else only(adapter.rows, own)
+            own = own if adapter.rows is None or numbered(adapter) else only(adapter.rows, own)
             (first if substitutes(adapter) else then).append(own)
     return compose([*first, *then]) if first or len(then) > 1 else then[0]
 
@@ -143,10 +144,15 @@ def alone(adapters: Sequence[Adapter], path: str) -> None:
 
 def check_rows(adapters: Sequence[Adapter], b: int) -> None:
     """`rows` must say of each of the b rows of a batch whether the adapter is for it."""
-    for rows in (a.rows for a in adapters):
+    for rows in (a.rows for a in adapters if not numbered(a)):
         given = isinstance(rows, list | tuple | np.ndarray)
         if given and not (isinstance(rows, np.ndarray) and rows.dtype == bool and rows.shape == (b,)):
             raise ValueError(f"rows must be an array of booleans, one for each of the {b} rows of ids, found {rows!r}")
+
+
+def numbered(adapter: Adapter) -> bool:
+    """Do its rows say which of several prompts each row of the batch has? Then the method itself checks them."""
+    return hasattr(METHODS[adapter.method], "ENSEMBLES") and np.asarray(adapter.rows).dtype.kind in "iu"
 
 
 def by_row(adapters: Sequence[Adapter], which: Array) -> list[Adapter]:

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 KEYS = {"P": (prompts.P, None)}
 SHARED = {"P": prompts.P, "H": "embedding.weight", "LSTM": "lstm_head.", "MLP": "mlp_head."}
 FROZEN = ()
+ENSEMBLES = True  # `prompts.ensemble` may put several into one adapter
 H, LSTM, MLP = "embedding.weight", "lstm_head", "mlp_head"
 
 

@@ -54,6 +54,7 @@ __all__ = ["Config", "complete", "hooks", "init_model"]
 KEYS = {"P": (prompts.P, None)}
 SHARED = {"P": prompts.P}
 FROZEN = ()
+ENSEMBLES = True  # `prompts.ensemble` may put several into one adapter
 INITS = ("RANDOM", "UNIFORM", "SAMPLE_VOCAB", "TEXT", "CLASS_LABELS")
 
 
