@@ -15,7 +15,8 @@ first, and "old" means: below t.
 
 Claims:
     V1  The rows of old tokens stay as they are, to the bit, so that on old ids nothing changes but that there are more
-        logits: the first v are those of before.
+        logits: the first v are those of before (to the bit as well, as far as the order in which BLAS adds up the terms
+        of one does not depend on how many others there are).
     V2  From t on, ids are valid that were not, as many as there are new tokens, and each is one token of a text.
     V3  subword_mean: the embedding of a new token, and its logit, are the means of those of the tokens it was made of.
     V4  mean: whatever the text, no old token's log-probability falls by more than log(1 + k/v), k with padding (for
@@ -38,6 +39,7 @@ Where implementations differ:
     * `mean` in transformers (resize_token_embeddings, whose default it is since 4.46) is a draw from N(μ, 10⁻⁹ Σ) with
       the old rows' covariance Σ, and μ itself where Σ is singular, as it is for v ≤ d. Hewitt draws from N(μ, Σ)
       scaled down; that new rows differ at first does not matter, since their gradients do. Here it is μ.
+    * In transformers (5.24) the bias of a tied masked LM (BERT) gets zeros even so, and V4 does not hold there.
     * transformers takes the number of rows wanted, which is less than the model has where it was padded (Qwen2), and
       then cuts rows off. Here nothing is ever cut.
     * transformers takes the mean over padding rows too; here over those below t.
