@@ -11,7 +11,6 @@ of it or none.
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from onnx import ModelProto, TensorProto, checker
 
 import refpeft
 from refpeft.adapter import Adapter
+from refpeft.checkpoint import tokens
 from refpeft.checkpoint.folder import new_folder
 from refpeft.export import weights
 from refpeft.export.lowering import RULES
@@ -33,14 +33,6 @@ from refpeft.model import Model, Site, adapter_list
 DTYPES: Mapping[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16)}
 INLINE_LIMIT = 100_000_000  # bytes; inline weights are held in memory twice here, and once more by whoever loads them
 PROTOBUF_LIMIT = 2_000_000_000
-CARRIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-)
 Outputs = Mapping[str, Symbol]
 Report = Callable[[str], None]
 
@@ -200,9 +192,8 @@ def described(
 
 
 def carry_over(folder: Path, model: Model, adapters: Sequence[Adapter], result: Exported, source: Any) -> None:
-    for name in CARRIED if source is not None else ():
-        if (Path(source) / name).is_file():
-            shutil.copyfile(Path(source) / name, folder / name)
+    if source is not None:
+        tokens.carry(source, folder)
     card = {
         "format": "refpeft export",
         "refpeft": refpeft.__version__,

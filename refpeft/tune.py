@@ -39,7 +39,8 @@ def init(method: str, config: Any, model: Model, seed: int = 0) -> Adapter:
         part = model.part(role)
         for name, value in m.init(cfg.at(part.path), part, rng).items():
             (frozen if name in m.FROZEN else params)[f"{part.path}.{key(m, part.kind, name)}"] = value
-    params |= {name: model.params[tensor].copy() for name, tensor in saved_whole(cfg, model).items()}
+    if not hasattr(m, "merge_model"):  # which selects tensors itself, tied ones once
+        params |= {name: model.params[tensor].copy() for name, tensor in saved_whole(cfg, model).items()}
     return Adapter(method, cfg, params, frozen)
 
 

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -122,11 +123,20 @@ def resolve_ties(p: Plan, named: dict[str, Array]) -> None:
 
 def save(model: Model, path: str | os.PathLike[str]) -> None:
     """An HF folder that `load` and transformers read (config.json, model.safetensors), written whole or not at all."""
+    with folder.new_folder(path, needs=size(model)) as new:
+        write(model, new)
+
+
+def write(model: Model, new: Path) -> None:
+    """The files of a model, into a folder that is being made."""
     tensors = planned_tensors(model)
-    source = with_dtype(model.source, tensors)
-    with folder.new_folder(path) as new:
-        safetensors.write_json(new / "config.json", source)
-        safetensors.write(new / "model.safetensors", tensors)
+    safetensors.write_json(new / "config.json", with_dtype(model.source, tensors))
+    safetensors.write(new / "model.safetensors", tensors)
+
+
+def size(model: Model) -> int:
+    """The bytes of all tensors."""
+    return sum(a.nbytes for a in model.params.values())
 
 
 def planned_tensors(model: Model) -> dict[str, Array]:
