@@ -60,6 +60,19 @@ def other_tokens(first: Structure) -> Structure:
     return {**first, "token_indices": [9, 10]}
 
 
+def longer(first: Structure) -> Structure:
+    return {**first, "num_virtual_tokens": first["num_virtual_tokens"] + 1}
+
+
+POSITIONED = ("gpt2", "bert", "roberta")  # families with learned positions, behind which a prompt can be put
+PROMPT: Mapping[str, Sequence[Any]] = {"num_virtual_tokens": [2, 1, 3], "placement": ["before", "after_embedding"]}
+PREFIX: Mapping[str, Sequence[Any]] = {
+    "num_virtual_tokens": [2, 1, 3],
+    "prefix_projection": [False, True],
+    "encoder_hidden_size": [5, 3],
+    "position_shift": [True, False],
+}
+
 TRAITS: Mapping[str, Traits] = {
     "lora": Traits("L", second=other_rank),
     "rslora": Traits("R", second=other_rank),
@@ -71,6 +84,10 @@ TRAITS: Mapping[str, Traits] = {
     "trainable_tokens": Traits(
         "W", SELECTION, {"token_indices": [[2, 5], [7], [12, 3, 4]]}, fixed=embedding, second=other_tokens
     ),
+    "prompt_tuning": Traits(
+        "PT", (*RUNS, "model/causal", "model/padding", *LIVES), PROMPT, second=longer, families=POSITIONED
+    ),
+    "prefix_tuning": Traits("PX", (*RUNS, *TOKENS, *LIVES), PREFIX, second=longer),
 }
 LORA = ("lora", "rslora", "dora")
 
