@@ -80,7 +80,7 @@ def model_corners(
                 "config": config, "batch": [2, 3], "draw": n, **given,
             }
         )  # fmt: skip
-    return found
+    return [{**s, **setting} for s in found for setting in settings(info)]
 
 
 def able(wanted: Sequence[str], possible: Sequence[str] | None) -> list[str]:
@@ -96,6 +96,12 @@ def linears_of(info: Mapping[str, Any], family: str) -> list[str]:
 def options(info: Mapping[str, Any], method: str) -> Structure:
     """Where a method leaves a choice, what the target declares to have chosen."""
     return dict(info.get("options", {}).get(method, {}))
+
+
+def settings(info: Mapping[str, Any]) -> list[Structure]:
+    """All ways in which the target can be set that should make no difference."""
+    given = info.get("settings", {})
+    return [dict(zip(given, values, strict=True)) for values in itertools.product(*given.values())]
 
 
 FLOAT = ("float32", "float64")
@@ -151,6 +157,7 @@ def model(
         drawn = st.fixed_dictionaries({name: st.sampled_from(values) for name, values in traits.choices.items()})
         own = draw(drawn) | traits.fixed(family, architecture)
     floats = ["float32"] if family in ("llama", "qwen2") else ["float32", "float64"]
+    setting = draw(st.sampled_from(settings(info)))
     return {
         "method": method,
         "family": family,
@@ -160,5 +167,6 @@ def model(
         "config": own | options(info, method),
         "batch": [draw(st.integers(1, 2)), draw(st.integers(1, 5))],
         "draw": draw(st.integers(0, 3)),
+        **setting,
         **(given or {}),
     } | fixed

@@ -19,7 +19,7 @@ TARGETS: Mapping[str, tuple[str, str]] = {  # name → what it is, module:factor
 
 
 def open_target(name: str) -> Target:
-    """The target of this name: 'spec', 'peft', 'adapters', 'onnxruntime', 'program:CMD', 'python:pkg.mod:obj', 'mutant:NAME'."""
+    """The target of this name: one of TARGETS, with what its colon asks for: 'peft', 'program:CMD', 'mutant:NAME', …"""
     head, colon, rest = name.partition(":")
     known = TARGETS.get(head + colon)
     if known is None or (colon and not rest):

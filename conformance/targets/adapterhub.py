@@ -9,10 +9,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import adapters
+import adapters  # type: ignore[import-not-found, unused-ignore]
 import numpy as np
 import torch
-from adapters.methods.lora import LoRALayer, LoRAMergedLinear
+from adapters.methods.lora import (  # type: ignore[import-not-found, unused-ignore]
+    LoRALayer,
+    LoRAMergedLinear,
+)
 from transformers.pytorch_utils import Conv1D
 
 from refpeft.conformance.targets.base import Skip
@@ -33,6 +36,7 @@ class Place:
     there: Reshape
     back: Reshape
     pull: Reshape
+    copies: int = 1  # of ours, that are there
 
 
 def place(name: str, param: Any, *shape: int) -> Place:
@@ -59,7 +63,7 @@ def lora_config(config: Config, model: Any) -> Any:
     wanted = {spot(m) for m in chosen.values()}
     if out := [path for path, m in layers.items() if path not in chosen and spot(m) in wanted]:
         raise Skip(f"AdapterHub puts a LoRA at {out[0]} too")
-    matrices = [key for place, key in wanted if place == "selfattn_lora"]
+    matrices = [key for where, key in wanted if where == "selfattn_lora"]
     return adapters.LoRAConfig(
         selfattn_lora=bool(matrices), intermediate_lora=("intermediate_lora", None) in wanted,
         output_lora=("output_lora", None) in wanted, attn_matrices=["q", "k", "v"] if None in matrices else matrices,
@@ -67,9 +71,9 @@ def lora_config(config: Config, model: Any) -> Any:
     )  # fmt: skip
 
 
-def spot(module: Any) -> tuple[str, str | None] | None:
+def spot(module: Any) -> tuple[str, str | None]:
     """What of LoRAConfig decides whether this module is adapted."""
-    return (module.location_key, getattr(module, "attn_key", None)) if isinstance(module, LoRALayer) else None
+    return getattr(module, "location_key", ""), getattr(module, "attn_key", None)
 
 
 def lora_places(model: Any, adapter: str) -> Iterator[Place]:
@@ -89,7 +93,7 @@ def three(A: Place) -> Place:
         one = np.split(a, 3)[0]
         return one if np.array_equal(np.tile(one, (3, 1)), a) else a
 
-    return Place(A.name, A.param, lambda a: np.tile(a, (3, 1)), back, lambda g: np.stack(np.split(g, 3)).sum(0))
+    return Place(A.name, A.param, lambda a: np.tile(a, (3, 1)), back, lambda g: np.stack(np.split(g, 3)).sum(0), 3)
 
 
 # ── prompts and prefixes ─────────────────────────────────────────────────────────────────────────────────────────────

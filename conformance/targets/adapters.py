@@ -16,7 +16,7 @@ import numpy as np
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import adapters
+import adapters  # type: ignore[import-not-found, unused-ignore]
 import torch
 import transformers
 
@@ -40,6 +40,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {  # what of a method's options Adapt
     "prompt_tuning": {"placement": "after_embedding"},
     "prefix_tuning": {"position_shift": False, "input_size": tiny.WIDE["hidden_size"]},
 }
+SETTINGS = {"attention": ["sdpa", "eager"]}  # of transformers; the first is its default
 FEATURES = (
     "forward", "grads", "frozen", "change", "merge", "unmerge", "disable", "several", "delete", "save", "conv1d",
     "cache",
@@ -52,7 +53,8 @@ class AdapterHub:
         self.declared = {
             "name": "adapters", "version": adapters.__version__, "levels": ["model", "lifecycle"],
             "methods": list(METHODS), "dtypes": ["float32", "float64"], "features": list(FEATURES),
-            "families": [family for family in LINEARS if buildable(family)], "linears": LINEARS, "options": OPTIONS,
+            "families": [family for family in LINEARS if buildable(family)],
+            "linears": LINEARS, "options": OPTIONS, "settings": SETTINGS,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }  # fmt: skip
 
@@ -76,7 +78,7 @@ class AdapterHub:
 
 def adaptable(case: Case) -> Any:
     """transformers' model with the case's weights, ready for adapters."""
-    model = base_model(case)
+    model = base_model(case, case.meta.get("structure", {}).get("attention", "sdpa"))
     adapters.init(model)
     return model
 
@@ -114,7 +116,7 @@ class Whole:
     def __init__(self, case: Case) -> None:
         self.case, self.names = case, case.meta["active"]
         self.ids, self.mask = case.arrays["ids"], case.arrays.get("attention_mask")
-        self.model, self.plain = adaptable(case), False
+        self.model = adaptable(case)
         for name in self.names:
             add(case, self.model, name)
         self.model.set_active_adapters(self.names[0])
@@ -144,19 +146,14 @@ class Whole:
         self.model.train_adapter(self.names)
         self.model.eval()
 
-    def merge(self) -> None:
-        """The adapter in the weights, and nothing of it left beside them."""
-        for name in [] if self.plain else self.names:
-            self.model.merge_adapter(name)
-            self.model.delete_adapter(name)
-        self.plain = True
-
     def merged(self) -> Arrays:
-        self.merge()
-        return {f"merged/{n}": array(p) for n, p in self.model.named_parameters()}
+        """What is beside the adapter, which stays where it was when it is merged."""
+        self.model.merge_adapter(self.names[0])
+        own = {id(p.param) for p in places(self.case, self.model, self.names[0]).values()}
+        return {f"merged/{n}": array(p) for n, p in self.model.named_parameters() if id(p) not in own}
 
     def merged_logits(self) -> Arrays:
-        self.merge()
+        self.model.merge_adapter(self.names[0])
         return {"merged_logits": self.said(self.ids, self.mask)}
 
     def decoded(self) -> Arrays:
@@ -171,6 +168,8 @@ class Whole:
     def count(self) -> Arrays:
         """Without the head of the task, which AdapterHub always trains."""
         self.train()
+        if any(p.copies > 1 for name in self.names for p in places(self.case, self.model, name).values()):
+            raise Skip("AdapterHub has an A for each of Q, K and V")
         return {"count": np.array(sum(p.numel() for p in self.model.base_model.parameters() if p.requires_grad))}
 
 
@@ -232,6 +231,8 @@ class Session:
 
     def load(self, adapters: Sequence[str]) -> None:
         self.model = adaptable(self.case)
+        if self.case.meta["dtype"] != "float32":
+            raise Skip("load_adapter makes parameters of float32")
         for name in adapters:
             self.model.load_adapter(str(self.folder / name), load_as=name, use_safetensors=True, with_head=False)
         self.model.eval()
