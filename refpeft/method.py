@@ -17,7 +17,8 @@ A method that takes hold of a model elsewhere than at its layers has
     merge_model(adapter, model) → model      where it puts tensors in the place of the model's own, before all other
                                        methods act (`refpeft.selection`)
     complete(cfg, model) → cfg         if some fields of its config are facts of the model (None: as the model has it)
-    masks(cfg, model, rng) → masks     its dropout masks, if they are of its own parts and not of the model's layers
+    masks(cfg, model, rng, ids_shape) → masks      its dropout masks, if they are of its own parts and not of the
+                                       model's layers
     SHARED                             names in the formulae → in checkpoints, of parameters that all modules share;
                                        'mlp_head.' with its dot stands for all names that begin so
 
