@@ -6,18 +6,21 @@ gradient of A is the sum of theirs.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import adapters  # type: ignore[import-not-found, unused-ignore]
 import numpy as np
 import torch
+from adapters.methods.bottleneck import BottleneckLayer  # type: ignore[import-not-found, unused-ignore]
 from adapters.methods.lora import (  # type: ignore[import-not-found, unused-ignore]
     LoRALayer,
     LoRAMergedLinear,
 )
 from transformers.pytorch_utils import Conv1D
 
+from refpeft import methods
 from refpeft.conformance.targets.base import Skip
 from refpeft.method import matches
 from refpeft.methods.prefix_tuning import NAMES
@@ -131,9 +134,37 @@ def prefix_places(model: Any, adapter: str) -> Iterator[Place]:
         yield place(NAMES["P"], prefix.control_trans, prefix.config.prefix_length, -1)
 
 
+# ── bottlenecks ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+OURS = {"train_norms": False, "modules_to_save": None, "normed_input": False}  # of which AdapterHub has only this
+
+
+def bottleneck_config(method: str, config: Config, model: Any) -> Any:
+    """All of AdapterHub's fields, with the method's own defaults."""
+    fields = asdict(methods.METHODS[method].Config(**config))
+    for name, value in OURS.items():
+        if fields.pop(name) != value:
+            raise Skip(f"AdapterHub has no {name}")
+    return adapters.BnConfig(**fields | {"leave_out": list(fields["leave_out"])})
+
+
+def bottleneck_places(model: Any, adapter: str) -> Iterator[Place]:
+    for path, module in model.named_modules():
+        if not isinstance(module, BottleneckLayer) or adapter not in module.adapters:
+            continue
+        one = module.adapters[adapter]
+        down = next(m for m in one.adapter_down if isinstance(m, torch.nn.Linear))
+        layers = {"adapter_down": down, "adapter_up": one.adapter_up, "gate": getattr(one, "gate", None)}
+        layers |= {n: getattr(one, n, None) for n in ("adapter_norm_before", "adapter_norm_after")}
+        params = {f"{n}.{leaf}": getattr(m, leaf) for n, m in layers.items() if m for leaf in ("weight", "bias")}
+        params |= {"scaling": one.scaling} if isinstance(one.scaling, torch.nn.Parameter) else {}
+        yield from (place(f"{path}.adapters.{n}", p) for n, p in params.items())
+
+
 METHODS: Mapping[str, tuple[Callable[[Config, Any], Any], Callable[[Any, str], Iterator[Place]]]] = {
     "lora": (lora_config, lora_places),
     "dora": (lora_config, lora_places),
     "prompt_tuning": (prompt_config, prompt_places),
     "prefix_tuning": (prefix_config, prefix_places),
+    **{name: (partial(bottleneck_config, name), bottleneck_places) for name in ("houlsby", "pfeiffer", "parallel")},
 }

@@ -38,6 +38,7 @@ LINEARS = {  # of the layers that the suite adapts, those at which AdapterHub ha
 OPTIONS: Mapping[str, Mapping[str, Any]] = {  # what of a method's options AdapterHub has
     "dora": {"detach_norm": False},
     "prompt_tuning": {"placement": "after_embedding"},
+    "houlsby": {"train_norms": False},
     "prefix_tuning": {"position_shift": False, "input_size": tiny.WIDE["hidden_size"]},
 }
 SETTINGS = {"attention": ["sdpa", "eager"]}  # of transformers; the first is its default
