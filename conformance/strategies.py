@@ -80,7 +80,7 @@ def model_corners(
                 "config": config, "batch": [2, 3], "draw": n, **given,
             }
         )  # fmt: skip
-    return [{**s, **setting} for s in found for setting in settings(info)]
+    return [s | setting for s in found for setting in settings(info)]
 
 
 def able(wanted: Sequence[str], possible: Sequence[str] | None) -> list[str]:
@@ -99,9 +99,10 @@ def options(info: Mapping[str, Any], method: str) -> Structure:
 
 
 def settings(info: Mapping[str, Any]) -> list[Structure]:
-    """All ways in which the target can be set that should make no difference."""
+    """All ways in which the target can be set, which should make no difference."""
     given = info.get("settings", {})
-    return [dict(zip(given, values, strict=True)) for values in itertools.product(*given.values())]
+    ways = [dict(zip(given, values, strict=True)) for values in itertools.product(*given.values())]
+    return [{"settings": way} if way else {} for way in ways]
 
 
 FLOAT = ("float32", "float64")

@@ -79,7 +79,7 @@ class AdapterHub:
 
 def adaptable(case: Case) -> Any:
     """transformers' model with the case's weights, ready for adapters."""
-    model = base_model(case, case.meta.get("structure", {}).get("attention", "sdpa"))
+    model = base_model(case, case.meta.get("settings", {}).get("attention", "sdpa"))
     adapters.init(model)
     return model
 
