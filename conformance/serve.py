@@ -2,7 +2,8 @@
 
     python -m refpeft.conformance.serve TARGET
 
-speaks the protocol of `program:` (`refpeft.conformance.targets.program`); `refpeft check --python` starts it. A library that prints does so on stderr: standard output belongs to the answers.
+speaks the protocol of `program:` (`refpeft.conformance.targets.program`); `refpeft check --python` starts it.
+What a library prints goes to stderr: standard output belongs to the answers.
 """
 
 import json

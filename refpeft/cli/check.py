@@ -60,7 +60,7 @@ Python = Annotated[
     typer.Option(
         "--python",
         metavar="PATH",
-        help="Run the target by this python, of an environment that has its library and refpeft.",
+        help="Run the target by this python, which has its library and refpeft.",
     ),
 ]
 
@@ -302,6 +302,7 @@ NEEDS = {"peft": "peft", "adapters": "adapters", "onnxruntime": "onnxruntime"}  
 def targets(json_file: Json = None) -> None:
     """List what can be checked, and whether it is installed."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from refpeft.conformance.targets import TARGETS
@@ -312,7 +313,7 @@ def targets(json_file: Json = None) -> None:
     table.add_column("what it is")
     table.add_column("here", style="dim")
     for row in rows:
-        table.add_row(row["name"] + "…" * row["name"].endswith(":"), row["about"], row["here"])
+        table.add_row(row["name"] + "…" * row["name"].endswith(":"), row["about"], escape(row["here"]))
     Console(highlight=False).print(table)
     save(json_file, rows)
 
