@@ -37,15 +37,10 @@ class Entry:
         return (self.method, self.level, self.property) == (method, level, property)
 
     def explains(self, case: Case, kind: str | None) -> bool:
-        return kind == self.kind and all(fits(field(case.meta, name), value) for name, value in self.match.items())
+        return kind == self.kind and all(field(case.meta, name) == value for name, value in self.match.items())
 
     def read(self) -> Case:
         return Case.read(self.case)
-
-
-def fits(found: Any, value: Any) -> bool:
-    """The value itself, or one of a list of them."""
-    return bool(found == value) or (isinstance(value, list) and found in value)
 
 
 def field(meta: Any, dotted: str) -> Any:
