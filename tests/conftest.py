@@ -14,7 +14,7 @@ import pytest
 
 NEEDS = {  # marker → its libraries or programs, and what brings them
     "peft": (("torch", "transformers", "peft"), "the extra [peft]"),
-    "adapterhub": (("torch", "transformers", "adapters"), "adapters 1.3.0, in an environment of its own"),
+    "adapters": (("torch", "adapters"), "the extra [adapters], in an environment of its own"),
     "ort": (("onnxruntime",), "the extra [cpu] or [gpu]"),
     "node": (("node",), "node.js"),
 }
