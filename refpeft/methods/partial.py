@@ -15,12 +15,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from refpeft.selection import copies, hooks, merge_model, tensors
+from refpeft.selection import copies, hooks, merge_model, originals, tensors
 
 if TYPE_CHECKING:
     from refpeft.model import Model
 
-__all__ = ["FROZEN", "KEYS", "Config", "hooks", "init_model", "merge_model"]
+__all__ = ["FROZEN", "KEYS", "Config", "hooks", "init_model", "merge_model", "outline_model"]
 
 KEYS: Mapping[str, tuple[str | None, str | None]] = {}
 FROZEN = ()
@@ -51,4 +51,4 @@ def select(cfg: Config, model: "Model") -> Collection[str]:
     return [*tensors(model, top), *(t for t in tensors(model, head) if cfg.tied or t not in embedded)]
 
 
-init_model = copies(select)
+init_model, outline_model = copies(select), originals(select)
