@@ -11,7 +11,7 @@ from refpeft.config import Config, Site
 from refpeft.hooks import Block, Hooks, recall
 from refpeft.inputs import Inputs, last
 from refpeft.ops import Array, Vjp, activations, attention, pick, rope
-from refpeft.part import Back, Grads, Lazy, Once, Part, Run, Want, join, link, op_run, plus
+from refpeft.part import Back, Grads, Lazy, Once, Part, Run, Want, chain, join, link, op_run, plus
 
 Pair = tuple[Array, Array]
 
@@ -187,27 +187,6 @@ def mlp(m: Parts, at: str) -> Run:
         return z, back
 
     return gated if m.config.gated else plain
-
-
-def chain(*runs: Run) -> Run:
-    """One after the other."""
-
-    def run(x: Array) -> tuple[Array, Back]:
-        backs = []
-        for f in runs:
-            x, back_f = f(x)
-            backs.append(back_f)
-
-        def back(dy: Lazy, want: Want) -> tuple[Lazy, Grads]:
-            grads: Grads = {}
-            for back_f in reversed(backs):
-                dy, g = back_f(dy, want)
-                grads = join(grads, g)
-            return dy, grads
-
-        return x, back
-
-    return run
 
 
 def head_step(m: Parts, step: str, inputs: Inputs) -> Run:

@@ -219,3 +219,24 @@ def op_run(f: Op) -> Run:
         return y, back
 
     return run
+
+
+def chain(*runs: Run) -> Run:
+    """One after the other."""
+
+    def run(x: Array) -> tuple[Array, Back]:
+        backs = []
+        for f in runs:
+            x, back_f = f(x)
+            backs.append(back_f)
+
+        def back(dy: Lazy, want: Want) -> tuple[Lazy, Grads]:
+            grads: Grads = {}
+            for back_f in reversed(backs):
+                dy, g = back_f(dy, want)
+                grads = join(grads, g)
+            return dy, grads
+
+        return x, back
+
+    return run

@@ -183,7 +183,7 @@ def dropout(adapter: Adapter, model: Model, ids_shape: tuple[int, int], seed: in
     1/(1 − p), drawn from `seed` alone. Embeddings get none, since their inputs are ids (as in HF peft)."""
     own = getattr(METHODS[adapter.method], "masks", None)
     if own is not None:
-        return adapter.replace(masks=own(adapter.config, model, np.random.default_rng(seed)))
+        return adapter.replace(masks=own(adapter.config, model, np.random.default_rng(seed), ids_shape))
     rng, p = np.random.default_rng(seed), adapter.config.lora_dropout
     masks: dict[str, Array] = {}
     for role in targets(adapter.config, model) if p else ():
