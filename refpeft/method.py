@@ -219,4 +219,6 @@ DEFAULT_TARGETS = {  # HF peft's, where a config names none
     "qwen2": ("q_proj", "v_proj"),
     "bert": ("query", "value"),
     "roberta": ("query", "value"),
+    "deberta-v2": ("query_proj", "value_proj"),
+    "gpt3": ("q_proj", "v_proj"),  # Hu et al. 2021; for HF peft there is no such model
 }
