@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from refpeft.activations import ACTIVATIONS, sigmoid
+from refpeft.hollow import hollow
 from refpeft.hooks import Block, Hooks
 from refpeft.method import Phi, as_dtype, masked, narrows, together
 from refpeft.ops import Array, Op, Vjp, is_half, layer_norm, linear, op
@@ -216,14 +217,25 @@ def init_model(
     'houlsby' D and U from N(0, 10⁻⁴) within two standard deviations; 'bert' from N(0, 0.02²); 'mam_adapter' D from
     U(−1/√d, 1/√d) and U = 0, which changes nothing. w from N(0, 0.02²).
     """
+    outline, _ = outline_model(cfg, model, chosen)
+    whole = norms(model) if cfg.train_norms else {}
+    params = {n: a.copy() if n in whole else a for n, a in outline.items()}
+    for p in places(cfg, model):
+        for symbol in shapes(cfg, p.layer, model):
+            a = outline[name(p, symbol)]
+            params[name(p, symbol)] = start(cfg, symbol, a.shape, rng).astype(a.dtype)
+    return params, {}
+
+
+def outline_model(cfg: Config, model: "Model", chosen: Sequence[str]) -> tuple[dict[str, Array], dict[str, Array]]:
+    """The parameters of every adapter, and the model's norms."""
     params: dict[str, Array] = {}
     for p in places(cfg, model):
         like = model.params[model.sites[p.last].weight].dtype
         for symbol, shape in shapes(cfg, p.layer, model).items():
-            value = start(cfg, symbol, shape, rng)
-            params[name(p, symbol)] = value.astype(np.float32 if is_half(like) else like)
+            params[name(p, symbol)] = hollow(shape, np.float32 if is_half(like) else like)
     if cfg.train_norms:
-        params |= {n: model.params[tensor].copy() for n, tensor in norms(model).items()}
+        params |= {n: model.params[tensor] for n, tensor in norms(model).items()}
     return params, {}
 
 

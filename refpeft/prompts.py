@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from refpeft.hollow import hollow
 from refpeft.hooks import Hooks, Prompt
 from refpeft.method import as_dtype
 from refpeft.ops import Array, embedding, is_half, rows
@@ -100,6 +101,11 @@ def table(model: "Model") -> Array:
 def dtype_of(model: "Model") -> Any:
     """Of an adapter's own parameters: the embedding's, but float32 for 16 bits."""
     return np.dtype(np.float32) if is_half(table(model).dtype) else table(model).dtype
+
+
+def outline(cfg: Virtual, model: "Model") -> Array:
+    """P [n S, d], hollow."""
+    return hollow((cfg.total, table(model).shape[1]), dtype_of(model))
 
 
 def hooks(cfg: Virtual, P: Array, pull: Pull, model: "Model", of_rows: Array | None = None) -> Hooks:

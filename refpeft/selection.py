@@ -33,12 +33,22 @@ def copies(select: Select) -> Init:
     """`init_model` of the method that selects these tensors: φ = θ_S, in the model's order."""
 
     def init_model(cfg: Any, model: "Model", chosen: Sequence[str], rng: np.random.Generator) -> Any:
+        params, frozen = originals(select)(cfg, model, chosen)
+        return {name: a.copy() for name, a in params.items()}, frozen
+
+    return init_model
+
+
+def originals(select: Select) -> Init:
+    """`outline_model` likewise: θ_S itself."""
+
+    def outline_model(cfg: Any, model: "Model", chosen: Sequence[str]) -> Any:
         names = select(cfg, model)
         if not names:
             raise ValueError(f"the model has none of the tensors that {cfg} selects")
-        return {name: a.copy() for name, a in model.params.items() if name in names}, {}
+        return {name: a for name, a in model.params.items() if name in names}, {}
 
-    return init_model
+    return outline_model
 
 
 def hooks(adapter: "Adapter", k: int, model: "Model") -> Hooks:

@@ -22,13 +22,7 @@ MATRIX = (*LINEAR, "embedding")
 
 def init(method: str, config: Any, model: Model, seed: int = 0) -> Adapter:
     """A fresh adapter. `config`: the method's Config, or its fields as a dict; drawn from `seed` alone."""
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}: there are {', '.join(METHODS)}")
-    m = METHODS[method]
-    cfg = configured(m, method, config, model)
-    chosen = targets(cfg, model) if isinstance(cfg, Targets) else []
-    if hasattr(cfg, "fan_in_fan_out"):  # a fact of the layers, which HF peft wants to be told
-        cfg = replace(cfg, fan_in_fan_out=all(model.sites[role].kind == "conv1d" for role in chosen))
+    m, cfg, chosen = prepared(method, config, model)
     rng = np.random.default_rng(seed)
     params: dict[str, Array] = {}
     frozen: dict[str, Array] = {}
@@ -42,6 +36,18 @@ def init(method: str, config: Any, model: Model, seed: int = 0) -> Adapter:
     if not hasattr(m, "merge_model"):  # which selects tensors itself, tied ones once
         params |= {name: model.params[tensor].copy() for name, tensor in saved_whole(cfg, model).items()}
     return Adapter(method, cfg, params, frozen)
+
+
+def prepared(method: str, config: Any, model: Model) -> tuple[Method, Any, list[str]]:
+    """The method, its config with what the model says, and the targeted sites."""
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}: there are {', '.join(METHODS)}")
+    m = METHODS[method]
+    cfg = configured(m, method, config, model)
+    chosen = targets(cfg, model) if isinstance(cfg, Targets) else []
+    if hasattr(cfg, "fan_in_fan_out"):  # a fact of the layers, which HF peft wants to be told
+        cfg = replace(cfg, fan_in_fan_out=all(model.sites[role].kind == "conv1d" for role in chosen))
+    return m, cfg, chosen
 
 
 def configured(m: Method, method: str, config: Any, model: Model) -> Any:

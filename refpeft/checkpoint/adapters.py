@@ -59,10 +59,10 @@ def load_adapter(path: str | os.PathLike[str], model: Model) -> Adapter:
         method, cfg = read_config(raw, model)
         chosen = {model.sites[role].path: model.part(role) for role in tune.targets(cfg, model)}
         whole = tune.saved_whole(cfg, model)
+        own = {name: spec for part in chosen.values() for name, spec in expected(method, cfg, part).items()}
     except ValueError as e:
         raise Malformed(f"{CONFIG}: {e}") from None
     found = module_names(folder.tensors(where, "adapter_model"))
-    own = {name: spec for part in chosen.values() for name, spec in expected(method, cfg, part).items()}
     params: dict[str, Array] = {}
     for name, (shape, dtype) in own.items():
         params[name] = take(found, [name, name + ".weight"], name, shape, dtype, model)
@@ -117,14 +117,9 @@ Spec = tuple[tuple[int, ...], Any]  # shape, dtype
 
 def expected(method: str, cfg: Any, part: Part) -> dict[str, Spec]:
     """The tensors that the adapter has for one module."""
-    (o, i), r = part.W.shape, cfg.at(part.path).r
-    shapes: dict[str, tuple[int, ...]] = {"A": (r, i), "B": (o, r)}
-    if cfg.lora_bias:
-        shapes["β"] = (o,)
-    if method == "dora":
-        shapes["m"] = (o,)
-    dtype = np.float32 if is_half(part.W.dtype) else part.W.dtype
-    return {f"{part.path}.{tune.key(METHODS[method], part.kind, n)}": (s, dtype) for n, s in shapes.items()}
+    m, dtype = METHODS[method], np.float32 if is_half(part.W.dtype) else part.W.dtype
+    shapes = m.shapes(cfg.at(part.path), part)
+    return {f"{part.path}.{tune.key(m, part.kind, n)}": (s, dtype) for n, s in shapes.items() if n not in m.FROZEN}
 
 
 def take(found: dict[str, Array], aliases: list[str], name: str, shape: tuple[int, ...], dtype: Any, m: Model) -> Array:

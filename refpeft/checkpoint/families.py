@@ -235,8 +235,8 @@ def describe(c: Json) -> tuple[Config, dict[str, Site], dict[str, str]]:
     return p.config, dict(p.sites), dict(p.tied)
 
 
-def plan(c: Json) -> Plan:
-    family = family_of(c)
+def plan(c: Json, families: Mapping[str, Family] | None = None) -> Plan:
+    family = family_of(c, families or FAMILIES)
     suffix = head_of(c, family)
     head = family.heads[suffix]
     base = "" if suffix == "Model" else family.base + "."
@@ -258,11 +258,11 @@ def plan(c: Json) -> Plan:
     return Plan(config, sites, shapes, tied, base, unused)
 
 
-def family_of(c: Json) -> Family:
+def family_of(c: Json, families: Mapping[str, Family]) -> Family:
     kind = c.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        raise Malformed(f"config.json: model_type must be one of {', '.join(FAMILIES)}, found {show(kind)}")
-    return FAMILIES[kind]
+    if not isinstance(kind, str) or kind not in families:
+        raise Malformed(f"config.json: model_type must be one of {', '.join(families)}, found {show(kind)}")
+    return families[kind]
 
 
 def head_of(c: Json, family: Family) -> str:

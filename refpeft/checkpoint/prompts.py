@@ -10,8 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from refpeft import tune
 from refpeft.adapter import Adapter
 from refpeft.checkpoint import models, tokens
@@ -94,7 +92,7 @@ def write(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Array]]:
     if config.get("prompt_tuning_init") == "TEXT" and not (cfg.prompt_tuning_init_text and cfg.tokenizer_name_or_path):
         config["prompt_tuning_init"] = "RANDOM"  # HF peft refuses a TEXT without them, though it will not use them
     config |= {"peft_type": TYPES[adapter.method], "base_model_name_or_path": None, "inference_mode": True}
-    tensors = {name if name == P else PREFIX + name: np.ascontiguousarray(a) for name, a in params.items()}
+    tensors = {name if name == P else PREFIX + name: a for name, a in params.items()}
     twins = {PREFIX + other: params[own] for own, other in models.TWINS.items() if own in params}
     return config, tensors | twins
 

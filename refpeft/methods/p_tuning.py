@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from refpeft import prompts
+from refpeft.hollow import hollow
 from refpeft.hooks import Hooks
 from refpeft.ops import Array, Vjp, linear, relu
 from refpeft.part import Lazy, Once, link
@@ -105,6 +106,18 @@ def init_model(
     for name, shape, n in shapes(cfg):
         φ[name] = rng.uniform(-1, 1, shape) / math.sqrt(n)
     return {name: a.astype(prompts.dtype_of(model)) for name, a in φ.items()}, {}
+
+
+def outline_model(cfg: Config, model: "Model", chosen: Sequence[str]) -> tuple[dict[str, Array], dict[str, Array]]:
+    """H [n S, d] and the encoder's."""
+    return {H: prompts.outline(cfg, model)} | {n: hollow(s, prompts.dtype_of(model)) for n, s, _ in shapes(cfg)}, {}
+
+
+def kept(adapter: "Adapter") -> "Adapter":
+    """P [n S, d], which is of the shape and dtype of H."""
+    encoders = {H, *(name for name, *_ in shapes(adapter.config))}
+    params = {name: a for name, a in adapter.params.items() if name not in encoders}
+    return adapter.replace(params={prompts.P: adapter.params[H]} | params)
 
 
 def encoder(
