@@ -12,6 +12,11 @@ from rich.table import Table
 
 from refpeft.cli import stop
 
+FORMS = {  # in the order of `refpeft.export.forms`, which a test compares
+    "merged": "the adapters folded into the weights: the base model's graph, nothing to pay when it runs",
+    "unmerged": "base weights untouched, the adapters beside them: every method, prompts and prefixes too",
+}
+
 
 def export(
     model: Annotated[
@@ -22,7 +27,12 @@ def export(
         list[Path] | None,
         typer.Option("--adapter", "-a", metavar="DIR", help="A PEFT adapter folder. Give several to combine them."),
     ] = None,
-    form: Annotated[str, typer.Option(help="[b]merged[/]: the adapters folded into the weights.")] = "merged",
+    form: Annotated[
+        str, typer.Option("--form", "-f", help=" ".join(f"[b]{name}[/]: {what}." for name, what in FORMS.items()))
+    ] = "merged",
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Keys and values as inputs and outputs, to write token by token.")
+    ] = False,
     dtype: Annotated[str, typer.Option(help="Of weights and arithmetic: [b]float32[/] or [b]float16[/].")] = "float32",
     external_data: Annotated[
         bool | None,
@@ -54,9 +64,7 @@ def export(
         base = refpeft.load(model)
         adapters = [refpeft.load_adapter(folder, base) for folder in adapter or ()]
         try:
-            result = run(
-                base, adapters, out, form, dtype, external_data, verify=verify, source=model, report=status.update
-            )
+            result = run(base, adapters, out, form, dtype, external_data, verify, model, status.update, decode)
         except ArithmeticError as error:
             stop(str(error), 1)
     if json_file:
@@ -72,7 +80,8 @@ def show(result: Any, console: Console) -> None:
     table.add_row("graph", f"{result.nodes} nodes, {where}")
     table.add_row("size", f"{result.bytes / 1e6:,.1f} MB")
     for case in result.cases:
-        table.add_row(f"batch {case['batch']} × length {case['length']}", f"ratio {case['ratio']:.2f}")
+        what = f"{case['what']}, " if case["what"] else ""
+        table.add_row(f"{what}batch {case['batch']} × length {case['length']}", f"ratio {case['ratio']:.2f}")
     console.print(table)
     if result.cases:
         worst = max(case["ratio"] for case in result.cases)

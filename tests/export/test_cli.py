@@ -75,7 +75,7 @@ def test_without_onnxruntime_it_says_which_extra(checkpoint: Path, monkeypatch: 
 
 
 def test_a_wrong_graph_ends_with_exit_code_1(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from refpeft.export import program, verification
+    from refpeft.export import verification
 
     def different(*args: object) -> None:
         raise verification.MismatchError("the exported graph differs")
@@ -86,7 +86,6 @@ def test_a_wrong_graph_ends_with_exit_code_1(checkpoint: Path, monkeypatch: pyte
     assert result.exit_code == 1
     assert "differs" in result.stderr
     assert not (checkpoint / "out").exists()
-    assert program.FORMS.keys() == {"merged"}
 
 
 def test_termination_leaves_nothing(checkpoint: Path) -> None:
@@ -114,3 +113,10 @@ def test_termination_leaves_nothing(checkpoint: Path) -> None:
     assert time.monotonic() - started < 30
     assert process.returncode != 0
     assert sorted(checkpoint.rglob("*")) == before
+
+
+def test_help_teaches_every_form() -> None:
+    from refpeft.cli import export as cli
+    from refpeft.export.forms import FORMS
+
+    assert list(cli.FORMS) == list(FORMS)
