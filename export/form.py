@@ -7,7 +7,7 @@ A form decides what of a model with its adapters lies in the graph, and what com
     check(subject)             refuses in one sentence what the form cannot hold
     make(subject, graph, store) → Made      traces the specification, and stores the weights that the trace needs
     checks(subject) → Checks   what is run to prove that the graph is right
-    complete(folder, subject)  writes what else belongs into the folder; only where there is such a thing
+    complete(folder, subject, made)      writes what else belongs into the folder; only where there is such a thing
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +18,7 @@ import numpy as np
 from onnx import TensorProto
 
 from refpeft.adapter import Adapter, each, substitutes
+from refpeft.export.runtime import Runner
 from refpeft.export.symbols import Graph, Symbol
 from refpeft.hooks import Hooks
 from refpeft.method import shared
@@ -58,12 +59,12 @@ class Made:
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison: what the specification answers, and how the session is asked the same."""
+    """One comparison: what the specification answers, and how the graph is asked the same."""
 
     batch: int
     length: int
     spec: Callable[[Model, Sequence[Adapter]], Array]
-    ask: Callable[[Any], Array]
+    ask: Callable[[Runner], Array]
     what: str = ""
 
 

@@ -104,8 +104,8 @@ def export(
         made = traced(form, subject, graph, folder, external)
         proto = to_model(graph, made.inputs, made.outputs, made.tensors, made.optional)
         save(proto, folder / "model.onnx")
-        carry_over(folder, made, subject, source)
-        finish(FORMS[form], folder, subject)
+        carry_over(folder, made, source)
+        finish(FORMS[form], folder, subject, made)
         cases: Sequence[Mapping[str, Any]] = ()
         provider = None
         if verify:
@@ -151,7 +151,7 @@ def traced(form: str, subject: Subject, graph: Graph, folder: Path, external: bo
         return FORMS[form].make(subject, graph, store)
     except NotImplementedError as error:
         methods = " and ".join(dict.fromkeys(a.method for a in subject.adapters)) or "the model"
-        raise ValueError(f"{methods} cannot be exported {form}: {error}") from None
+        raise ValueError(f"{methods} cannot be exported in the form {form}: {error}") from None
 
 
 def outside(subject: Subject, external: bool | None) -> bool:
@@ -164,11 +164,11 @@ def outside(subject: Subject, external: bool | None) -> bool:
     return size > INLINE_LIMIT if external is None else external
 
 
-def finish(form: Form, folder: Path, subject: Subject) -> None:
+def finish(form: Form, folder: Path, subject: Subject, made: Made) -> None:
     """What else belongs into the folder."""
     complete = getattr(form, "complete", None)
     if complete is not None:
-        complete(folder, subject)
+        complete(folder, subject, made)
 
 
 # ── the folder ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -196,7 +196,7 @@ def described(
     )  # fmt: skip
 
 
-def carry_over(folder: Path, made: Made, subject: Subject, source: Any) -> None:
+def carry_over(folder: Path, made: Made, source: Any) -> None:
     for name in CARRIED if source is not None else ():
         if (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, folder / name)

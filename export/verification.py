@@ -18,6 +18,7 @@ import numpy as np
 from refpeft.adapter import Adapter
 from refpeft.export import runtime
 from refpeft.export.form import Check, Form, Subject, dtypes, named, trained, with_values
+from refpeft.export.runtime import Runner
 from refpeft.export.signature import caches
 from refpeft.model import Model
 from refpeft.tune import merge
@@ -46,10 +47,10 @@ def verify(folder: Path, subject: Subject, form: Form) -> tuple[str, list[dict[s
     specs = [check.spec(model, adapters) for check in checks]
     model, adapters = cast(model, np.float64), [in_dtype(a, np.float64) for a in adapters]
     refs = [check.spec(model, adapters) for check in checks]
-    session = runtime.session(folder / "model.onnx")
+    runner = runtime.open_folder(folder)
     cases: list[dict[str, Any]] = []
     for check, ref, spec in zip(checks, refs, specs, strict=True):
-        off = ratio(check.ask(session), ref, spec, subject.dtype)
+        off = ratio(check.ask(runner), ref, spec, subject.dtype)
         cases.append({"batch": check.batch, "length": check.length, "what": check.what, "ratio": off})
     worst = max(cases, key=lambda c: c["ratio"])
     if not all(c["ratio"] <= LIMIT for c in cases):
@@ -58,7 +59,7 @@ def verify(folder: Path, subject: Subject, form: Form) -> tuple[str, list[dict[s
             f"({worst['what'] + ', ' if worst['what'] else ''}batch {worst['batch']}, length {worst['length']}; "
             f"the limit is {LIMIT:g}), so it was not kept"
         )
-    return runtime.provider(session), cases
+    return runtime.provider(runner.session), cases
 
 
 def rounded(subject: Subject, folded: bool) -> tuple[Model, Sequence[Adapter]]:
@@ -87,10 +88,8 @@ def run(subject: Subject, batch: int, length: int) -> Check:
     inputs = example(subject.model, batch, length, virtual_ids(subject))
     ids, *rest = inputs.values()
 
-    def ask(session: Any) -> Array:
-        names = [i.name for i in session.get_inputs()]
-        out: Array = session.run(None, {name: inputs[name] for name in names})[0]
-        return out
+    def ask(runner: Runner) -> Array:
+        return runner.run({name: inputs[name] for name in runner.inputs})[runner.outputs[0]]
 
     return Check(batch, ids.shape[1], lambda model, adapters: model(ids, adapters, *rest)[0], ask)
 
@@ -109,11 +108,11 @@ def decoded(subject: Subject, batch: int, length: int) -> Check:
             found.append(out)
         return np.concatenate(found, axis=1)
 
-    def ask(session: Any) -> Array:
+    def ask(runner: Runner) -> Array:
         past, found = empty(subject, batch), []
         for a, z in steps:
             feeds = {"input_ids": ids[:, a:z], "attention_mask": mask[:, :z], "position_ids": places[:, a:z]}
-            out, *present = session.run(None, {**feeds, **past})
+            out, *present = runner.run({**feeds, **past}).values()
             past = dict(zip(past, present, strict=True))
             found.append(out)
         return np.concatenate(found, axis=1)

@@ -4,6 +4,6 @@ from collections.abc import Mapping
 from typing import cast
 
 from refpeft.export.form import Form
-from refpeft.export.forms import merged, unmerged
+from refpeft.export.forms import inputs, merged, unmerged
 
-FORMS: Mapping[str, Form] = cast(Mapping[str, Form], {"merged": merged, "unmerged": unmerged})
+FORMS: Mapping[str, Form] = cast(Mapping[str, Form], {"merged": merged, "unmerged": unmerged, "inputs": inputs})

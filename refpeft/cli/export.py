@@ -15,14 +15,18 @@ from refpeft.cli import stop
 FORMS = {  # in the order of `refpeft.export.forms`, which a test compares
     "merged": "the adapters folded into the weights: the base model's graph, nothing to pay when it runs",
     "unmerged": "base weights untouched, the adapters beside them: every method, prompts and prefixes too",
+    "inputs": "the adapter from outside, as optional inputs: one session for the base model and many adapters",
 }
 
 
 def export(
-    model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="The base model: an HF folder (config.json, *.safetensors).")
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="DIR", help="The folder (or file) to make. It must not exist.")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder to make. It must not exist.")],
+    model: Annotated[
+        Path | None,
+        typer.Argument(metavar="MODEL", help="The base model: an HF folder (config.json, *.safetensors)."),
+    ] = None,
     adapter: Annotated[
         list[Path] | None,
         typer.Option("--adapter", "-a", metavar="DIR", help="A PEFT adapter folder. Give several to combine them."),
@@ -38,6 +42,14 @@ def export(
         bool | None,
         typer.Option(help="Keep the weights in model.onnx.data beside the graph.", show_default="above 100 MB"),
     ] = None,
+    adapter_only: Annotated[
+        Path | None,
+        typer.Option(
+            "--adapter-only",
+            metavar="FOLDER",
+            help="Make an adapter file for this folder, which was exported in the form inputs, instead of a model.",
+        ),
+    ] = None,
     verify: Annotated[bool, typer.Option(help="Run the result on onnxruntime against the specification.")] = True,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")] = None,
 ) -> None:
@@ -52,24 +64,45 @@ def export(
 
     [cyan]refpeft export bert-base --out exported[/cyan]
     [cyan]refpeft export gpt2 --adapter my-lora --out exported --dtype float16[/cyan]
+    [cyan]refpeft export gpt2 --adapter my-lora --form inputs --out served[/cyan]
+    [cyan]refpeft export --adapter-only served --adapter my-other-lora --out other.onnx_adapter[/cyan]
 
     Exit code 0: exported. 1: not equal to the specification, so not kept.
     2: could not run.
     """
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that nothing is left behind
+    if (model is None) == (adapter_only is None):
+        raise ValueError("give either MODEL, to export it, or --adapter-only FOLDER")
+    if model is not None:
+        result = export_model(model, adapter or [], out, form, dtype, external_data, verify, decode)
+        show(result, Console())
+        content = result.as_json()
+    else:
+        content = export_adapter(adapter_only, adapter or [], out)
+    if json_file:
+        json_file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def export_model(model: Path, adapters: list[Path], *options: Any) -> Any:
     import refpeft
     from refpeft.export.program import export as run
 
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that nothing is left behind
+    out, form, dtype, external, verify, decode = options
     with Console(stderr=True).status("reading the checkpoint") as status:
         base = refpeft.load(model)
-        adapters = [refpeft.load_adapter(folder, base) for folder in adapter or ()]
+        loaded = [refpeft.load_adapter(folder, base) for folder in adapters]
         try:
-            result = run(base, adapters, out, form, dtype, external_data, verify, model, status.update, decode)
+            return run(base, loaded, out, form, dtype, external, verify, model, status.update, decode)
         except ArithmeticError as error:
             stop(str(error), 1)
-    if json_file:
-        json_file.write_text(json.dumps(result.as_json(), indent=2) + "\n")
-    show(result, Console())
+
+
+def export_adapter(folder: Any, adapters: list[Path], out: Path) -> dict[str, Any]:
+    from refpeft.export.readapter import adapter_only
+
+    tensors = adapter_only(folder, adapters, out)
+    Console().print(f"{out}: {len(tensors)} tensors for the graph in {folder}, {out.stat().st_size / 1e6:,.2f} MB")
+    return {"file": str(out), "tensors": tensors}
 
 
 def show(result: Any, console: Console) -> None:

@@ -120,3 +120,16 @@ def test_help_teaches_every_form() -> None:
     from refpeft.export.forms import FORMS
 
     assert list(cli.FORMS) == list(FORMS)
+
+
+@pytest.mark.ort
+def test_an_adapter_file_for_a_folder(checkpoint: Path) -> None:
+    assert export(checkpoint, "--adapter", str(checkpoint / "lora"), "--form", "inputs").exit_code == 0
+    command = ["export", "--adapter-only", str(checkpoint / "out"), "--adapter", str(checkpoint / "lora"), "--out"]
+    result = runner.invoke(app, [*command, str(checkpoint / "other"), "--json", str(checkpoint / "other.json")])
+    assert result.exit_code == 0, result.output
+    assert "4 tensors for the graph" in result.stdout.replace("\n", "")
+    assert (checkpoint / "other").read_bytes() == (checkpoint / "out" / "adapter.onnx_adapter").read_bytes()
+    assert len(json.loads((checkpoint / "other.json").read_text())["tensors"]) == 4
+    failed(runner.invoke(app, [*command, str(checkpoint / "other")]), "exists already")
+    failed(runner.invoke(app, ["export", "--out", str(checkpoint / "none")]), "either MODEL", "--adapter-only FOLDER")
