@@ -29,6 +29,7 @@ from refpeft.export.proto import IR_VERSION, OPSET, to_model
 from refpeft.export.symbols import Graph, Symbol
 from refpeft.hooks import Hooks
 from refpeft.model import Model, Site, adapter_list
+from refpeft.tune import untied_source
 
 DTYPES: Mapping[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16)}
 INLINE_LIMIT = 100_000_000  # bytes; inline weights are held in memory twice here, and once more by whoever loads them
@@ -167,8 +168,8 @@ def stored(
     if external is None:
         external = size > INLINE_LIMIT
     tensors = weights.store(weights.merged(model, adapters, sites), dtype, folder / weights.DATA if external else None)
-    tied = {"tie_word_embeddings": False} if sites != model.sites else {}
-    return replace(model, sites=sites, params=tensors, source={**model.source, **tied}), tensors
+    source = model.source if sites == dict(model.sites) else untied_source(model)
+    return replace(model, sites=sites, params=tensors, source=source), tensors
 
 
 def symbolic(graph: Graph, model: Model) -> Model:

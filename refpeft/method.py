@@ -213,4 +213,6 @@ DEFAULT_TARGETS = {  # HF peft's, where a config names none
     "qwen2": ("q_proj", "v_proj"),
     "bert": ("query", "value"),
     "roberta": ("query", "value"),
+    "t5": ("q", "v"),
+    "bart": ("q_proj", "v_proj"),
 }

@@ -33,7 +33,7 @@ def copies(select: Select) -> Init:
     """`init_model` of the method that selects these tensors: φ = θ_S, in the model's order."""
 
     def init_model(cfg: Any, model: "Model", chosen: Sequence[str], rng: np.random.Generator) -> Any:
-        names = select(cfg, model)
+        names = set(select(cfg, model)) - set(model.config.buffers)
         if not names:
             raise ValueError(f"the model has none of the tensors that {cfg} selects")
         return {name: a.copy() for name, a in model.params.items() if name in names}, {}

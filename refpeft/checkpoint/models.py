@@ -41,7 +41,7 @@ def with_ties(source: Mapping[str, Any], tensors: Mapping[str, Array]) -> Mappin
     """config.json of a T5 with a head of its own says so again, if transformers 5 wrote it, which then unties the two
     if the file has both."""
     a, b = tensors.get("shared.weight"), tensors.get("lm_head.weight")
-    if source.get("model_type") != "t5" or source.get("scale_decoder_outputs") is not False or a is None or b is None:
+    if source.get("model_type") != "t5" or "scale_decoder_outputs" not in source or a is None or b is None:
         return source
     return source if np.array_equal(a, b) else {**source, "tie_word_embeddings": False}
 
