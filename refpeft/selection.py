@@ -43,7 +43,7 @@ def originals(select: Select) -> Init:
     """`outline_model` likewise: θ_S itself."""
 
     def outline_model(cfg: Any, model: "Model", chosen: Sequence[str]) -> Any:
-        names = select(cfg, model)
+        names = set(select(cfg, model)) - set(model.config.buffers)
         if not names:
             raise ValueError(f"the model has none of the tensors that {cfg} selects")
         return {name: a for name, a in model.params.items() if name in names}, {}

@@ -1,8 +1,8 @@
 """inputs: the adapter comes from outside, as optional inputs that do nothing until they are fed.
 
 One session serves the base model and any number of adapters, one after the other, in the slots that the exported
-adapter has (`refpeft.export.slots`). The folder holds that adapter as adapter.onnx_adapter, in onnxruntime's own format;
-`refpeft export --adapter-only FOLDER --adapter OTHER --out other.onnx_adapter` makes one of another adapter.
+adapter has (`refpeft.export.slots`). The folder holds that adapter as adapter.onnx_adapter, in the format of
+onnxruntime; `refpeft export --adapter-only FOLDER --adapter OTHER --out other.onnx_adapter` makes one of another adapter.
 """
 
 from collections.abc import Sequence

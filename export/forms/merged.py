@@ -11,7 +11,7 @@ from refpeft.export.form import Check, Made, Store, Subject
 from refpeft.export.signature import run
 from refpeft.export.symbols import Graph
 from refpeft.hooks import Hooks
-from refpeft.tune import mergeable
+from refpeft.tune import mergeable, untied_source
 
 FOLDS = True
 
@@ -28,8 +28,8 @@ def make(subject: Subject, graph: Graph, store: Store) -> Made:
     model, dtype = subject.model, subject.dtype
     sites = dict(model.sites)
     tensors = store((name, a, dtype) for name, a in weights.merged(model, subject.adapters, sites))
-    tied = {"tie_word_embeddings": False} if sites != dict(model.sites) else {}
-    whole = replace(model, sites=sites, source={**model.source, **tied})
+    source = model.source if sites == dict(model.sites) else untied_source(model)
+    whole = replace(model, sites=sites, source=source)
     params = {name: graph.input(name, dtype, tuple(t.dims)) for name, t in tensors.items()}
     inputs, outputs = run(graph, replace(whole, params=params), Hooks(), subject)
     return Made(inputs, outputs, tensors, whole)
