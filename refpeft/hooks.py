@@ -18,31 +18,41 @@ from typing import NamedTuple
 import numpy as np
 
 from refpeft.ops import Array
-from refpeft.part import Grads, Lazy, Once, Part, Run, Want, choose, join
+from refpeft.part import Grads, Lazy, Once, Part, Run, Want, chain, choose, join
 
 
 class Block(NamedTuple):
-    """A sublayer f with its norm:   pre-norm y = x + f(norm x),   post-norm y = norm(x + f(x)).   `run` is x → y."""
+    """A sublayer f with its norm:   pre-norm y = x + f(norm x),   post-norm y = norm(x + f(x)).   `run` is x → y.
+
+    `inner` is x → what is added to x, where that is no longer f(norm x) or f(x) alone."""
 
     at: str  # 'layers.3.attn.' or 'layers.3.mlp.'
     norm: Run
     f: Run
     norm_first: bool
     run: Run
+    inner: Run | None = None
 
-    def wrapped(self, run: Run) -> "Block":
-        return self._replace(run=run)
+    @property
+    def sub(self) -> Run:
+        """x → what is added to x."""
+        return self.inner or (chain(self.norm, self.f) if self.norm_first else self.f)
+
+    def changed(self, inner: Run, run: Run) -> "Block":
+        return self._replace(inner=inner, run=run)
 
 
 @dataclass(frozen=True)
 class Memory:
     """Learned keys and values k, v [1 or b, n, g, e] of one attention. `back(dk, dv, want)` takes their cotangents,
-    [b, n, g, e], to the gradients of what they were made from. `seen` [b]: which rows of the batch see them."""
+    [b, n, g, e], to the gradients of what they were made from. `seen` [b]: which rows of the batch see them. `placed`:
+    where positions are relative, these stand at the n places before the tokens; otherwise they have no place."""
 
     k: Array
     v: Array
     back: Callable[[Lazy, Lazy, Want], Grads]
     seen: Array | None = None
+    placed: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,7 +118,7 @@ def only(rows: Array, hooks: Hooks) -> Hooks:
 
     def block(b: Block) -> Block:
         c = hooks.block(b)
-        return b if c is b else c.wrapped(choose(rows, c.run, b.run))
+        return b if c is b else c.changed(choose(rows, c.sub, b.sub), choose(rows, c.run, b.run))
 
     def memory(at: str) -> list[Memory]:
         return [replace(m, seen=rows if m.seen is None else m.seen & rows) for m in hooks.memory(at)]

@@ -21,6 +21,7 @@ Back = Callable[[Lazy, Want], tuple[Lazy, Grads]]
 Run = Callable[[Array], tuple[Array, Back]]
 
 BASE = -1
+INNER = -2  # of no parameter, but of a value that several stages use, whose cotangents add up: the encoder's output
 
 
 class Once:
@@ -217,5 +218,26 @@ def op_run(f: Op) -> Run:
             return link(vjp, dy, 1)[0], {}
 
         return y, back
+
+    return run
+
+
+def chain(*runs: Run) -> Run:
+    """One after the other."""
+
+    def run(x: Array) -> tuple[Array, Back]:
+        backs = []
+        for f in runs:
+            x, back_f = f(x)
+            backs.append(back_f)
+
+        def back(dy: Lazy, want: Want) -> tuple[Lazy, Grads]:
+            grads: Grads = {}
+            for back_f in reversed(backs):
+                dy, g = back_f(dy, want)
+                grads = join(grads, g)
+            return dy, grads
+
+        return x, back
 
     return run

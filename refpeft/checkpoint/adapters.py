@@ -21,7 +21,7 @@ import numpy as np
 
 from refpeft import tune
 from refpeft.adapter import Adapter
-from refpeft.checkpoint import folder, intrinsic, models, prefix, prompts, safetensors, selection
+from refpeft.checkpoint import bottleneck, folder, intrinsic, models, prefix, prompts, safetensors, selection
 from refpeft.checkpoint.format import Format
 from refpeft.checkpoint.safetensors import Malformed, show
 from refpeft.methods import METHODS, lora
@@ -39,7 +39,7 @@ IGNORED = {  # without influence on the function
 PLAIN_INITS = ("eva", "mica")  # they leave the base alone: A and B in the file are all there is
 TWINS = {twin: name for name, twin in models.TWINS.items()}
 # of the methods that are not of LoRA's kind, each in a module of its own
-FORMATS = cast(Sequence[Format], (selection, prompts, prefix, intrinsic))
+FORMATS = cast(Sequence[Format], (selection, prompts, prefix, intrinsic, bottleneck))
 METHOD_FLAGS = {"lora": (False, False), "rslora": (True, False), "dora": (False, True)}  # use_rslora, use_dora
 
 
@@ -47,9 +47,11 @@ METHOD_FLAGS = {"lora": (False, False), "rslora": (True, False), "dora": (False,
 
 
 def load_adapter(path: str | os.PathLike[str], model: Model) -> Adapter:
-    """The adapter of an HF peft folder, for this model."""
+    """The adapter of a folder of HF peft's or AdapterHub's, for this model."""
     where = folder.existing(path)
     raw = safetensors.read_json(where / CONFIG)
+    if bottleneck.recognises(raw):
+        return bottleneck.read_folder(where, raw, model)
     for form in FORMATS:
         if raw.get("peft_type") in form.PEFT_TYPES:
             return form.read(raw, folder.tensors(where, "adapter_model"), model)
@@ -57,10 +59,10 @@ def load_adapter(path: str | os.PathLike[str], model: Model) -> Adapter:
         method, cfg = read_config(raw, model)
         chosen = {model.sites[role].path: model.part(role) for role in tune.targets(cfg, model)}
         whole = tune.saved_whole(cfg, model)
+        own = {name: spec for part in chosen.values() for name, spec in expected(method, cfg, part).items()}
     except ValueError as e:
         raise Malformed(f"{CONFIG}: {e}") from None
     found = module_names(folder.tensors(where, "adapter_model"))
-    own = {name: spec for part in chosen.values() for name, spec in expected(method, cfg, part).items()}
     params: dict[str, Array] = {}
     for name, (shape, dtype) in own.items():
         params[name] = take(found, [name, name + ".weight"], name, shape, dtype, model)
@@ -115,14 +117,9 @@ Spec = tuple[tuple[int, ...], Any]  # shape, dtype
 
 def expected(method: str, cfg: Any, part: Part) -> dict[str, Spec]:
     """The tensors that the adapter has for one module."""
-    (o, i), r = part.W.shape, cfg.at(part.path).r
-    shapes: dict[str, tuple[int, ...]] = {"A": (r, i), "B": (o, r)}
-    if cfg.lora_bias:
-        shapes["β"] = (o,)
-    if method == "dora":
-        shapes["m"] = (o,)
-    dtype = np.float32 if is_half(part.W.dtype) else part.W.dtype
-    return {f"{part.path}.{tune.key(METHODS[method], part.kind, n)}": (s, dtype) for n, s in shapes.items()}
+    m, dtype = METHODS[method], np.float32 if is_half(part.W.dtype) else part.W.dtype
+    shapes = m.shapes(cfg.at(part.path), part)
+    return {f"{part.path}.{tune.key(m, part.kind, n)}": (s, dtype) for n, s in shapes.items() if n not in m.FROZEN}
 
 
 def take(found: dict[str, Array], aliases: list[str], name: str, shape: tuple[int, ...], dtype: Any, m: Model) -> Array:
@@ -194,11 +191,12 @@ def start(cfg: Any, chosen: Mapping[str, Part]) -> dict[str, Array]:
 
 
 def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:
-    """An HF peft folder that HF peft and `load_adapter` read, written whole or not at all."""
+    """An HF peft folder that HF peft and `load_adapter` read, written whole or not at all; of methods that AdapterHub
+    has and HF peft has not, one of AdapterHub's."""
     config, tensors = contents(adapter)
     with folder.new_folder(path) as new:
         safetensors.write_json(new / CONFIG, config)
-        safetensors.write(new / FILE, tensors)
+        safetensors.write(new / (bottleneck.FILE if adapter.method in bottleneck.METHODS else FILE), tensors)
 
 
 def contents(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Array]]:

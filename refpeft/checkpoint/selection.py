@@ -14,6 +14,7 @@ import numpy as np
 from refpeft import tune
 from refpeft.adapter import Adapter
 from refpeft.checkpoint.safetensors import Malformed, show
+from refpeft.count import outline
 from refpeft.methods import METHODS as ALL
 from refpeft.model import Model
 from refpeft.ops import Array, is_half
@@ -36,7 +37,7 @@ def read(raw: Mapping[str, Any], tensors: Mapping[str, Array], model: Model) -> 
         cfg = tune.configured(
             ALL[method], method, {n: v for n, v in raw.items() if n in known and v is not None}, model
         )
-        start = tune.init(method, cfg, model).params
+        start = outline(method, cfg, model).params
     except ValueError as e:
         raise Malformed(f"adapter_config.json: {e}") from None
     found = {name.removeprefix(PREFIX).replace(NORM, "."): a for name, a in tensors.items()}

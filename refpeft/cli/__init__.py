@@ -15,6 +15,8 @@ COMMANDS = {  # in the order of `refpeft --help`
     "check": ("check", "replay", "targets", "mutants", "report"),
     "methods": ("methods",),
     "train": ("train",),
+    "extend": ("extend",),
+    "merge": ("merge",),
     "export": ("export",),
     "prompts": ("read-prompt",),
     "audit": ("audit",),
