@@ -11,6 +11,8 @@ Every rule is compared with the formula on onnxruntime in tests/export/test_lowe
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from refpeft.export.symbols import Symbol
 
 
@@ -54,14 +56,19 @@ def pick(x: Symbol, index: Symbol) -> Symbol:
     return x.graph.emit("GatherND", (x, index[:, None]), x.dtype, (x.shape[0], x.shape[2]), batch_dims=1)
 
 
-def attention(q: Symbol, k: Symbol, v: Symbol, mask: Symbol | None = None, scale: float | None = None) -> Symbol:
+def attention(
+    q: Symbol, k: Symbol, v: Symbol, mask: Symbol | None = None, bias: Symbol | None = None, scale: float | None = None
+) -> Symbol:
     """Attention-23 on [b, s, h·e]. onnxruntime does not broadcast its mask, which is therefore expanded, once for all
-    layers. Rows that may see nothing give zeros in both."""
+    layers. Rows that may see nothing give zeros in both. A bias takes the place of the mask, and −∞ that of `False`."""
     b, s, h, e = q.shape
     t, g = k.shape[1:3]
     heads = {"q_num_heads": h, "kv_num_heads": g} | ({} if scale is None else {"scale": scale})
     args = [q.reshape(b, s, h * e), k.reshape(b, t, g * e), v.reshape(b, t, g * v.shape[3])]
-    if mask is not None:
+    if bias is not None:
+        seen = bias if mask is None else np.where(mask, bias, bias.dtype.type(-np.inf))
+        args.append(seen.expand(b, h, s, t))
+    elif mask is not None:
         args.append(mask.expand(b, 1, s, t))
     y = q.graph.emit("Attention", args, q.dtype, (b, s, h * v.shape[3]), **heads)
     return y.reshape(b, s, h, v.shape[3])

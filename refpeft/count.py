@@ -44,7 +44,7 @@ def outline(method: str, config: Any, model: Model) -> Adapter:
             for name, shape in shapes(m, cfg.at(part.path), part).items():
                 key = f"{part.path}.{tune.key(m, part.kind, name)}"
                 (frozen if name in m.FROZEN else params)[key] = hollow(shape, dtype)
-    params |= {name: model.params[tensor] for name, tensor in tune.saved_whole(cfg, model).items()}
+    params |= {name: model.params[tensor] for name, tensor in tune.beside(m, cfg, model).items()}
     return Adapter(method, cfg, params, frozen)
 
 
