@@ -51,7 +51,9 @@ def hub_load(theirs: Any, folder: Path, dtype: str = "float64", name: str | None
     return name
 
 
-def hub_run(theirs: Any, ids: Array, name: str, dout: Array, mask: Array | None = None) -> tuple[Array, dict[str, Array]]:
+def hub_run(
+    theirs: Any, ids: Array, name: str, dout: Array, mask: Array | None = None
+) -> tuple[Array, dict[str, Array]]:
     """The output, and the gradients of all that has one, without the adapter's name in theirs."""
     import torch
 
