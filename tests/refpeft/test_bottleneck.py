@@ -20,7 +20,7 @@ from refpeft.method import Phi
 from refpeft.methods import METHODS
 from refpeft.model import Model, Site
 from refpeft.part import BASE, make
-from tests.models import config_json, shape_of, tiny
+from tests.models import config_json, tiny
 
 Array = np.ndarray[Any, Any]
 EXACT = 1e-12
@@ -363,15 +363,12 @@ def test_dropout_and_stochastic_depth(method: str) -> None:
 
 
 def hollow(family: str, architecture: str, **config: Any) -> Model:
-    """A model of any size whose tensors take no memory."""
+    """A model of any size, of whose tensors there are only the norms."""
     source = config_json(family, architecture, **config)
     fields, sites, _ = describe(source)
-    zero = np.float32(0)
-    params = {s.weight: np.broadcast_to(zero, shape_of(source, role, s)) for role, s in sites.items()}
-    params |= {
-        s.bias: np.broadcast_to(zero, shape_of(source, role, s)[:1]) for role, s in sites.items() if "norm" in s.kind
-    }
-    return Model(fields, sites, params, source)
+    zeros = np.zeros(fields.hidden_size, np.float32)
+    norms = [s for s in sites.values() if s.kind.endswith("norm")]
+    return Model(fields, sites, {name: zeros for s in norms for name in (s.weight, s.bias)}, source)
 
 
 def count(method: str, model: Model, **config: Any) -> int:
