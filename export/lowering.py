@@ -11,8 +11,6 @@ Every rule is compared with the formula on onnxruntime in tests/export/test_lowe
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
 from refpeft.export.symbols import Symbol
 
 
@@ -58,17 +56,16 @@ def pick(x: Symbol, index: Symbol) -> Symbol:
 
 def attention(
     q: Symbol, k: Symbol, v: Symbol, mask: Symbol | None = None, bias: Symbol | None = None, scale: float | None = None
-) -> Symbol:
+) -> Symbol | None:
     """Attention-23 on [b, s, h·e]. onnxruntime does not broadcast its mask, which is therefore expanded, once for all
-    layers. Rows that may see nothing give zeros in both. A bias takes the place of the mask, and −∞ that of `False`."""
+    layers. Rows that may see nothing give zeros in both. None with a bias, which would have to hold the mask as −∞."""
+    if bias is not None:
+        return None
     b, s, h, e = q.shape
     t, g = k.shape[1:3]
     heads = {"q_num_heads": h, "kv_num_heads": g} | ({} if scale is None else {"scale": scale})
     args = [q.reshape(b, s, h * e), k.reshape(b, t, g * e), v.reshape(b, t, g * v.shape[3])]
-    if bias is not None:
-        seen = bias if mask is None else np.where(mask, bias, bias.dtype.type(-np.inf))
-        args.append(seen.expand(b, h, s, t))
-    elif mask is not None:
+    if mask is not None:
         args.append(mask.expand(b, 1, s, t))
     y = q.graph.emit("Attention", args, q.dtype, (b, s, h * v.shape[3]), **heads)
     return y.reshape(b, s, h, v.shape[3])
