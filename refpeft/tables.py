@@ -76,29 +76,36 @@ def full(model: str, published: str, how: str = "all tensors", **rest: Any) -> R
 
 def lora(model: str, published: str, r: int, label: str = "LoRA", on: Sequence[str] = QV, **rest: Any) -> Row:
     where = {QV: "W_q and W_v", QKVO: "W_q, W_k, W_v, W_o", ("v_proj",): "W_v"}[tuple(on)]
-    return Row(model, label, published, f"r = {r} on {where}", "lora", {"r": r, "target_modules": list(on)}, **rest)
+    return Row(
+        model, label, published, f"2 d r on {where}, r = {r}", "lora", {"r": r, "target_modules": list(on)}, **rest
+    )
 
 
 def adapter(model: str, kind: str, published: str, r: int, d: int, said: str = "", **rest: Any) -> Row:
     """Adapter^H, ^P, ^L, ^D with a bottleneck of r."""
     config: dict[str, Any] = {"reduction_factor": d / r}
-    how = f"r = {r}, {'two adapters' if kind == 'H' else 'an adapter'} in each layer"
+    how = f"2 d r + r + d, {'two' if kind == 'H' else 'one'} in each layer, r = {r}"
     if kind == "H":
         config["train_norms"] = False
     if kind == "L":
-        config, how = config | {"ln_before": True}, how + ", with a LayerNorm"
+        config, how = config | {"ln_before": True}, f"2 d r + r + 3 d, one in each layer, r = {r}"
     if kind == "D" and (dropped := rest.pop("dropped", 0)):
-        config, how = config | {"leave_out": list(range(dropped))}, f"r = {r}, an adapter in each but {dropped} layers"
+        config, how = (
+            config | {"leave_out": list(range(dropped))},
+            f"2 d r + r + d, one in each but {dropped} layers, r = {r}",
+        )
     method = "houlsby" if kind == "H" else "pfeiffer"
     return Row(model, f"Adapter^{kind}", published, how + said, method, config, **rest)
 
 
 def embed(published: str, p: int, i: int, **rest: Any) -> Row:
-    return Row("GPT-3", "PreEmbed", published, f"l_p = {p}, l_i = {i}", "prompt_tuning", words(p + i), **rest)
+    return Row(
+        "GPT-3", "PreEmbed", published, f"d (l_p + l_i), l_p = {p}, l_i = {i}", "prompt_tuning", words(p + i), **rest
+    )
 
 
 def layer(model: str, published: str, n: int, how: str, **rest: Any) -> Row:
-    return Row(model, "PreLayer", published, how, "prefix_layer", words(n), **rest)
+    return Row(model, "PreLayer", published, f"L d (l_p + l_i), {how}", "prefix_layer", words(n), **rest)
 
 
 def words(n: int) -> dict[str, Any]:
@@ -112,8 +119,8 @@ def dora(model: str, published: str, label: str, r: int) -> Row:
     return Row(model, label, published, how, name, {"r": r, "target_modules": on})
 
 
-UNSAID = "; the paper does not say r, {}"
-ONLY = UNSAID.format("and no other fits")
+UNSAID = "; the paper does not say r: {}"
+ONLY = UNSAID.format("no other fits")
 NAME = "{} is the model's name, rounded; {}"
 PRELAYER = "more than L d (l_p + l_i); all five counts of PreLayer in table 15 are, by 1 to 8 %, and nothing says why"
 TENTH = "0.1 % of the model, as Li & Liang 2021 put it: {}"
@@ -123,8 +130,8 @@ GLUE = Table(
     (
         full("RoBERTa base", "125.0M", why=NAME.format("125M", "with its classifier it has 124.6M")),
         Row("RoBERTa base", "BitFit", "0.1M", "all biases", "bitfit"),
-        adapter("RoBERTa base", "D", "0.3M", 48, 768, UNSAID.format("r = 16 in all layers fits too"), dropped=8),
-        adapter("RoBERTa base", "D", "0.9M", 48, 768, UNSAID.format("46 to 50 fit")),
+        adapter("RoBERTa base", "D", "0.3M", 48, 768, UNSAID.format("16 in all layers fits too"), dropped=8),
+        adapter("RoBERTa base", "D", "0.9M", 48, 768, UNSAID.format("46 to 51 fit")),
         lora("RoBERTa base", "0.3M", 8),
         full("RoBERTa large", "355.0M", why=NAME.format("355M", "with its classifier it has 355.4M")),
         lora("RoBERTa large", "0.8M", 8),
@@ -142,19 +149,19 @@ GPT2 = Table(
     "Hu et al. 2021, arXiv 2106.09685, table 3; hyperparameters: table 11",
     (
         full("GPT-2 M", "354.92M", why="0.1M more than GPT-2 medium has, and nothing says which"),
-        adapter("GPT-2 M", "L", "0.37M", 6, 1024, UNSAID),
-        adapter("GPT-2 M", "L", "11.09M", 224, 1024, UNSAID),
+        adapter("GPT-2 M", "L", "0.37M", 6, 1024, ONLY),
+        adapter("GPT-2 M", "L", "11.09M", 224, 1024, ONLY),
         adapter("GPT-2 M", "H", "11.09M", 112, 1024, UNSAID.format("this is the nearest"),
                 why="no r fits: 112 makes 11.06M and 113 makes 11.16M; 11.09M is what Adapter^L has above"),
         Row("GPT-2 M", "FT^Top2", "25.19M", "the last two layers", "partial", {"layers": 2, "head": False}),
-        layer("GPT-2 M", "0.35M", 14, "14 positions, which the paper does not say",
-              why=TENTH.format("no number of positions fits, 14 make 0.34M and 15 make 0.37M")),
+        layer("GPT-2 M", "0.35M", 14, "14 places; the paper does not say how many",
+              why=TENTH.format("no number of places fits, 14 make 0.34M and 15 make 0.37M")),
         lora("GPT-2 M", "0.35M", 4, why=TENTH.format("r = 4 (table 11) makes 0.39M")),
         full("GPT-2 L", "774.03M"),
-        adapter("GPT-2 L", "L", "0.88M", 8, 1280, UNSAID),
-        adapter("GPT-2 L", "L", "23.00M", 248, 1280, UNSAID),
-        layer("GPT-2 L", "0.77M", 17, "17 positions, which the paper does not say",
-              why=TENTH.format("no number of positions fits, 16 make 0.74M and 17 make 0.78M")),
+        adapter("GPT-2 L", "L", "0.88M", 8, 1280, ONLY),
+        adapter("GPT-2 L", "L", "23.00M", 248, 1280, ONLY),
+        layer("GPT-2 L", "0.77M", 17, "17 places; the paper does not say how many",
+              why=TENTH.format("no number of places fits, 16 make 0.74M and 17 make 0.78M")),
         lora("GPT-2 L", "0.77M", 4, why=TENTH.format("r = 4 (table 11) makes 0.74M")),
     ),
 )  # fmt: skip
