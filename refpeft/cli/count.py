@@ -187,25 +187,40 @@ def published(name: str, console: Any) -> Json:
 
 
 def show(console: Any, table: "Table", found: Sequence["Derived"]) -> None:
-    grid = plain_table()
-    grid.add_column("model", no_wrap=True)
+    """A line for each row under its model, and below what differs, by number."""
+    grid, notes = plain_table(), list(dict.fromkeys(d.row.why for d in found if d.row.why))
     grid.add_column("method", style="cyan", no_wrap=True)
     for column in ("published", "derived", "difference"):
         grid.add_column(column, justify="right", no_wrap=True)
-    grid.add_column("how derived, and what differs")
+    grid.add_column("", style="yellow", no_wrap=True)
+    grid.add_column("how derived")
     last = ""
     for d in found:
-        digits = max(d.digits, 0) + 1
-        mark = "" if d.agrees else f"{d.difference:+,.{digits}f}"
-        why = f"\n[yellow]{text_markup(d.row.why)}[/]" if d.row.why else ""
-        model, last = "" if d.row.model == last else d.row.model, d.row.model
-        grid.add_row(
-            model, d.row.label, d.row.published, f"{d.value:,.{digits}f}{d.unit}", mark, text_markup(d.row.how) + why
-        )
-    console.print(f"[bold]{text_markup(table.source)}[/]\n")
-    console.print(grid)
+        if d.row.model != last:
+            grid.add_row(f"[bold not cyan]{d.row.model}[/]")
+        last, digits = d.row.model, max(d.digits, 0) + 1
+        difference = "" if d.agrees else f"{d.difference:+,.{digits}f}{d.unit}"
+        note = f"({notes.index(d.row.why) + 1})" if d.row.why else ""
+        derived = f"{d.value:,.{digits}f}{d.unit}"
+        grid.add_row("  " + d.row.label, d.row.published, derived, difference, note, text(d.row.how))
+    console.print(text(table.source, style="bold"), "\n")
+    console.print(grid, "")
     agree = sum(d.agrees for d in found)
-    console.print(f"\n{agree} of {len(found)} agree, rounded as they were published.")
+    console.print(
+        f"{agree} of {len(found)} agree, rounded as they were published." + (" Of the others:" if notes else "")
+    )
+    console.print(numbered(notes))
+
+
+def numbered(notes: Sequence[str]) -> Any:
+    from rich.table import Table
+
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(style="yellow", justify="right", no_wrap=True)
+    grid.add_column()
+    for n, note in enumerate(notes, 1):
+        grid.add_row(f"({n})", text(note))
+    return grid
 
 
 def plain_table() -> Any:
@@ -214,13 +229,7 @@ def plain_table() -> Any:
     return Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
 
 
-def text(words: str) -> Any:
+def text(words: str, style: str = "") -> Any:
     from rich.text import Text
 
-    return Text(words)
-
-
-def text_markup(words: str) -> str:
-    from rich.markup import escape
-
-    return escape(words)
+    return Text(words, style=style)
