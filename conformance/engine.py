@@ -327,7 +327,8 @@ def examine(target: Target, case: Case, clock: Clock | None = None) -> Outcome:
         return Outcome(Verdict(), str(skip) or "no reason given")
     except Exception as error:  # whatever a target throws is a finding
         text = " ".join(str(error).split())[:300]
-        return Outcome(Verdict(f"error:{type(error).__name__}", None, f"{type(error).__name__}: {text}"))
+        kind = getattr(error, "kind", type(error).__name__)
+        return Outcome(Verdict(f"error:{kind}", None, f"{kind}: {text}"))
     finally:
         clock.target += time.perf_counter() - began
     began = time.perf_counter()

@@ -4,6 +4,7 @@
 unexpected pass; a drawn case that fails as an entry describes counts as known and the search for others goes on.
 """
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,13 +32,14 @@ class Entry:
     reason: str
     cls: str  # bug: theirs, should be mended; convention: another choice that they document
     versions: str  # of the target, as in requirements: '>=0.13,<0.21'
-    match: Mapping[str, Any]  # what else fails in this way: dotted names of the case's fields, and their values
+    match: Mapping[str, Any]  # what else fails in this way: dotted names of the case's fields → a value, or several
+    beside: Mapping[str, str]  # versions of other libraries with which it does
 
     def concerns(self, method: str, level: str, property: str) -> bool:
         return (self.method, self.level, self.property) == (method, level, property)
 
     def explains(self, case: Case, kind: str | None) -> bool:
-        return kind == self.kind and all(field(case.meta, name) == value for name, value in self.match.items())
+        return kind == self.kind and all(agrees(field(case.meta, name), value) for name, value in self.match.items())
 
     def read(self) -> Case:
         return Case.read(self.case)
@@ -49,14 +51,26 @@ def field(meta: Any, dotted: str) -> Any:
     return meta
 
 
+def agrees(found: Any, wanted: Any) -> bool:
+    """Is it the value wanted, or one of several?"""
+    return bool(found == wanted) or (isinstance(wanted, list) and found in wanted)
+
+
 def load(info: Mapping[str, Any], path: str | None = None) -> Sequence[Entry]:
-    """The entries that apply to this version of the target."""
+    """The entries that apply to this version of the target, beside these versions of what it runs on."""
     file = Path(path) if path else FOLDER / f"{info['name']}.json"
     if not path and not file.is_file():
         return []
+    there = {info["name"]: info.get("version", "0"), **info.get("versions", {})}
     return [
-        e for e in parse(file) if SpecifierSet(e.versions).contains(str(info.get("version", "0")), prereleases=True)
+        e
+        for e in parse(file)
+        if all(within(there.get(name), asked) for name, asked in {info["name"]: e.versions, **e.beside}.items())
     ]
+
+
+def within(version: Any, asked: str) -> bool:
+    return version is not None and SpecifierSet(asked).contains(str(version), prereleases=True)
 
 
 @cache
@@ -66,7 +80,7 @@ def parse(file: Path) -> Sequence[Entry]:
     entries = []
     for n, raw in enumerate(json.loads(file.read_text(encoding="utf-8"))):
         try:
-            raw = {"versions": "", "match": {}, **raw}
+            raw = {"versions": "", "match": {}, "beside": {}, **raw}
             entry = entry_of(raw, file)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{file}: entry {n}: {error}") from None
@@ -99,7 +113,7 @@ def update(file: Path, version: str, results: Sequence[Mapping[str, Any]]) -> tu
     failed = [row for row in results if row["status"] in ("fail", "error")]
     for row in failed:
         place = {name: row[name] for name in ("method", "level", "property", "kind")}
-        case = f"{file.stem}/{row['method']}-{row['level']}-{row['property']}.safetensors"
+        case = new_name(f"{file.stem}/{row['method']}-{row['level']}-{row['property']}", kept)
         (file.parent / case).parent.mkdir(parents=True, exist_ok=True)
         Case.read(row["case"]).save(file.parent / case)
         kept.append({**place, "class": "bug", "reason": row["detail"], "versions": f"=={version}", "case": case})
@@ -108,3 +122,10 @@ def update(file: Path, version: str, results: Sequence[Mapping[str, Any]]) -> tu
     file.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     parse.cache_clear()
     return len(failed), len(entries) + len(failed) - len(kept)
+
+
+def new_name(stem: str, entries: Sequence[Mapping[str, Any]]) -> str:
+    """A name for a case that no entry has: one property can fail in several ways."""
+    taken = {entry["case"] for entry in entries}
+    numbered = (f"{stem}{'-' * (n > 1)}{n if n > 1 else ''}.safetensors" for n in itertools.count(1))
+    return next(name for name in numbered if name not in taken)

@@ -54,7 +54,10 @@ class Property:
 
     def case(self, method: str, structure: Structure, seed: int) -> Case:
         case = self.make(method, structure, seed)
-        return Case({**case.meta, "claims": self.claims_of(method), "structure": structure}, case.arrays)
+        more = {"claims": self.claims_of(method), "structure": structure}
+        if "settings" in structure:
+            more["settings"] = structure["settings"]
+        return Case({**case.meta, **more}, case.arrays)
 
 
 # ── one layer ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -31,13 +31,15 @@ class Traits:
     letter: str  # of its claims
     asks: Sequence[str] | None = None
     choices: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    variants: Sequence[Structure] = ({},)  # fields that belong together, of which one group is drawn
     fixed: Callable[[str, str], Structure] = lambda family, architecture: {}
     second: Callable[[Structure], Structure] = lambda first: first
     families: Sequence[str] = tuple(tiny.FAMILIES)
     architectures: Sequence[str] | None = None  # None: any; '' is the family's language model
 
     def plain(self, family: str, architecture: str) -> Structure:
-        return {name: values[0] for name, values in self.choices.items()} | self.fixed(family, architecture)
+        first = {name: values[0] for name, values in self.choices.items()}
+        return first | self.variants[0] | self.fixed(family, architecture)
 
 
 def other_rank(first: Structure) -> Structure:
@@ -60,6 +62,39 @@ def other_tokens(first: Structure) -> Structure:
     return {**first, "token_indices": [9, 10]}
 
 
+def longer(first: Structure) -> Structure:
+    return {**first, "num_virtual_tokens": first["num_virtual_tokens"] + 1}
+
+
+POSITIONED = ("gpt2", "bert", "roberta")  # families with learned positions, behind which a prompt can be put
+PROMPT: Mapping[str, Sequence[Any]] = {"num_virtual_tokens": [2, 1, 3], "placement": ["before", "after_embedding"]}
+PREFIX: Mapping[str, Sequence[Any]] = {
+    "num_virtual_tokens": [2, 1, 3],
+    "prefix_projection": [False, True],
+    "encoder_hidden_size": [5, 3],
+    "position_shift": [True, False],
+}
+BOTTLENECK: Mapping[str, Sequence[Any]] = {
+    "reduction_factor": [4, 2],
+    "non_linearity": ["relu", "silu", "gelu_new", "tanh"],
+    "scaling": [1.0, 4.0],
+}
+OPTIONS: Sequence[Structure] = (  # a norm after the adapter takes away what a number before it does, gate or scale
+    {},
+    {"use_gating": True},
+    {"scaling": "learned"},
+    {"scaling": "channel", "ln_before": True},
+    {"scaling": "channel", "ln_after": True},
+    {"ln_after": True, "adapter_residual_before_ln": True, "use_gating": True},
+)
+PFEIFFER = {**BOTTLENECK, "residual_before_ln": [True, False, "post_add"]}
+BOTTLENECKS = (*RUNS, "model/causal", "model/padding", *LIVES)
+
+
+def wider(first: Structure) -> Structure:
+    return {**first, "reduction_factor": 1}
+
+
 TRAITS: Mapping[str, Traits] = {
     "lora": Traits("L", second=other_rank),
     "rslora": Traits("R", second=other_rank),
@@ -71,6 +106,13 @@ TRAITS: Mapping[str, Traits] = {
     "trainable_tokens": Traits(
         "W", SELECTION, {"token_indices": [[2, 5], [7], [12, 3, 4]]}, fixed=embedding, second=other_tokens
     ),
+    "prompt_tuning": Traits(
+        "PT", (*RUNS, "model/causal", "model/padding", *LIVES), PROMPT, second=longer, families=POSITIONED
+    ),
+    "houlsby": Traits("H", BOTTLENECKS, {**BOTTLENECK, "train_norms": [True, False]}, OPTIONS, second=wider),
+    "pfeiffer": Traits("PF", BOTTLENECKS, PFEIFFER, OPTIONS, second=wider),
+    "parallel": Traits("PA", BOTTLENECKS, BOTTLENECK, OPTIONS, second=wider),
+    "prefix_tuning": Traits("PX", (*RUNS, *TOKENS, *LIVES), PREFIX, second=longer),
 }
 LORA = ("lora", "rslora", "dora")
 

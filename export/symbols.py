@@ -47,8 +47,9 @@ class Graph:
         self.sizes: dict[str, tuple[Symbol, int]] = {}
         self.made: dict[Any, Node] = {}
 
-    def input(self, name: str, dtype: Any, shape: Sequence[int | str]) -> "Symbol":
-        """An input, or a weight. A str in its shape names a size; the first input that has it tells its value."""
+    def input(self, name: str, dtype: Any, shape: Sequence[Size | str]) -> "Symbol":
+        """An input, or a weight. A str in its shape names a size; the first input that has it tells its value. A size
+        may also be one that other inputs tell."""
         dims = tuple(Dim(self, {(d,): 1}) if isinstance(d, str) else d for d in shape)
         self.made[name] = Node(name, "", (), {}, np.dtype(dtype), dims)
         x = Symbol(self, self.made[name])
@@ -109,6 +110,9 @@ class Symbol(NDArrayOperatorsMixin):
 
     def __iter__(self) -> Any:
         raise TypeError(f"{self.node.name} cannot be iterated over")
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise NotImplementedError("writing into a part of an array cannot be exported")
 
     def __repr__(self) -> str:
         return f"Symbol({self.node.name}, {self.dtype}, [{', '.join(map(str, self.shape))}])"

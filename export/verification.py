@@ -4,7 +4,8 @@
 
 ref64 is the specification in float64, spec the specification in the dtype of the graph, u the dtype's unit roundoff:
 the graph may be off by a few times what rounding explains. A float32 graph is compared with base and adapters as they
-are, merging included; a float16 graph with the specification on the same rounded weights.
+are, merging included; a float16 graph with the specification on the same rounded
+weights.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,9 @@ import numpy as np
 
 from refpeft.adapter import Adapter
 from refpeft.export import runtime
+from refpeft.export.form import Check, Form, Subject, dtypes, named, trained, with_values
+from refpeft.export.runtime import Runner
+from refpeft.export.signature import caches
 from refpeft.model import Model
 from refpeft.tune import merge
 
@@ -36,45 +40,96 @@ def ready() -> None:
         raise ImportError(f"{error} (verification runs the export; --no-verify leaves it out)") from error
 
 
-def verify(
-    folder: Path, model: Model, adapters: Sequence[Adapter], dtype: np.dtype[Any]
-) -> tuple[str, list[dict[str, Any]]]:
-    """onnxruntime's device and the ratio of each case. One of the three is in memory at a time."""
-    examples = [example(model, batch, length) for batch in BATCHES for length in LENGTHS]
-    model, adapters = subject(model, adapters, dtype)
-    specs = outputs(model, adapters, examples)
-    refs = outputs(cast(model, np.float64), [in_dtype(a, np.float64) for a in adapters], examples)
-    session = runtime.session(folder / "model.onnx")
-    names = [i.name for i in session.get_inputs()]
-    cases = []
-    for inputs, ref, spec in zip(examples, refs, specs, strict=True):
-        got = session.run(None, {name: inputs[name] for name in names})[0]
-        batch, length = inputs["input_ids"].shape
-        cases.append({"batch": batch, "length": length, "ratio": ratio(got, ref, spec, dtype)})
+def verify(folder: Path, subject: Subject, form: Form) -> tuple[str, list[dict[str, Any]]]:
+    """onnxruntime's device and the ratio of each check. One of the three is in memory at a time."""
+    checks = form.checks(subject)
+    model, adapters = rounded(subject, form.FOLDS)
+    specs = [check.spec(model, adapters) for check in checks]
+    model, adapters = cast(model, np.float64), [in_dtype(a, np.float64) for a in adapters]
+    refs = [check.spec(model, adapters) for check in checks]
+    runner = runtime.open_folder(folder)
+    cases: list[dict[str, Any]] = []
+    for check, ref, spec in zip(checks, refs, specs, strict=True):
+        off = ratio(check.ask(runner), ref, spec, subject.dtype)
+        cases.append({"batch": check.batch, "length": check.length, "what": check.what, "ratio": off})
     worst = max(cases, key=lambda c: c["ratio"])
     if not all(c["ratio"] <= LIMIT for c in cases):
         raise MismatchError(
             f"the exported graph differs from the specification by {worst['ratio']:.3g} times what rounding explains "
-            f"(batch {worst['batch']}, length {worst['length']}; the limit is {LIMIT:g}), so it was not kept"
+            f"({worst['what'] + ', ' if worst['what'] else ''}batch {worst['batch']}, length {worst['length']}; "
+            f"the limit is {LIMIT:g}), so it was not kept"
         )
-    return runtime.provider(session), cases
+    return runtime.provider(runner.session), cases
 
 
-def outputs(model: Model, adapters: Sequence[Adapter], examples: Sequence[Mapping[str, Array]]) -> list[Array]:
-    """What the specification answers."""
-    found = []
-    for inputs in examples:
-        ids, *rest = inputs.values()
-        found.append(model(ids, adapters, *rest)[0])
-    return found
-
-
-def subject(model: Model, adapters: Sequence[Adapter], dtype: np.dtype[Any]) -> tuple[Model, Sequence[Adapter]]:
-    """The model and adapters that the graph stands for, in its dtype."""
-    model = cast(model, np.float32)
-    if dtype == np.float32:
+def rounded(subject: Subject, folded: bool) -> tuple[Model, Sequence[Adapter]]:
+    """The model and adapters that the graph stands for, in the dtypes that it has."""
+    model, adapters = cast(subject.model, np.float32), subject.adapters
+    if subject.dtype == np.float32:
         return model, [in_dtype(a, np.float32) for a in adapters]
-    return cast(merge(model, adapters), dtype), []
+    if folded:
+        return cast(merge(model, adapters), subject.dtype), []
+    return cast(model, subject.dtype), [as_stored(subject, a) for a in adapters]
+
+
+def as_stored(subject: Subject, adapter: Adapter) -> Adapter:
+    adapter = trained(adapter)
+    types = dtypes(subject, [adapter])
+    return with_values([adapter], {n: a.astype(types[n], copy=False) for n, a in named([adapter]).items()})[0]
+
+
+def checks(subject: Subject) -> list[Check]:
+    """Every batch size and length."""
+    make = decoded if subject.decode else run
+    return [make(subject, batch, length) for batch in BATCHES for length in LENGTHS]
+
+
+def run(subject: Subject, batch: int, length: int) -> Check:
+    inputs = example(subject.model, batch, length, virtual_ids(subject))
+    ids, *rest = inputs.values()
+
+    def ask(runner: Runner) -> Array:
+        return runner.run({name: inputs[name] for name in runner.inputs})[runner.outputs[0]]
+
+    return Check(batch, ids.shape[1], lambda model, adapters: model(ids, adapters, *rest)[0], ask)
+
+
+def decoded(subject: Subject, batch: int, length: int) -> Check:
+    """Read in two steps, the second with the keys and values that the first one left."""
+    inputs = example(subject.model, batch, length)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    places = np.maximum(mask.cumsum(1) - 1, 0)
+    steps = ((0, ids.shape[1] - 2), (ids.shape[1] - 2, ids.shape[1]))
+
+    def spec(model: Model, adapters: Sequence[Adapter]) -> Array:
+        cache, found = None, []
+        for a, z in steps:
+            out, cache = model.decode(ids[:, a:z], cache, adapters, mask[:, :z], places[:, a:z])
+            found.append(out)
+        return np.concatenate(found, axis=1)
+
+    def ask(runner: Runner) -> Array:
+        past, found = empty(subject, batch), []
+        for a, z in steps:
+            feeds = {"input_ids": ids[:, a:z], "attention_mask": mask[:, :z], "position_ids": places[:, a:z]}
+            out, *present = runner.run({**feeds, **past}).values()
+            past = dict(zip(past, present, strict=True))
+            found.append(out)
+        return np.concatenate(found, axis=1)
+
+    return Check(batch, ids.shape[1], spec, ask, "decoding")
+
+
+def empty(subject: Subject, batch: int) -> dict[str, Array]:
+    c = subject.model.config
+    none = np.zeros((batch, c.num_kv_heads, 0, c.head_dim), subject.dtype)
+    return {name: none for pair in caches(subject.model, "past_key_values") for name in pair}
+
+
+def virtual_ids(subject: Subject) -> int:
+    """How many virtual tokens a template may hold."""
+    placements = [a for a in subject.adapters if getattr(a.config, "placement", None) == "template"]
+    return sum(a.config.total for a in placements)
 
 
 def cast(model: Model, dtype: Any) -> Model:
@@ -87,13 +142,13 @@ def in_dtype(a: Adapter, dtype: Any) -> Adapter:
     return replace(a, params=params, frozen=frozen)
 
 
-def example(model: Model, batch: int, length: int) -> Mapping[str, Array]:
-    """Random tokens; of a batch, the second row is padded on the right and the third on the left."""
+def example(model: Model, batch: int, length: int, virtual: int = 0) -> Mapping[str, Array]:
+    """Random tokens, virtual ones too; of a batch, the second row is padded on the right and the third on the left."""
     rng = np.random.default_rng([batch, length])
     c = model.config
     vocabulary = model.params[model.sites["embed.token"].weight].shape[0]
     length = min(length, longest(model))
-    ids = rng.integers(0, vocabulary, (batch, length))
+    ids = rng.integers(0, vocabulary + virtual, (batch, length))
     mask = np.ones_like(ids)
     mask[1::3, length - length // 3 :] = 0
     mask[2::3, : length // 2] = 0

@@ -192,7 +192,12 @@ def shapes(cfg: Config, layer: int, model: "Model") -> dict[str, tuple[int, ...]
 
 
 def name(place: Place, symbol: str) -> str:
+    """A parameter's name in an adapter: '<module>.adapters.<leaf>'."""
     return f"{place.module}.{KEYS[symbol][0]}"
+
+
+def leaf(symbol: str) -> str:
+    return str(KEYS[symbol][0]).removeprefix("adapters.")
 
 
 def norms(model: "Model") -> dict[str, str]:

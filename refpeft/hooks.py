@@ -45,12 +45,14 @@ class Block(NamedTuple):
 @dataclass(frozen=True)
 class Memory:
     """Learned keys and values k, v [1 or b, n, g, e] of one attention. `back(dk, dv, want)` takes their cotangents,
-    [b, n, g, e], to the gradients of what they were made from. `seen` [b]: which rows of the batch see them."""
+    [b, n, g, e], to the gradients of what they were made from. `seen` [b]: which rows of the batch see them. `placed`:
+    where positions are relative, these stand at the n places before the tokens; otherwise they have no place."""
 
     k: Array
     v: Array
     back: Callable[[Lazy, Lazy, Want], Grads]
     seen: Array | None = None
+    placed: bool = False
 
 
 @dataclass(frozen=True)

@@ -221,4 +221,6 @@ DEFAULT_TARGETS = {  # HF peft's, where a config names none
     "roberta": ("query", "value"),
     "deberta-v2": ("query_proj", "value_proj"),
     "gpt3": ("q_proj", "v_proj"),  # Hu et al. 2021; for HF peft there is no such model
+    "t5": ("q", "v"),
+    "bart": ("q_proj", "v_proj"),
 }

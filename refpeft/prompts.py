@@ -18,6 +18,7 @@ from refpeft.hooks import Hooks, Prompt
 from refpeft.method import as_dtype
 from refpeft.ops import Array, embedding, is_half, rows
 from refpeft.part import Grads, Lazy, Once, Part, Want, join
+from refpeft.stacks import task_type
 
 if TYPE_CHECKING:
     from refpeft.adapter import Adapter
@@ -67,7 +68,7 @@ def complete(cfg: Any, model: "Model") -> Any:
     c = model.config
     if cfg.token_dim not in (None, c.hidden_size):
         raise ValueError(f"token_dim must be the width of the model, {c.hidden_size}, found {cfg.token_dim}")
-    if cfg.placement == "after_embedding" and "embed.position" not in model.sites:
+    if cfg.placement == "after_embedding" and not any(role.endswith("embed.position") for role in model.sites):
         raise ValueError(
             f"placement 'after_embedding' needs a model with learned positions, which {c.family} models do not have"
         )
@@ -79,17 +80,6 @@ def complete(cfg: Any, model: "Model") -> Any:
         num_layers=cfg.num_layers or c.num_layers,
         task_type=cfg.task_type or task_type(model),
     )
-
-
-def task_type(model: "Model") -> str:
-    """HF peft's name for what the model's head is for: it decides how HF peft puts the prompt in."""
-    if {"first", "last"} & set(model.config.head):
-        return "SEQ_CLS"
-    if not any(step == "head.out" for step in model.config.head):
-        return "FEATURE_EXTRACTION"
-    if any(role.startswith("decoder.") for role in model.sites):
-        return "SEQ_2_SEQ_LM"
-    return "CAUSAL_LM" if model.config.causal else "FEATURE_EXTRACTION"
 
 
 def table(model: "Model") -> Array:
@@ -122,11 +112,16 @@ def hooks(cfg: Virtual, P: Array, pull: Pull, model: "Model", of_rows: Array | N
             raise ValueError(f"rows must name one of {m // n} prompts (0 to {m // n - 1}), found {of_rows}")
     elif m > cfg.total:
         raise ValueError(f"this adapter holds {m // n} prompts, so `rows` must say which one each row of a batch has")
-    path = model.sites["embed.token"].path
+    path, given = model.sites["embed.token"].path, unscaled(P, pull, model.config.embed_scale)
     return Hooks(
-        part=lambda part: virtual(part, P, pull) if part.path == path and part.kind == "embedding" else part,
+        part=lambda part: virtual(part, *given) if part.path == path and part.kind == "embedding" else part,
         prompt=Prompt(v + at, m, placed=cfg.placement != "after_embedding"),
     )
+
+
+def unscaled(P: Array, pull: Pull, α: float) -> tuple[Array, Pull]:
+    """P/α, for a model that multiplies what it looks up by α, which is not meant for a prompt (BART; HF peft)."""
+    return (P, pull) if α == 1 else (P / α, lambda dP, want: pull(Once(lambda: dP() / α), want))
 
 
 def virtual(part: Part, P: Array, pull: Pull) -> Part:

@@ -43,7 +43,7 @@ def originals(select: Select) -> Init:
     """`outline_model` likewise: θ_S itself."""
 
     def outline_model(cfg: Any, model: "Model", chosen: Sequence[str]) -> Any:
-        names = select(cfg, model)
+        names = set(select(cfg, model)) - set(model.config.buffers)
         if not names:
             raise ValueError(f"the model has none of the tensors that {cfg} selects")
         return {name: a for name, a in model.params.items() if name in names}, {}
@@ -91,7 +91,10 @@ def tensors(model: "Model", roles: Iterable[str], leaves: Sequence[str] = ("weig
 
 
 def inside(model: "Model", modules: Sequence[str] | None) -> list[str]:
-    """The sites at or in the modules whose path ends in one of these names (from a dot on)."""
+    """The sites at or in the modules whose path ends in one of these names (from a dot on); each must be there."""
+    for name in modules or ():
+        if not any(within(site.path, name) for site in model.sites.values()):
+            raise ValueError(f"modules_to_save names {name!r}, a module that the model does not have")
     return [role for role, site in model.sites.items() if any(within(site.path, name) for name in modules or ())]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from refpeft.adapter import Adapter, found, replaced, substitutes
+from refpeft.config import POOLS
 from refpeft.method import DEFAULT_TARGETS, Method, Targets, excluded, targeted
 from refpeft.methods import METHODS
 from refpeft.model import Model, Site
@@ -33,7 +34,8 @@ def init(method: str, config: Any, model: Model, seed: int = 0) -> Adapter:
         part = model.part(role)
         for name, value in m.init(cfg.at(part.path), part, rng).items():
             (frozen if name in m.FROZEN else params)[f"{part.path}.{key(m, part.kind, name)}"] = value
-    params |= {name: model.params[tensor].copy() for name, tensor in saved_whole(cfg, model).items()}
+    if not hasattr(m, "merge_model"):  # which selects tensors itself, tied ones once
+        params |= {name: model.params[tensor].copy() for name, tensor in saved_whole(cfg, model).items()}
     return Adapter(method, cfg, params, frozen)
 
 
@@ -148,7 +150,7 @@ def targets(cfg: Targets, model: Model) -> list[str]:
 def language(model: Model) -> bool:
     """Are the outputs words, and not classes?"""
     out = model.sites.get("head.out")
-    return not {"first", "last"} & set(model.config.head) and not (out and out.path == "classifier")
+    return not set(POOLS) & set(model.config.head) and not (out and out.path == "classifier")
 
 
 def modules(model: Model) -> dict[str, str]:
@@ -175,7 +177,7 @@ def saved_whole(cfg: Any, model: Model) -> dict[str, str]:
             whole[site.path + ".bias"] = site.bias
         elif bias == "all" or role in chosen:
             whole[site.path + ".bias"] = site.bias
-    return {name: tensor for name, tensor in whole.items() if tensor in model.params}
+    return {name: tensor for name, tensor in whole.items() if tensor in model.params.keys() - model.config.buffers}
 
 
 def dropout(adapter: Adapter, model: Model, ids_shape: tuple[int, int], seed: int = 0) -> Adapter:
@@ -199,7 +201,7 @@ def dropout(adapter: Adapter, model: Model, ids_shape: tuple[int, int], seed: in
 def pooled_roles(model: Model) -> Sequence[str]:
     """The layers of the head that see one position only."""
     head = model.config.head
-    return head[next((n for n, step in enumerate(head) if step in ("first", "last")), len(head)) :]
+    return head[next((n for n, step in enumerate(head) if step in POOLS), len(head)) :]
 
 
 def merge(model: Model, adapter: Adapter | Sequence[Adapter]) -> Model:
@@ -223,8 +225,14 @@ def merge(model: Model, adapter: Adapter | Sequence[Adapter]) -> Model:
             params[sites[role].bias] = b
     sites = retied(model.sites, sites, params)
     used = {s.weight for s in sites.values()} | {s.bias for s in sites.values()}
-    source = model.source if sites == dict(model.sites) else {**model.source, "tie_word_embeddings": False}
+    source = model.source if sites == dict(model.sites) else untied_source(model)
     return replace(model, params={n: v for n, v in params.items() if n in used}, sites=sites, source=source)
+
+
+def untied_source(model: Model) -> dict[str, Any]:
+    """config.json of a model whose head is no longer tied; of a T5, the scale before it was said by the tie."""
+    kept = {"scale_decoder_outputs": True} if "scale" in model.config.head else {}
+    return {**model.source, "tie_word_embeddings": False, **kept}
 
 
 def mergeable(adapters: Sequence[Adapter]) -> None:

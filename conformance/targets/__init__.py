@@ -10,6 +10,7 @@ __all__ = ["FEATURES", "TARGETS", "Skip", "Target", "open_target"]
 TARGETS: Mapping[str, tuple[str, str]] = {  # name → what it is, module:factory (called with what follows the colon)
     "spec": ("this specification itself", "refpeft.conformance.targets.spec:Spec"),
     "peft": ("Hugging Face peft, as installed", "refpeft.conformance.targets.peft:Peft"),
+    "adapters": ("AdapterHub's adapters, as installed", "refpeft.conformance.targets.adapters:AdapterHub"),
     "onnxruntime": ("our ONNX export, run by onnxruntime", "refpeft.conformance.targets.onnxruntime:OnnxRuntime"),
     "program:": ("any program that speaks JSON lines: program:CMD", "refpeft.conformance.targets.program:Program"),
     "python:": ("any Python object: python:package.module:object", "refpeft.conformance.targets.python:load"),
@@ -18,7 +19,7 @@ TARGETS: Mapping[str, tuple[str, str]] = {  # name → what it is, module:factor
 
 
 def open_target(name: str) -> Target:
-    """The target of this name: 'spec', 'peft', 'onnxruntime', 'program:CMD', 'python:pkg.mod:obj', 'mutant:NAME'."""
+    """The target of this name: one of TARGETS, with what its colon asks for: 'peft', 'program:CMD', 'mutant:NAME', …"""
     head, colon, rest = name.partition(":")
     known = TARGETS.get(head + colon)
     if known is None or (colon and not rest):

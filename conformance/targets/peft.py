@@ -6,7 +6,6 @@ attention. Parameters are copied in, and nothing is downloaded.
 
 import contextlib
 import inspect
-import logging
 import os
 import re
 import tempfile
@@ -28,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from refpeft.conformance import tiny
 from refpeft.conformance.case import DTYPES, Case, read
 from refpeft.conformance.targets.base import FEATURES, Arrays, Skip
+from refpeft.conformance.targets.models import array, base_model, buildable, output, quietly, tensor, values_of
 from refpeft.conformance.targets.spec import answers, real
 from refpeft.ops import Array
 
@@ -43,8 +43,7 @@ NEEDED = {"bias": "lora_bias", "patterns": "alpha_pattern"}  # features that sta
 
 class Peft:
     def __init__(self) -> None:
-        torch.set_num_threads(1)
-        logging.getLogger("transformers").setLevel(logging.ERROR)
+        quietly("transformers")
         self.declared = {
             "name": "peft", "version": peft.__version__, "levels": ["layer", "model", "lifecycle"],
             "methods": ["lora", *(method for method, flag in FLAG.items() if flag in FIELDS),
@@ -98,29 +97,7 @@ def together() -> bool:
     return True
 
 
-def buildable(family: str) -> bool:
-    """Does transformers have the family, with all the fields of its config that the suite uses?"""
-    if family not in transformers.CONFIG_MAPPING:
-        return False
-    known = transformers.CONFIG_MAPPING[family]()
-    return all(hasattr(known, field) for field in tiny.FAMILIES[family])
-
-
 # ── numbers, configs, names ──────────────────────────────────────────────────────────────────────────────────────────
-
-
-def tensor(a: Array) -> Any:
-    """The same numbers and strides as a torch tensor; bfloat16 by its bits, which NumPy and torch do not share."""
-    if a.dtype == DTYPES["bfloat16"]:
-        return torch.from_numpy(a.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(a)
-
-
-def array(t: Any) -> Array:
-    t = t.detach()
-    if t.dtype == torch.bfloat16:
-        return np.array(t.contiguous().view(torch.int16).numpy()).view(DTYPES["bfloat16"])
-    return np.array(t.numpy())
 
 
 def lora_config(fields: Mapping[str, Any], **more: Any) -> Any:
@@ -267,29 +244,11 @@ def plain(kind: str, W: Array, b: Array | None) -> Any:
 # ── a whole model ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def base_model(case: Case) -> Any:
-    """transformers' model with the case's weights, all of which must find their place."""
-    source = {k: v for k, v in case.meta["model"].items() if k not in ("architectures", "model_type")}
-    config = transformers.CONFIG_MAPPING[case.meta["model"]["model_type"]](**source)
-    config._attn_implementation = "eager"
-    weights = {n.removeprefix("model/"): tensor(a).clone() for n, a in case.arrays.items() if n.startswith("model/")}
-    model = getattr(transformers, case.meta["model"]["architectures"][0])(config)
-    model.to(next(iter(weights.values())).dtype)
-    _, unexpected = model.load_state_dict(weights, strict=False)
-    if unexpected:
-        raise ValueError(f"transformers has no parameter {unexpected[0]}")
-    return model.eval()
-
-
 def adapter_config(case: Case, name: str) -> Any:
     about = case.meta["adapters"][name]
     if about["method"] in CLASSES:
         return getattr(peft, CLASSES[about["method"]])(**about["config"])
     return lora_config(about["config"], fan_in_fan_out=case.meta["model"]["model_type"] == "gpt2")
-
-
-def values_of(case: Case, prefix: str) -> Arrays:
-    return {n.removeprefix(prefix): a for n, a in case.arrays.items() if n.startswith(prefix)}
 
 
 def add(case: Case, model: Any, name: str) -> Any:
@@ -300,11 +259,6 @@ def add(case: Case, model: Any, name: str) -> Any:
         model = peft.get_peft_model(model, config, adapter_name=name)
     write(model, name, values_of(case, name + "/"))
     return model.eval()
-
-
-def output(model: Any, ids: Array, mask: Array | None = None, **more: Any) -> Any:
-    out = model(input_ids=tensor(ids), attention_mask=None if mask is None else tensor(mask), **more)
-    return out.logits if hasattr(out, "logits") else out.last_hidden_state
 
 
 class Whole:

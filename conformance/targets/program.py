@@ -5,7 +5,7 @@
     → {"run": "case.safetensors", "out": "out.safetensors"}
     ← {"ok": true}                                  the arrays are in the file `out`
       {"skip": "reason"}                            or it cannot be asked that
-      {"error": "what went wrong"}                  or it failed
+      {"error": "what went wrong", "type": …}       or it failed; the type is the kind of error, and may be left out
     → {"stop": true}                                and the program ends
 
 What the program writes to stderr is shown with its failures. A program that dies, hangs or answers with something
@@ -36,7 +36,11 @@ TAIL = 5  # lines of stderr that are shown
 
 
 class ProgramError(Exception):
-    """The program answered {"error": …}."""
+    """The program answered {"error": …}; `kind` is the type that it gave, if any."""
+
+    def __init__(self, text: str, kind: str = "ProgramError") -> None:
+        super().__init__(text)
+        self.kind = kind
 
 
 class ProgramDied(Exception):  # noqa: N818 - the kind of the result, error:ProgramDied
@@ -99,7 +103,7 @@ class Program:
             self.stop()
             raise
         if "error" in reply:
-            raise ProgramError(str(reply["error"]))
+            raise ProgramError(str(reply["error"]), str(reply.get("type", "ProgramError")))
         return reply
 
     def stop(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 import refpeft
+from refpeft import bottleneck
 from refpeft.adapter import Adapter
 from refpeft.checkpoint.adapters import PREFIX, contents
 from refpeft.checkpoint.families import describe
@@ -265,8 +266,7 @@ class Session:
 
     def save(self, adapter: str) -> Arrays:
         self.files[adapter] = self.adapters[adapter]
-        _, tensors = contents(self.files[adapter])
-        return {f"file/{name.removeprefix(PREFIX)}": a for name, a in tensors.items()}
+        return {f"file/{name}": a for name, a in filed(self.files[adapter]).items()}
 
     def load(self, adapters: Sequence[str]) -> None:
         """A new base model, with these saved adapters; the first of them active."""
@@ -277,6 +277,13 @@ class Session:
         """New values written into the parameters of an adapter."""
         new = tensors(self.case, f"new-{adapter}/")
         self.adapters[adapter] = self.adapters[adapter].replace(params=new)
+
+
+def filed(adapter: Adapter) -> Arrays:
+    """What a file of it holds, by HF peft's names; where HF peft has no such adapter, its parameters by their own."""
+    if isinstance(adapter.config, bottleneck.Config) or not getattr(adapter.config, "position_shift", True):
+        return dict(adapter.params)
+    return {name.removeprefix(PREFIX): a for name, a in contents(adapter)[1].items()}
 
 
 def scaled(adapter: Adapter, w: float) -> Adapter:

@@ -12,7 +12,7 @@ from typing import Any
 
 from refpeft import tune
 from refpeft.adapter import Adapter
-from refpeft.checkpoint import models
+from refpeft.checkpoint import models, tokens
 from refpeft.checkpoint.safetensors import Malformed, show
 from refpeft.methods import METHODS as ALL
 from refpeft.methods import p_tuning
@@ -102,15 +102,7 @@ def write(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Array]]:
 
 def tokenizer(folder: str | Path) -> Any:
     """The tokenizer of a model's folder, which neither cuts nor pads."""
-    from tokenizers import Tokenizer
-
-    file = Path(folder) / "tokenizer.json"
-    if not file.is_file():
-        raise Malformed(f"{folder}: there is no tokenizer.json")
-    try:
-        found = Tokenizer.from_file(str(file))
-    except Exception as e:  # of no particular type
-        raise Malformed(f"{file}: {e}") from None
+    found = tokens.read(folder)
     found.no_truncation()
     found.no_padding()
     return found

@@ -16,6 +16,8 @@ COMMANDS = {  # in the order of `refpeft --help`
     "methods": ("methods",),
     "count": ("count",),
     "train": ("train",),
+    "extend": ("extend",),
+    "merge": ("merge",),
     "export": ("export",),
     "prompts": ("read-prompt",),
     "audit": ("audit",),

@@ -1,6 +1,7 @@
 """`refpeft check`, `replay`, `report`, `targets`, `mutants`: the conformance suite from the command line."""
 
 import json
+import shlex
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
@@ -54,6 +55,16 @@ Reports = Annotated[list[Path], typer.Argument(metavar="REPORT...", help="What c
 CaseFile = Annotated[Path, typer.Argument(metavar="CASE", help="A case that a check stored (.safetensors).")]
 
 
+Python = Annotated[
+    str | None,
+    typer.Option(
+        "--python",
+        metavar="PATH",
+        help="Run the target by this python, which has its library and refpeft.",
+    ),
+]
+
+
 def check(
     target: Target,
     method: Methods = None,
@@ -65,6 +76,7 @@ def check(
     shard: Shard = "1/1",
     workers: Workers = 1,
     dask: Dask = None,
+    python: Python = None,
     known: Known = None,
     update: Update = False,
     json_file: Json = None,
@@ -85,6 +97,9 @@ def check(
 
     A program of your own, in any language:
     [cyan]refpeft check "program:node my_lora.mjs" -m lora[/cyan]
+
+    A library that lives in an environment of its own:
+    [cyan]refpeft check adapters --python ../adapters/bin/python[/cyan]
 
     An eighth of the work:
     [cyan]refpeft check peft --shard 2/8 --json part2.jsonl[/cyan]
@@ -112,7 +127,7 @@ def check(
         writer(json_file) as write,
         interrupts() as unless_interrupted,
     ):
-        for event in engine.check(target, method, level, property, executor=pool, **options):
+        for event in engine.check(elsewhere(target, python), method, level, property, executor=pool, **options):
             for use in (seen.append, write, step):
                 use(event)
             unless_interrupted()
@@ -122,6 +137,11 @@ def check(
         )
         typer.echo(f"{known}: {came} added, {went} removed", err=True)
     finish(build(seen), views)
+
+
+def elsewhere(target: str, python: str | None) -> str:
+    """The target as a program of another python."""
+    return f"program:{shlex.join([python, '-m', 'refpeft.conformance.serve', target])}" if python else target
 
 
 def finish(report: "Report", views: dict[str, Path | None]) -> None:
@@ -232,7 +252,7 @@ def report(files: Reports, html: Html = None, junit: Junit = None, svg: Svg = No
     finish(read_reports(files), views)
 
 
-def replay(case: CaseFile, target: Target, json_file: Json = None) -> None:
+def replay(case: CaseFile, target: Target, python: Python = None, json_file: Json = None) -> None:
     """Put one stored case to a target again.
 
     [cyan]refpeft replay .refpeft/cases/peft-dora-layer-merge.safetensors peft[/cyan]
@@ -246,7 +266,7 @@ def replay(case: CaseFile, target: Target, json_file: Json = None) -> None:
     from refpeft.conformance.case import Case
 
     writable(json_file)
-    result = answered(Case.read(case), str(case), engine.replay(case, target))
+    result = answered(Case.read(case), str(case), engine.replay(case, elsewhere(target, python)))
     terminal.story(result, Console(highlight=False))
     save(json_file, [result])
     raise typer.Exit(0 if result["status"] == "pass" else 1)
@@ -276,12 +296,13 @@ def save(path: Path | None, rows: Sequence[Any]) -> None:
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-NEEDS = {"peft": "peft", "onnxruntime": "onnxruntime"}  # target → the package that it drives
+NEEDS = {"peft": "peft", "adapters": "adapters", "onnxruntime": "onnxruntime"}  # target → the package that it drives
 
 
 def targets(json_file: Json = None) -> None:
     """List what can be checked, and whether it is installed."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from refpeft.conformance.targets import TARGETS
@@ -292,7 +313,7 @@ def targets(json_file: Json = None) -> None:
     table.add_column("what it is")
     table.add_column("here", style="dim")
     for row in rows:
-        table.add_row(row["name"] + "…" * row["name"].endswith(":"), row["about"], row["here"])
+        table.add_row(row["name"] + "…" * row["name"].endswith(":"), row["about"], escape(row["here"]))
     Console(highlight=False).print(table)
     save(json_file, rows)
 

@@ -5,6 +5,7 @@ EXTRAS = {
     "torch": "peft",
     "transformers": "peft",
     "peft": "peft",
+    "adapters": "adapters",
 }  # package → extra that brings it
 
 

@@ -261,17 +261,11 @@ def vocabulary(folder: Path, model: "Model") -> "tuple[Encode | None, Setting]":
         "start_id": c.get("decoder_start_token_id"), "vocab": model.sizes()[0],
         "encoder_decoder": encoder_decoder(model),
     }  # fmt: skip
-    file = folder / "tokenizer.json"
     encode = None
-    if file.is_file():
-        from tokenizers import Tokenizer
+    if (folder / "tokenizer.json").is_file():
+        from refpeft.checkpoint.prompts import tokenizer
 
-        try:
-            t = Tokenizer.from_file(str(file))
-        except Exception as e:  # the library raises Exception itself
-            raise ValueError(f"{file}: not a tokenizer: {' '.join(str(e).split())[:120]}") from None
-        t.no_truncation()
-        t.no_padding()
+        t = tokenizer(folder)
         special = sorted(n for n, token in t.get_added_tokens_decoder().items() if token.special)
         known |= {"special_ids": special, "vocab": min(t.get_vocab_size(), known["vocab"] or t.get_vocab_size())}
         known["mask_id"] = next((n for n in map(t.token_to_id, ("[MASK]", "<mask>")) if n is not None), None)

@@ -91,7 +91,8 @@ def tensors(cfg: Config, model: "Model") -> Tensors:
     found: dict[str, list[str]] = {}
     for site in model.sites.values():
         for tensor, name in ((site.weight, site.path + ".weight"), (site.bias, site.path + ".bias")):
-            if tensor in model.params and not excluded(cfg, site.path) and not excluded(cfg, name):
+            there = tensor in model.params and tensor not in model.config.buffers
+            if there and not excluded(cfg, site.path) and not excluded(cfg, name):
                 found.setdefault(tensor, []).append(name)
     if cfg.target_modules is not None:
         found = {t: names for t, names in found.items() if any(targeted(cfg, name) for name in names)}

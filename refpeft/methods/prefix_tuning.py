@@ -5,7 +5,8 @@
     P = tanh(E W₁ᵀ + b₁) W₂ᵀ + b₂          with `prefix_projection`; E [n, c], W₁ [h, c], W₂ [2 L t, h]
 
 P_K gets neither position nor rotation: it stands where keys are multiplied with queries. Unless `position_shift` is
-off, the tokens stand at n, n + 1, … as if the prefix had taken the places before them.
+off, the tokens stand at n, n + 1, … as if the prefix had taken the places before them; so where positions are relative
+(T5), the bias of these places is added to q P_K, and only otherwise none.
 
 The prefix serves all rows of a batch:   dP = Σ_b [dP_K, dP_V of each layer].   With u = tanh(E W₁ᵀ + b₁):
     dW₂ = dPᵀ u,   db₂ = Σ dP,   dz = (dP W₂) ⊙ (1 − u²),   dW₁ = dzᵀ E,   db₁ = Σ dz,   dE = dz W₁.
@@ -161,11 +162,11 @@ def hooks(adapter: Any, k: int, model: Any) -> Hooks:
         names = {name: stack + key for name, key in NAMES.items() if stack + key in adapter.params}
         φ = Phi({name: adapter.params[full] for name, full in names.items()}, {n: (k, f) for n, f in names.items()})
         hidden = Once(mlp, φ) if cfg.prefix_projection else None
-        parts |= {at: Once(memory, φ, hidden, layer, shape, like) for layer, at in enumerate(ats)}
+        parts |= {at: Once(memory, φ, hidden, layer, shape, like, cfg.position_shift) for layer, at in enumerate(ats)}
     return Hooks(memory=lambda at: [parts[at]()] if at in parts else [], shift=shape[0] if cfg.position_shift else 0)
 
 
-def memory(φ: Phi, hidden: Lazy | None, layer: int, shape: tuple[int, int, int], like: Array) -> Memory:
+def memory(φ: Phi, hidden: Lazy | None, layer: int, shape: tuple[int, int, int], like: Array, placed: bool) -> Memory:
     """P_K and P_V of one layer, in the dtype of a 16-bit model."""
     n, t = shape[0], shape[1] * shape[2]
     P, back_P = columns(φ, hidden, 2 * layer * t, 2 * (layer + 1) * t)
@@ -178,7 +179,7 @@ def memory(φ: Phi, hidden: Lazy | None, layer: int, shape: tuple[int, int, int]
 
         return back_P(Once(dP), want)
 
-    return Memory(y[None, :, 0], y[None, :, 1], back)
+    return Memory(y[None, :, 0], y[None, :, 1], back, placed=placed)
 
 
 def columns(φ: Phi, hidden: Lazy | None, a: int, z: int) -> Columns:

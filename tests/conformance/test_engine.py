@@ -244,6 +244,34 @@ def test_another_version_has_other_known_failures(tmp_path: Path) -> None:
     assert merge_row(WRONG, tmp_path, entry_for(WRONG, tmp_path, versions="<0.0.1"))["status"] == "fail"
 
 
+@pytest.mark.parametrize(("match", "status"), [(["linear", "conv1d", "embedding"], "known"), (["conv1d"], "fail")])
+def test_a_known_failure_may_match_several_values(match: list[str], status: str, tmp_path: Path) -> None:
+    file = entry_for(WRONG, tmp_path, match={"layer.kind": match})
+    assert merge_row(WRONG, tmp_path, file)["status"] == status
+
+
+@pytest.mark.parametrize(
+    ("beside", "status"), [({"torch": ">=2"}, "known"), ({"torch": ">=3"}, "fail"), ({"x": ""}, "fail")]
+)
+def test_a_known_failure_may_depend_on_other_libraries(
+    beside: dict[str, str], status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = Spec().info() | {"versions": {"torch": "2.13.0"}}
+    monkeypatch.setattr(Spec, "info", lambda self: info)
+    file = entry_for(WRONG, tmp_path, beside=beside)
+    assert merge_row(WRONG, tmp_path, file)["status"] == status
+
+
+def test_one_property_can_be_recorded_twice(tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    found = rows(WRONG, tmp_path / "cases", methods=["lora"], properties=["merge"], levels=["layer"])
+    known.update(file, "0.1.0", found)
+    known.update(file, "0.1.0", found)
+    cases = [entry["case"] for entry in json.loads(file.read_text())]
+    assert cases == ["mine/lora-layer-merge.safetensors", "mine/lora-layer-merge-2.safetensors"]
+    assert all((tmp_path / case).is_file() for case in cases)
+
+
 def test_failures_can_be_recorded(tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     found = rows(WRONG, tmp_path / "cases", methods=["lora"], properties=["merge"], levels=["layer"])

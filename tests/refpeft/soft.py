@@ -1,7 +1,12 @@
 """What the tests of soft prompts share: HF peft in float64, and ours read from what it saved."""
 
+import inspect
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -40,6 +45,7 @@ HF = {
          "intermediate_size": 24, "pad_token_id": 1},
     ),
 }  # fmt: skip
+TAGGER = {"TOKEN_CLS of bert": ("BertForTokenClassification", *HF["SEQ_CLS of bert"][1:])}
 
 
 def hf_base(name: str, seed: int = 0) -> Any:
@@ -47,7 +53,7 @@ def hf_base(name: str, seed: int = 0) -> Any:
     import torch
     import transformers
 
-    cls, config, options = HF[name]
+    cls, config, options = (HF | TAGGER)[name]
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -97,3 +103,18 @@ def hf_load(m: Any, folder: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return peft.PeftModel.from_pretrained(m, folder).double().eval()
+
+
+@contextmanager
+def cache_under_its_old_name() -> Iterator[None]:
+    """HF peft 0.21 looks for an argument `past_key_values` of the classifier's backbone, which newer transformers call
+    `cache` (and still take by the old name): see docs/findings/peft-prefix-of-classifiers.md."""
+    import peft.peft_model
+
+    def signature(f: Any) -> Any:
+        found = inspect.signature(f)
+        renamed = {"past_key_values" if name == "cache" else name: p for name, p in found.parameters.items()}
+        return SimpleNamespace(parameters=renamed)
+
+    with mock.patch.object(peft.peft_model, "inspect", SimpleNamespace(**vars(inspect) | {"signature": signature})):
+        yield

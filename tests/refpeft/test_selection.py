@@ -82,13 +82,13 @@ def test_gradients_are_the_base_models(case: str) -> None:
 def test_nothing_below_is_walked() -> None:
     """T1: the stages whose cotangents are computed are those above the trained ones."""
     model, adapter = made("partial")
-    out, backs, _ = model.run(each([adapter], model), IDS)
+    out, ((name, backs),), _ = model.run(each([adapter], model), IDS)
     asked: list[int] = []
     watched = [
         lambda dy, want, n=n, back=back: (lambda d, g: ((lambda: asked.append(n) or d()), g))(*back(dy, want))
         for n, back in enumerate(backs)
     ]
-    collect(watched, np.ones_like(out), {(0, name) for name in adapter.params})
+    collect([(name, watched)], np.ones_like(out), {(0, name) for name in adapter.params})
     assert min(asked) == 4  # 0 to 2 are embeddings and layer 0; nothing asks for what goes into 3
 
 

@@ -1,0 +1,243 @@
+"""AdapterHub's `adapters`, as installed, on transformers' models, which it changes in place.
+
+An adapter is added with the config that says in AdapterHub's terms what the case says in HF peft's
+(`refpeft.conformance.targets.adapterhub`), its parameters are copied in, and nothing is downloaded.
+"""
+
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import adapters  # type: ignore[import-not-found, unused-ignore]
+import torch
+import transformers
+
+from refpeft.conformance import tiny
+from refpeft.conformance.case import Case, read
+from refpeft.conformance.targets.adapterhub import METHODS, Place
+from refpeft.conformance.targets.base import Arrays, Skip
+from refpeft.conformance.targets.models import array, base_model, buildable, output, quietly, tensor, values_of
+from refpeft.conformance.targets.spec import answers, real
+from refpeft.ops import Array
+
+LINEARS = {  # of the layers that the suite adapts, those at which AdapterHub has a LoRA
+    "gpt2": ("c_attn", "c_fc", "mlp.c_proj"),
+    "llama": ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj"),
+    "qwen2": ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj"),
+    "bert": ("query", "key", "value", "intermediate.dense"),
+    "roberta": ("query", "key", "value", "intermediate.dense"),
+}
+OPTIONS: Mapping[str, Mapping[str, Any]] = {  # what of a method's options AdapterHub has
+    "dora": {"detach_norm": False},
+    "prompt_tuning": {"placement": "after_embedding"},
+    "houlsby": {"train_norms": False},
+    "prefix_tuning": {"position_shift": False, "input_size": tiny.WIDE["hidden_size"]},
+}
+SETTINGS = {"attention": ["sdpa", "eager"]}  # of transformers; the first is its default
+FEATURES = (
+    "forward", "grads", "frozen", "change", "merge", "unmerge", "disable", "several", "delete", "save", "conv1d",
+    "cache",
+)  # fmt: skip
+
+
+class AdapterHub:
+    def __init__(self) -> None:
+        quietly("transformers", "adapters")
+        self.declared = {
+            "name": "adapters", "version": adapters.__version__, "levels": ["model", "lifecycle"],
+            "methods": list(METHODS), "dtypes": ["float32", "float64"], "features": list(FEATURES),
+            "families": [family for family in LINEARS if buildable(family)],
+            "linears": LINEARS, "options": OPTIONS, "settings": SETTINGS,
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        }  # fmt: skip
+
+    def info(self) -> Mapping[str, Any]:
+        return self.declared
+
+    def run(self, case: Case) -> Arrays:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if "steps" in case.meta:
+                with tempfile.TemporaryDirectory() as folder:
+                    return Session(case, Path(folder)).run(case.meta["steps"])
+            return answers(Whole(case), case.meta["want"])
+
+    def close(self) -> None:
+        pass
+
+
+# ── models and adapters ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def adaptable(case: Case) -> Any:
+    """transformers' model with the case's weights, ready for adapters."""
+    model = base_model(case, case.meta.get("settings", {}).get("attention", "sdpa"))
+    adapters.init(model)
+    return model
+
+
+def add(case: Case, model: Any, name: str) -> None:
+    about = case.meta["adapters"][name]
+    make, _ = METHODS[about["method"]]
+    config = make(about["config"], model)
+    if not model.base_model.supports_adapter(config):
+        raise Skip(f"AdapterHub has no {about['method']} for {model.config.model_type}")
+    model.add_adapter(name, config)
+    model.eval()
+    write(case, model, name, values_of(case, name + "/"))
+
+
+def places(case: Case, model: Any, name: str) -> dict[str, Place]:
+    _, find = METHODS[case.meta["adapters"][name]["method"]]
+    return {p.name: p for p in find(model, name)}
+
+
+def write(case: Case, model: Any, name: str, values: Mapping[str, Array]) -> None:
+    """Values into an adapter's parameters, in place; all of them, and no others."""
+    there = places(case, model, name)
+    if there.keys() != values.keys():
+        odd = sorted(there.keys() ^ values.keys())[0]
+        raise ValueError(f"the parameters of the adapter are not those of the specification: {odd}")
+    for n, p in there.items():
+        value = tensor(np.ascontiguousarray(p.there(values[n])))
+        if value.shape != p.param.shape:
+            raise ValueError(f"{n}: expected shape {list(p.param.shape)}, found {list(value.shape)}")
+        p.param.data = value.clone()
+
+
+class Whole:
+    def __init__(self, case: Case) -> None:
+        self.case, self.names = case, case.meta["active"]
+        self.ids, self.mask = case.arrays["ids"], case.arrays.get("attention_mask")
+        self.model = adaptable(case)
+        for name in self.names:
+            add(case, self.model, name)
+        self.model.set_active_adapters(self.names[0])
+
+    def said(self, ids: Array, mask: Array | None = None) -> Array:
+        with torch.no_grad():
+            return real(array(output(self.model, ids, mask)), mask)
+
+    def logits(self) -> Arrays:
+        return {"logits": self.said(self.ids, self.mask)}
+
+    def other_logits(self) -> Arrays:
+        return {"other_logits": self.said(self.case.arrays["other_ids"])}
+
+    def grads(self) -> Arrays:
+        self.train()
+        output(self.model, self.ids, self.mask).backward(tensor(self.case.arrays["dout"]))
+        found = {}
+        for name in self.names:
+            for n, p in places(self.case, self.model, name).items():
+                grad = p.param.grad if p.param.grad is not None else torch.zeros_like(p.param)
+                found[f"grad/{name}/{n}"] = p.pull(array(grad))
+        return found
+
+    def train(self) -> None:
+        """Train the adapter, as AdapterHub sets it up, without dropout."""
+        self.model.train_adapter(self.names)
+        self.model.eval()
+
+    def merged(self) -> Arrays:
+        """What is beside the adapter, which stays where it was when it is merged."""
+        self.model.merge_adapter(self.names[0])
+        own = {id(p.param) for p in places(self.case, self.model, self.names[0]).values()}
+        return {f"merged/{n}": array(p) for n, p in self.model.named_parameters() if id(p) not in own}
+
+    def merged_logits(self) -> Arrays:
+        self.model.merge_adapter(self.names[0])
+        return {"merged_logits": self.said(self.ids, self.mask)}
+
+    def decoded(self) -> Arrays:
+        found, cache = [], None
+        with torch.no_grad():
+            for t in range(self.ids.shape[1]):
+                out = self.model(input_ids=tensor(self.ids[:, t : t + 1]), past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                found.append(array(out.logits))
+        return {"decoded": np.concatenate(found, axis=1)}
+
+    def count(self) -> Arrays:
+        """Without the head of the task, which AdapterHub always trains."""
+        self.train()
+        if any(p.copies > 1 for name in self.names for p in places(self.case, self.model, name).values()):
+            raise Skip("AdapterHub has an A for each of Q, K and V")
+        return {"count": np.array(sum(p.numel() for p in self.model.base_model.parameters() if p.requires_grad))}
+
+
+# ── a life ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Session:
+    def __init__(self, case: Case, folder: Path) -> None:
+        self.case, self.folder = case, folder
+        self.model = adaptable(case)
+        self.active: list[str] = []
+
+    def run(self, steps: Sequence[Mapping[str, Any]]) -> Arrays:
+        found: Arrays = {}
+        for k, step in enumerate(steps):
+            said = getattr(self, step["do"])(**{n: v for n, v in step.items() if n != "do"}) or {}
+            with torch.no_grad():
+                said["logits"] = array(output(self.model, self.case.arrays["ids"]))
+            found |= {f"{k}/{name}": a for name, a in said.items()}
+        return found
+
+    def add(self, adapter: str) -> None:
+        add(self.case, self.model, adapter)
+        if not self.active:
+            self.activate([adapter])
+
+    def activate(self, adapters: Sequence[str]) -> None:
+        self.active = list(adapters)
+        self.model.set_active_adapters(self.active[0])
+
+    def merge(self, safe: bool = False) -> None:
+        if safe:
+            raise Skip("merge_adapter has no check for nan")
+        self.model.merge_adapter(self.active[0])
+
+    def refused_merge(self, adapter: str) -> None:
+        self.merge(safe=True)
+
+    def unmerge(self) -> None:
+        self.model.reset_adapter()
+
+    def disable(self) -> None:
+        self.model.set_active_adapters(None)
+
+    def enable(self) -> None:
+        self.activate(self.active)
+
+    def delete(self, adapter: str) -> None:
+        self.model.delete_adapter(adapter)
+
+    def save(self, adapter: str) -> Arrays:
+        where = self.folder / adapter
+        self.model.save_adapter(str(where), adapter, use_safetensors=True, with_head=False)
+        tensors, _ = read(where / "adapter.safetensors")
+        known = {id(p.param): p for p in places(self.case, self.model, adapter).values()}
+        mine = {n: known.get(id(p)) for n, p in self.model.named_parameters(remove_duplicate=False)}
+        named = {n: mine.get(n) for n in tensors}
+        return {f"file/{p.name if p else n}": p.back(tensors[n]) if p else tensors[n] for n, p in named.items()}
+
+    def load(self, adapters: Sequence[str]) -> None:
+        self.model = adaptable(self.case)
+        if self.case.meta["dtype"] != "float32":
+            raise Skip("load_adapter makes parameters of float32")
+        for name in adapters:
+            self.model.load_adapter(str(self.folder / name), load_as=name, use_safetensors=True, with_head=False)
+        self.model.eval()
+        self.activate(adapters[:1])
+
+    def change(self, adapter: str) -> None:
+        write(self.case, self.model, adapter, values_of(self.case, f"new-{adapter}/"))

@@ -1,0 +1,65 @@
+"""What the targets that run on transformers share: its models made from cases, and numbers there and back."""
+
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from refpeft.conformance import tiny
+from refpeft.conformance.case import DTYPES, Case
+from refpeft.conformance.targets.base import Arrays
+from refpeft.ops import Array
+
+
+def quietly(*loggers: str) -> None:
+    """One thread, and no remarks."""
+    torch.set_num_threads(1)
+    for name in loggers:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def tensor(a: Array) -> Any:
+    """The same numbers and strides as a torch tensor; bfloat16 by its bits, which NumPy and torch do not share."""
+    if a.dtype == DTYPES["bfloat16"]:
+        return torch.from_numpy(a.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(a)
+
+
+def array(t: Any) -> Array:
+    t = t.detach()
+    if t.dtype == torch.bfloat16:
+        return np.array(t.contiguous().view(torch.int16).numpy()).view(DTYPES["bfloat16"])
+    return np.array(t.numpy())
+
+
+def buildable(family: str) -> bool:
+    """Does transformers have the family, with all the fields of its config that the suite uses?"""
+    if family not in transformers.CONFIG_MAPPING:
+        return False
+    known = transformers.CONFIG_MAPPING[family]()
+    return all(hasattr(known, field) for field in tiny.FAMILIES[family])
+
+
+def base_model(case: Case, attention: str = "eager") -> Any:
+    """transformers' model with the case's weights, all of which must find their place."""
+    source = {k: v for k, v in case.meta["model"].items() if k not in ("architectures", "model_type")}
+    config = transformers.CONFIG_MAPPING[case.meta["model"]["model_type"]](**source)
+    config._attn_implementation = attention
+    weights = {n.removeprefix("model/"): tensor(a).clone() for n, a in case.arrays.items() if n.startswith("model/")}
+    model = getattr(transformers, case.meta["model"]["architectures"][0])(config)
+    model.to(next(iter(weights.values())).dtype)
+    _, unexpected = model.load_state_dict(weights, strict=False)
+    if unexpected:
+        raise ValueError(f"transformers has no parameter {unexpected[0]}")
+    return model.eval()
+
+
+def values_of(case: Case, prefix: str) -> Arrays:
+    return {n.removeprefix(prefix): a for n, a in case.arrays.items() if n.startswith(prefix)}
+
+
+def output(model: Any, ids: Array, mask: Array | None = None, **more: Any) -> Any:
+    out = model(input_ids=tensor(ids), attention_mask=None if mask is None else tensor(mask), **more)
+    return out.logits if hasattr(out, "logits") else out.last_hidden_state

@@ -1,0 +1,65 @@
+"""What goes into a graph and what comes out, named as transformers and optimum name it.
+
+    plain     input_ids, attention_mask (, token_type_ids)  →  logits or last_hidden_state
+    decode    input_ids [b, s], attention_mask [b, past + s], position_ids [b, s],
+              past_key_values.N.key and .value [b, g, past, e]  →  logits, present.N.key and .value [b, g, past + s, e]
+
+`past` may be 0: one graph reads the prompt and goes on from there.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from refpeft.export.form import Outputs, Subject
+from refpeft.export.symbols import Graph, Symbol
+from refpeft.hooks import Hooks
+from refpeft.model import Model
+
+INT = np.dtype(np.int64)
+BATCH, SEQUENCE, PAST = "batch", "sequence", "past_sequence"
+
+
+def run(graph: Graph, model: Model, hooks: Hooks, subject: Subject) -> tuple[list[str], Outputs]:
+    """The model on inputs of this kind: their names, and the outputs."""
+    return decoding(graph, model, hooks, subject) if subject.decode else plain(graph, model, hooks)
+
+
+def plain(graph: Graph, model: Model, hooks: Hooks) -> tuple[list[str], Outputs]:
+    names = ["input_ids", "attention_mask"] + ["token_type_ids"] * ("embed.type" in model.sites)
+    ids, attention_mask, *types = (graph.input(name, INT, (BATCH, SEQUENCE)) for name in names)
+    out, _, _ = model.run(hooks, ids, attention_mask, types[0] if types else None)
+    return names, {output_name(model): out}
+
+
+def decoding(graph: Graph, model: Model, hooks: Hooks, subject: Subject) -> tuple[list[str], Outputs]:
+    c = model.config
+    ids = graph.input("input_ids", INT, (BATCH, SEQUENCE))
+    shape = (BATCH, c.num_kv_heads, PAST, c.head_dim)
+    past = [[graph.input(name, subject.dtype, shape) for name in pair] for pair in caches(model, "past_key_values")]
+    s, t = ids.shape[1], past[0][0].shape[2]
+    mask = graph.input("attention_mask", INT, (BATCH, t + s))
+    places = graph.input("position_ids", INT, (BATCH, SEQUENCE))
+    cache = [(k.swapaxes(1, 2), v.swapaxes(1, 2)) for k, v in past]
+    out, _, present = model.run(hooks, ids, mask, None, places, cache)
+    found = {"logits": out}
+    for pair, names in zip(present, caches(model, "present"), strict=True):
+        found |= {name: x.swapaxes(1, 2) for name, x in zip(names, pair, strict=True)}
+    inputs: Sequence[Symbol] = [ids, mask, places, *(x for pair in past for x in pair)]
+    return [x.node.name for x in inputs], found
+
+
+def caches(model: Model, what: str) -> list[tuple[str, str]]:
+    """The names of keys and values of each layer."""
+    return [(f"{what}.{n}.key", f"{what}.{n}.value") for n in range(model.config.num_layers)]
+
+
+def output_name(model: Model) -> str:
+    return "logits" if "head.out" in model.sites else "last_hidden_state"
+
+
+def decodes(model: Model) -> None:
+    """Only a causal language model writes."""
+    if not model.config.causal or "head.out" not in model.sites or {"first", "last"} & set(model.config.head):
+        architecture = (model.source.get("architectures") or [model.config.family])[0]
+        raise ValueError(f"decoding needs a causal language model, and {architecture} is none")
