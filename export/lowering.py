@@ -54,9 +54,13 @@ def pick(x: Symbol, index: Symbol) -> Symbol:
     return x.graph.emit("GatherND", (x, index[:, None]), x.dtype, (x.shape[0], x.shape[2]), batch_dims=1)
 
 
-def attention(q: Symbol, k: Symbol, v: Symbol, mask: Symbol | None = None, scale: float | None = None) -> Symbol:
+def attention(
+    q: Symbol, k: Symbol, v: Symbol, mask: Symbol | None = None, bias: Symbol | None = None, scale: float | None = None
+) -> Symbol | None:
     """Attention-23 on [b, s, h·e]. onnxruntime does not broadcast its mask, which is therefore expanded, once for all
-    layers. Rows that may see nothing give zeros in both."""
+    layers. Rows that may see nothing give zeros in both. None with a bias, which would have to hold the mask as −∞."""
+    if bias is not None:
+        return None
     b, s, h, e = q.shape
     t, g = k.shape[1:3]
     heads = {"q_num_heads": h, "kv_num_heads": g} | ({} if scale is None else {"scale": scale})

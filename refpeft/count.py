@@ -44,7 +44,7 @@ def outline(method: str, config: Any, model: Model) -> Adapter:
             for name, shape in shapes(m, cfg.at(part.path), part).items():
                 key = f"{part.path}.{tune.key(m, part.kind, name)}"
                 (frozen if name in m.FROZEN else params)[key] = hollow(shape, dtype)
-    params |= {name: model.params[tensor] for name, tensor in tune.saved_whole(cfg, model).items()}
+    params |= {name: model.params[tensor] for name, tensor in tune.beside(m, cfg, model).items()}
     return Adapter(method, cfg, params, frozen)
 
 
@@ -91,11 +91,12 @@ class Count:
 
 
 def count(adapter: Adapter, model: Model) -> Count:
-    whole = {name for name, tensor in whole_tensors(adapter, model).items() if not copied(adapter, name)}
+    own = {name for site in model.sites.values() for name in (f"{site.path}.weight", f"{site.path}.bias")}
+    own |= model.params.keys()
     return Count(
         model=size(model.params),
         trained=size(adapter.params),
-        added=size({name: a for name, a in adapter.params.items() if name not in whole}),
+        added=size({n: a for n, a in adapter.params.items() if n not in own or copied(adapter, n)}),
         companions=size(adapter.frozen),
         kinds=tuple(kinds(adapter)),
     )
@@ -105,18 +106,10 @@ def size(arrays: Mapping[str, Array]) -> int:
     return sum(a.size for a in arrays.values())
 
 
-def whole_tensors(adapter: Adapter, model: Model) -> Mapping[str, str]:
-    """The adapter's names → the model's, of tensors that are trained whole."""
-    if substitutes(adapter):
-        return {name: name for name in adapter.params if name in model.params}
-    return tune.saved_whole(adapter.config, model)
-
-
 def copied(adapter: Adapter, name: str) -> bool:
-    """Is it of a module that HF peft keeps twice, as it was and as it is trained?"""
-    path = name.rpartition(".")[0]
+    """Is it in a module of `modules_to_save`? HF peft has it twice then, as it was and as it is trained."""
     saved = tuple(getattr(adapter.config, "modules_to_save", None) or ())
-    return not substitutes(adapter) and any(f".{part}".endswith(saved) for part in prefixes(path) if saved)
+    return not substitutes(adapter) and any(path.endswith(saved) for path in prefixes(name.rpartition(".")[0]))
 
 
 def prefixes(path: str) -> Iterator[str]:

@@ -34,8 +34,7 @@ def init(method: str, config: Any, model: Model, seed: int = 0) -> Adapter:
         part = model.part(role)
         for name, value in m.init(cfg.at(part.path), part, rng).items():
             (frozen if name in m.FROZEN else params)[f"{part.path}.{key(m, part.kind, name)}"] = value
-    if not hasattr(m, "merge_model"):  # which selects tensors itself, tied ones once
-        params |= {name: model.params[tensor].copy() for name, tensor in saved_whole(cfg, model).items()}
+    params |= {name: model.params[tensor].copy() for name, tensor in beside(m, cfg, model).items()}
     return Adapter(method, cfg, params, frozen)
 
 
@@ -158,6 +157,11 @@ def modules(model: Model) -> dict[str, str]:
     kinds = {site.path: site.kind for site in model.sites.values()}
     parts = [path.split(".") for path in kinds]
     return {".".join(p[:n]): "container" for p in parts for n in range(1, len(p))} | kinds
+
+
+def beside(m: Method, cfg: Any, model: Model) -> dict[str, str]:
+    """What a method's adapter trains whole besides its own; a method that selects tensors names these itself."""
+    return {} if hasattr(m, "merge_model") else saved_whole(cfg, model)
 
 
 def saved_whole(cfg: Any, model: Model) -> dict[str, str]:

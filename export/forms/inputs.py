@@ -2,7 +2,7 @@
 
 One session serves the base model and any number of adapters, one after the other, in the slots that the exported
 adapter has (`refpeft.export.slots`). The folder holds that adapter as adapter.onnx_adapter, in the format of
-onnxruntime; `refpeft export --adapter-only FOLDER --adapter OTHER --out other.onnx_adapter` makes one of another adapter.
+onnxruntime; `refpeft export --adapter-only FOLDER --adapter OTHER --out other.onnx_adapter` makes one of another.
 """
 
 from collections.abc import Sequence

@@ -28,7 +28,7 @@ from refpeft.presets import ALIASES, PRESETS
 SELF = "encoder.layer.{}.attention.self."
 ONLY_SHAPES: Mapping[str, Family] = {
     "deberta-v2": Family(
-        base="deberta",
+        base="deberta.",
         sites={
             "embed.token": ("embeddings.word_embeddings", "embedding"),
             "embed.norm": ("embeddings.LayerNorm", "layer_norm"),

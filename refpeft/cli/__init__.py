@@ -14,6 +14,7 @@ from refpeft.cli.errors import sentence
 COMMANDS = {  # in the order of `refpeft --help`
     "check": ("check", "replay", "targets", "mutants", "report"),
     "methods": ("methods",),
+    "count": ("count",),
     "train": ("train",),
     "extend": ("extend",),
     "merge": ("merge",),
