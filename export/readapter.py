@@ -19,10 +19,8 @@ from refpeft.export import adapters as files
 from refpeft.export import initialisers, slots
 from refpeft.export.form import Array, Subject, prefixes
 from refpeft.export.forms import FORMS
+from refpeft.export.program import CARD, DTYPES
 from refpeft.model import Model
-
-CARD = "refpeft.json"
-NUMPY = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16)}
 
 
 def adapter_only(
@@ -63,7 +61,7 @@ def base(folder: Path, card: Mapping[str, Any]) -> Model:
             names = [tensor, *(at + name for at in prefixes(card["adapters"]) for name in (tensor, own))]
             kept = next((found[name] for name in names if name in found), None)  # its own, or what an adapter replaces
             if kept is None and tensor in p.shapes:
-                kept = np.broadcast_to(np.zeros((), NUMPY[card["dtype"]]), p.shapes[tensor])
+                kept = np.broadcast_to(np.zeros((), DTYPES[card["dtype"]]), p.shapes[tensor])
             if kept is not None:
                 params.setdefault(tensor, kept)
     return Model(p.config, p.sites, params, source)
@@ -79,7 +77,7 @@ def fitting(card: Mapping[str, Any], adapters: Sequence[Adapter], model: Model) 
             if name in has and has[name] != value:
                 raise ValueError(f"{name} is {has[name]} in the {adapter.method} adapter, and {value} in the graph")
     form: Any = FORMS[card["form"]]
-    tensors: dict[str, Array] = form.values(Subject(model, adapters, NUMPY[card["dtype"]], card["decode"]))
+    tensors: dict[str, Array] = form.values(Subject(model, adapters, DTYPES[card["dtype"]], card["decode"]))
     for name in card["unread"]:
         tensors.pop(name, None)
     for name, a in tensors.items():

@@ -1,7 +1,7 @@
 """inputs: the adapter comes from outside, as optional inputs that do nothing until they are fed.
 
 One session serves the base model and any number of adapters, one after the other, in the slots that the exported
-adapter has (`refpeft.export.slots`). The folder holds that adapter as adapter.onnx_adapter, in onnxruntime's own format;
+adapter has (`refpeft.export.slots`). The folder holds that adapter as adapter.onnx_adapter, in onnxruntime's format;
 `refpeft export --adapter-only FOLDER --adapter OTHER --out other.onnx_adapter` makes one of another adapter.
 """
 
