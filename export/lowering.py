@@ -55,9 +55,9 @@ def pick(x: Symbol, index: Symbol) -> Symbol:
 
 
 def attention(q: Symbol, k: Symbol, v: Symbol, mask: Symbol | None = None, scale: float | None = None) -> Symbol:
-    """Attention-23 on [b, s, h·e]; on [b, h, s, e] where that is how keys are kept from one run to the next. onnxruntime
-    does not broadcast its mask, which is therefore expanded, once for all layers. Rows that may see nothing give zeros in
-    both."""
+    """Attention-23 on [b, s, h·e]; on [b, h, s, e] where keys are kept like that from one run to the next. onnxruntime
+    does not broadcast its mask, which is therefore expanded, once for all layers. Rows that may see nothing give zeros
+    in both."""
     b, s, h, e = q.shape
     t, g = k.shape[1:3]
     more = {} if scale is None else {"scale": scale}

@@ -8,6 +8,7 @@ adapter has (`refpeft.export.slots`). The folder holds that adapter as adapter.o
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -46,8 +47,12 @@ def make(subject: Subject, graph: Graph, store: Store) -> Made:
     tensors = store(needed(graph, outputs, [*base_tensors(subject), *neutral]))
     read = [name for name in places if name in tensors]
     unread = [name for name in places if name not in tensors]  # the pooler's, where the model ends before it
-    card = {"facts": slots.facts(subject.adapters), "unread": unread}
+    card = {"facts": facts(subject.adapters), "unread": unread}
     return Made(inputs, outputs, tensors, subject.model, read, card)
+
+
+def facts(adapters: Sequence[Adapter]) -> list[dict[str, Any]]:
+    return slots.facts(adapters)
 
 
 def complete(folder: Path, subject: Subject, made: Made) -> None:

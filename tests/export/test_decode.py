@@ -2,16 +2,14 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 
-import refpeft
 from refpeft.export.program import export
 from refpeft.export.verification import LIMIT
-from tests.export.adapters import made, moved
+from tests.export.adapters import made
 from tests.models import tiny
 
 F32 = np.float32
