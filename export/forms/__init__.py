@@ -7,5 +7,12 @@ from refpeft.export.form import Form
 from refpeft.export.forms import inputs, merged, prefix, prompt, unmerged
 
 FORMS: Mapping[str, Form] = cast(
-    Mapping[str, Form], {"merged": merged, "unmerged": unmerged, "inputs": inputs, "prompt": prompt, "prefix": prefix}
+    Mapping[str, Form],
+    {
+        "merged": merged,
+        "unmerged": unmerged,
+        "inputs": inputs,
+        "prompt": prompt,
+        "prefix": prefix,
+    },
 )

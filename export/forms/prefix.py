@@ -27,6 +27,8 @@ DECODES = True
 def check(subject: Subject) -> None:
     if not prefixes(subject.adapters):
         raise ValueError("the form prefix needs an adapter that is a prefix: prefix_tuning")
+    if len({a.config.position_shift for a in prefixes(subject.adapters)}) > 1:
+        raise ValueError("position_shift is true in some of these prefixes and false in others")
     for a in prefixes(subject.adapters):
         if a.config.leave_out:
             raise ValueError(f"leave_out is {list(a.config.leave_out)}, and the past has one length in all layers")

@@ -14,6 +14,7 @@ from refpeft.export import slots, verification
 from refpeft.export.form import Array, Check, Made, Store, Subject
 from refpeft.export.forms import inputs
 from refpeft.export.symbols import Graph
+from refpeft.prompts import P
 
 FOLDS = False
 
@@ -31,7 +32,7 @@ def by_id(adapters: Sequence[Adapter]) -> list[Adapter]:
     def placed(a: Adapter) -> Adapter:
         if getattr(a.config, "placement", None) == "after_embedding":
             raise ValueError(
-                "placement 'after_embedding' has rows that are no tokens: --form unmerged or inputs has them"
+                "placement 'after_embedding' has rows that are no tokens: export it unmerged, or as inputs"
             )
         return a.replace(config=replace(a.config, placement="template")) if a.method in slots.PROMPTS else a
 
@@ -40,7 +41,8 @@ def by_id(adapters: Sequence[Adapter]) -> list[Adapter]:
 
 def make(subject: Subject, graph: Graph, store: Store) -> Made:
     made = inputs.make(replace(subject, adapters=by_id(subject.adapters)), graph, store)
-    return replace(made, card={**made.card, "vocabulary": verification.vocabulary(subject.model)})
+    (name,) = (n for n in made.optional if n.endswith("." + P))
+    return replace(made, card={**made.card, "vocabulary": verification.vocabulary(subject.model), "prompt": name})
 
 
 def complete(folder: Path, subject: Subject, made: Made) -> None:

@@ -16,6 +16,7 @@ COMMANDS = {  # in the order of `refpeft --help`
     "methods": ("methods",),
     "train": ("train",),
     "export": ("export",),
+    "generate": ("generate",),
     "prompts": ("read-prompt",),
     "audit": ("audit",),
 }

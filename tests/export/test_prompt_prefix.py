@@ -98,6 +98,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, "needs one adapter that is a soft prompt, found 0", "prompt", ("lora", {}))
     refused(tmp_path, "needs an adapter that is a prefix", "prefix", ("lora", {}))
     refused(tmp_path, "--form prompt", "prefix", ("prefix_tuning", {}), ("prompt_tuning", {}))
+    mixed = [("prefix_tuning", {"position_shift": on}) for on in (True, False)]
+    refused(tmp_path, "some of these prefixes", "prefix", *mixed)
     refused(tmp_path, "leave_out is .0., and the past has one length", "prefix", ("prefix_tuning", {"leave_out": [0]}))
     refused(tmp_path, "needs a causal language model", "prefix", ("prefix_tuning", {}), family="bert")
     refused(tmp_path, "'after_embedding'", "prompt", ("prompt_tuning", {"placement": "after_embedding"}))
