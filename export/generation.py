@@ -204,7 +204,8 @@ def step(
     feeds = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in new.items()}
     wanted = ["logits", *(name.replace(PAST, "present.") for name in past)]
     logits, *present = writer.runner.run_values({**feeds, **past}, wanted)
-    return logits.numpy()[:, -1].astype(np.float64), dict(zip(past, present, strict=True))
+    last: Array = logits.numpy()[:, -1].astype(np.float64)
+    return last, dict(zip(past, present, strict=True))
 
 
 # ── which token ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -213,12 +214,12 @@ def step(
 def pick(logits: Array, options: Options, draws: Sequence[np.random.Generator]) -> Array:
     """[b, v] → [b]"""
     if options.temperature == 0:
-        return logits.argmax(-1)
+        return np.asarray(logits.argmax(-1))
     p = probabilities(logits, options)
     u = np.array([draw.random() for draw in draws])[:, None]
     below = (p.cumsum(-1) / p.sum(-1, keepdims=True) <= u).sum(-1)
     last = p.shape[-1] - 1 - (p[:, ::-1] > 0).argmax(-1)  # rounding must not lead past the last that is possible
-    return np.minimum(below, last)
+    return np.asarray(np.minimum(below, last))
 
 
 def probabilities(logits: Array, options: Options) -> Array:
@@ -235,4 +236,4 @@ def probabilities(logits: Array, options: Options) -> Array:
         kept = np.zeros_like(p, bool)
         np.put_along_axis(kept, order, before < options.top_p, -1)
         p = np.where(kept, p, 0)
-    return p / p.sum(-1, keepdims=True)
+    return np.asarray(p / p.sum(-1, keepdims=True))
