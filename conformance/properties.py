@@ -89,6 +89,7 @@ LAYER = [
 # ── a whole model ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 CAUSAL = tiny.CAUSAL
+SOFT = ("prompt_tuning", "p_tuning", "prefix_tuning")
 
 
 def patterns(s: Structure) -> Structure:
@@ -130,6 +131,44 @@ MODEL = [
         ["logits"],
         ["forward"],
         also=PADDED,
+    ),
+    whole(
+        "left-padding",
+        "Padding on the left changes nothing but the places of what follows, behind a prompt or prefix too.",
+        ["logits"],
+        ["forward"],
+        ["PT5"],
+        families=CAUSAL,
+        architectures=("",),
+        also={**PADDED, "left": [True]},
+        methods=SOFT,
+    ),
+    whole(
+        "dropped",
+        "Without the network that made it, a prompt or prefix computes the same.",
+        ["logits", "dropped"],
+        ["forward", "drop"],
+        ["PU1", "PX4"],
+        configs=lambda s: {"prefix_projection": True} if s["method"] == "prefix_tuning" else {},
+        methods=SOFT,
+    ),
+    whole(
+        "rows",
+        "In one batch each row has the prefix of its own task, or none, and tasks get the gradients of their rows.",
+        ["logits", "grads"],
+        ["forward", "grads", "rows"],
+        ["PV2", "PV3"],
+        adapters=two,
+        also={"rows": [[1, 0, -1], [0, 0, 1], [-1, 1, 1]], "batch": [[3, 3], [3, 2]]},
+        methods=("prefix_tuning", "p_tuning_v2"),
+    ),
+    whole(
+        "transpose",
+        "The gradient of any linear function of the merged weights is the transpose: ⟨P θ, g⟩ = ⟨θ, Pᵀ g⟩.",
+        ["pulled"],
+        ["merge", "pull"],
+        ["ID5", "SA5"],
+        methods=("did", "said"),
     ),
     whole(
         "order",

@@ -71,20 +71,37 @@ def model_corners(
     found = []
     for n, family in enumerate(there):
         head = given.get("architecture") or heads[0] or tiny.LM[family]
-        linears = list(tiny.LINEARS[family][:2]) + list(tiny.LINEARS[family][-1:])
-        config = {**own, "target_modules": linears} if method in LORA else traits.plain(family, head)
+        linears = linears_of(info, family)
+        config = {**own, "target_modules": [*linears[:2], linears[-1]]}
+        config = (config if method in LORA else traits.plain(family, head)) | options(info, method)
         found.append(
             {
                 "method": method, "family": family, "architecture": head, "layers": 1, "dtype": "float32",
                 "config": config, "batch": [2, 3], "draw": n, **given,
             }
         )  # fmt: skip
-    return found
+    return [{**s, **setting} for s in found for setting in settings(info)]
 
 
 def able(wanted: Sequence[str], possible: Sequence[str] | None) -> list[str]:
     """What a property wants, as far as the method knows it; if nothing, what the method knows."""
     return list(wanted) if possible is None else [name for name in wanted if name in possible] or list(possible)
+
+
+def linears_of(info: Mapping[str, Any], family: str) -> list[str]:
+    """The layers of a family that the target can adapt."""
+    return list(info.get("linears", {}).get(family, tiny.LINEARS[family]))
+
+
+def options(info: Mapping[str, Any], method: str) -> Structure:
+    """Where a method leaves a choice, what the target declares to have chosen."""
+    return dict(info.get("options", {}).get(method, {}))
+
+
+def settings(info: Mapping[str, Any]) -> list[Structure]:
+    """All ways in which the target can be set that should make no difference."""
+    given = info.get("settings", {})
+    return [dict(zip(given, values, strict=True)) for values in itertools.product(*given.values())]
 
 
 FLOAT = ("float32", "float64")
@@ -134,20 +151,22 @@ def model(
     architecture = given["architecture"] if given else architecture
     if method in LORA:
         own = draw(config(method, [], False, False, "none", 4))
-        linears = tiny.LINEARS[family]
+        linears = linears_of(info, family)
         own["target_modules"] = draw(st.lists(st.sampled_from(linears), min_size=1, max_size=3, unique=True))
     else:
         drawn = st.fixed_dictionaries({name: st.sampled_from(values) for name, values in traits.choices.items()})
-        own = draw(drawn) | traits.fixed(family, architecture)
+        own = draw(drawn) | draw(st.sampled_from(list(traits.variants))) | traits.fixed(family, architecture)
     floats = ["float32"] if family in ("llama", "qwen2") else ["float32", "float64"]
+    setting = draw(st.sampled_from(settings(info)))
     return {
         "method": method,
         "family": family,
         "architecture": architecture,
         "layers": draw(st.integers(1, layers)),
         "dtype": draw(st.sampled_from([d for d in floats if d in info["dtypes"]])),
-        "config": own,
+        "config": own | options(info, method),
         "batch": [draw(st.integers(1, 2)), draw(st.integers(1, 5))],
         "draw": draw(st.integers(0, 3)),
+        **setting,
         **(given or {}),
     } | fixed

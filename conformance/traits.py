@@ -31,13 +31,15 @@ class Traits:
     letter: str  # of its claims
     asks: Sequence[str] | None = None
     choices: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    variants: Sequence[Structure] = ({},)  # fields that belong together, of which one group is drawn
     fixed: Callable[[str, str], Structure] = lambda family, architecture: {}
     second: Callable[[Structure], Structure] = lambda first: first
     families: Sequence[str] = tuple(tiny.FAMILIES)
     architectures: Sequence[str] | None = None  # None: any; '' is the family's language model
 
     def plain(self, family: str, architecture: str) -> Structure:
-        return {name: values[0] for name, values in self.choices.items()} | self.fixed(family, architecture)
+        first = {name: values[0] for name, values in self.choices.items()}
+        return first | self.variants[0] | self.fixed(family, architecture)
 
 
 def other_rank(first: Structure) -> Structure:
@@ -60,6 +62,43 @@ def other_tokens(first: Structure) -> Structure:
     return {**first, "token_indices": [9, 10]}
 
 
+def longer(first: Structure) -> Structure:
+    return {**first, "num_virtual_tokens": first["num_virtual_tokens"] + 1}
+
+
+POSITIONED = ("gpt2", "bert", "roberta")  # families with learned positions, behind which a prompt can be put
+PROMPT: Mapping[str, Sequence[Any]] = {"num_virtual_tokens": [2, 1, 3], "placement": ["before", "after_embedding"]}
+PREFIX: Mapping[str, Sequence[Any]] = {
+    "num_virtual_tokens": [2, 1, 3],
+    "prefix_projection": [False, True],
+    "encoder_hidden_size": [5, 3],
+    "position_shift": [True, False],
+}
+ENCODER: Mapping[str, Sequence[Any]] = {
+    "num_virtual_tokens": [2, 1, 3],
+    "encoder_reparameterization_type": ["MLP", "LSTM"],
+    "encoder_hidden_size": [5, 3],
+}
+SOFT = (*RUNS, *TOKENS, "model/left-padding", *LIVES)
+DROPS = ("model/dropped",)
+ROWS = ("model/rows",)
+INTRINSIC = (*SELECTION, "model/transpose", "model/two-merged", "lifecycle/two-active", "lifecycle/two-merged")
+
+
+def head(family: str, architecture: str) -> Structure:
+    """What is trained whole beside a prompt: the classifier, if that is what the model is."""
+    return {"modules_to_save": [tiny.HEAD[family]]} if architecture == tiny.CLASSIFIER else {}
+
+
+def placed(family: str, architecture: str) -> Structure:
+    return head(family, architecture) | ({} if family in POSITIONED else {"placement": "before"})
+
+
+def some(family: str, architecture: str) -> Structure:
+    """A kind of each: a matrix and its bias, norms, and the embedding, which a head may be tied to."""
+    return {"target_modules": [tiny.LINEARS[family][0], *tiny.NORMS[family], tiny.TOKENS[family]]}
+
+
 TRAITS: Mapping[str, Traits] = {
     "lora": Traits("L", second=other_rank),
     "rslora": Traits("R", second=other_rank),
@@ -71,6 +110,15 @@ TRAITS: Mapping[str, Traits] = {
     "trainable_tokens": Traits(
         "W", SELECTION, {"token_indices": [[2, 5], [7], [12, 3, 4]]}, fixed=embedding, second=other_tokens
     ),
+    "prompt_tuning": Traits("PT", SOFT, PROMPT, fixed=placed, second=longer),
+    "p_tuning": Traits("PU", (*SOFT, *DROPS), ENCODER, fixed=head, second=longer),
+    "prefix_tuning": Traits("PX", (*SOFT, *DROPS, *ROWS), PREFIX, fixed=head, second=longer),
+    "p_tuning_v2": Traits(
+        "PV", (*RUNS, "model/padding", *ROWS, *LIVES), {"num_virtual_tokens": [2, 1, 3]}, fixed=head, second=longer,
+        architectures=(tiny.CLASSIFIER,),
+    ),
+    "did": Traits("ID", INTRINSIC, {"d": [4, 7, 33], "columns": ["tensor", "model"]}, fixed=some),
+    "said": Traits("SA", INTRINSIC, {"d": [36, 40, 65], "columns": ["tensor", "model"]}, fixed=some),
 }
 LORA = ("lora", "rslora", "dora")
 

@@ -137,6 +137,8 @@ class Whole:
         self.base = model_of(case)
         self.inputs = {n: case.arrays[n] for n in ("attention_mask", "token_type_ids") if n in case.arrays}
         self.active = [adapter_of(case, name, self.base) for name in case.meta["active"]]
+        if "rows" in case.arrays:
+            self.active = refpeft.by_row(self.active, case.arrays["rows"])
 
     def logits(self) -> Arrays:
         return {"logits": self.real(self.base(self.case.arrays["ids"], self.active, **self.inputs)[0])}
@@ -156,6 +158,20 @@ class Whole:
             for n, grads in zip(names, vjp(self.case.arrays["dout"]), strict=True)
             for k, v in grads.items()
         }
+
+    def dropped(self) -> Arrays:
+        plain = [refpeft.drop_encoder(a) for a in self.active]
+        return {"dropped": self.real(self.base(self.case.arrays["ids"], plain, **self.inputs)[0])}
+
+    def pulled(self) -> Arrays:
+        """The gradient of Σ ⟨θ′, g⟩ over all tensors of the merged model, each once."""
+        want = {(k, n) for k, a in enumerate(self.active) for n in a.params}
+        found: dict[Any, Array] = {}
+        for name, part in once(self.base):
+            g = {leaf: self.case.arrays.get("g/" + tensor) for leaf, tensor in name.items()}
+            for key, d in pull(self.active, part, g, want).items():
+                found[key] = found[key] + d if key in found else d
+        return {f"pulled/{self.case.meta['active'][k]}/{n}": d for (k, n), d in found.items()}
 
     def merged(self) -> Arrays:
         return {f"merged/{n}": v for n, v in refpeft.merge(self.base, self.active).params.items()}
