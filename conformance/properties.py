@@ -107,14 +107,18 @@ PADDED: Mapping[str, Sequence[Any]] = {"padded": [True], "batch": [[2, 3], [2, 5
 MODEL = [
     whole("logits", "The model's output is that of the formula.", ["logits"], ["forward"], ["L3"]),
     whole(
-        "param-grads", "The gradients of all the adapter's parameters are those of the formula.", ["grads"], ["grads"]
+        "param-grads",
+        "The gradients of all the adapter's parameters are those of the formula.",
+        ["grads"],
+        ["grads"],
+        ["F1", "B1", "PT1", "PU4"],
     ),
     whole(
         "merge",
         "The merged model has the base's tensors, no more and no fewer, equal to the formula's, and its output.",
         ["merged", "merged_logits"],
         ["merge"],
-        ["L2", "D2"],
+        ["L2", "D2", "S3", "ID2", "SA2"],
     ),
     whole(
         "causal",
@@ -175,7 +179,7 @@ MODEL = [
         "Two active adapters act in the order given, each with its own rank and scale.",
         ["logits"],
         ["forward", "together"],
-        ["L4", "D5"],
+        ["L4", "D5", "ID3"],
         adapters=swapped,
         also={"swap": [False, True]},
     ),
@@ -184,7 +188,7 @@ MODEL = [
         "Two adapters merged are two adapters active.",
         ["merged", "merged_logits"],
         ["merge", "together"],
-        ["L4", "D5"],
+        ["L4", "D5", "ID3"],
         adapters=two,
     ),
     whole(
@@ -300,14 +304,14 @@ LIFE = [
         "Two adapters active are both of them, composed as the method says, and one of them again is one.",
         [[*BOTH, do("activate", adapters=["first", "second"]), do("activate", adapters=["second"])]],
         ["together"],
-        ["L4", "D5"],
+        ["L4", "D5", "ID3"],
     ),
     life(
         "two-merged",
         "Two active adapters merged are two active adapters, and come apart again.",
         [[*BOTH, do("activate", adapters=["first", "second"]), do("merge"), do("unmerge")]],
         ["together", "merge", "unmerge"],
-        ["L4", "D5"],
+        ["L4", "D5", "ID3"],
     ),
     life(
         "delete",
@@ -396,7 +400,7 @@ EXPORT = [
         "Two adapters exported together are two adapters merged.",
         ["merged_logits"],
         ["merge", "together"],
-        ["L4", "D5"],
+        ["L4", "D5", "ID3"],
         level="export",
         adapters=two,
         families=("gpt2", "roberta"),

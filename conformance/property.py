@@ -42,7 +42,7 @@ class Property:
         return self.methods is None or method in self.methods
 
     def claims_of(self, method: str) -> Sequence[str]:
-        return [c for c in self.claims if c.startswith(TRAITS[method].letter)]
+        return [c for c in self.claims if c.rstrip("0123456789") == TRAITS[method].letter]
 
     def fits(self, about: Mapping[str, Any]) -> bool:
         """Can it be asked of the model in a folder, which is of one family and architecture?"""

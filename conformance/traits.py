@@ -114,7 +114,11 @@ TRAITS: Mapping[str, Traits] = {
     "p_tuning": Traits("PU", (*SOFT, *DROPS), ENCODER, fixed=head, second=longer),
     "prefix_tuning": Traits("PX", (*SOFT, *DROPS, *ROWS), PREFIX, fixed=head, second=longer),
     "p_tuning_v2": Traits(
-        "PV", (*RUNS, "model/padding", *ROWS, *LIVES), {"num_virtual_tokens": [2, 1, 3]}, fixed=head, second=longer,
+        "PV",
+        (*RUNS, "model/padding", *ROWS, *LIVES),
+        {"num_virtual_tokens": [2, 1, 3]},
+        fixed=head,
+        second=longer,
         architectures=(tiny.CLASSIFIER,),
     ),
     "did": Traits("ID", INTRINSIC, {"d": [4, 7, 33], "columns": ["tensor", "model"]}, fixed=some),

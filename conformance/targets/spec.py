@@ -5,12 +5,14 @@ Layer cases run one part of `refpeft.part`; model and lifecycle cases run `refpe
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 import refpeft
 from refpeft.adapter import Adapter
+from refpeft.adapter import found as adapted
 from refpeft.checkpoint.adapters import PREFIX, contents
 from refpeft.checkpoint.families import describe
 from refpeft.conformance.case import DTYPES, Case
@@ -164,14 +166,18 @@ class Whole:
         return {"dropped": self.real(self.base(self.case.arrays["ids"], plain, **self.inputs)[0])}
 
     def pulled(self) -> Arrays:
-        """The gradient of Σ ⟨θ′, g⟩ over all tensors of the merged model, each once."""
-        want = {(k, n) for k, a in enumerate(self.active) for n in a.params}
-        found: dict[Any, Array] = {}
-        for name, part in once(self.base):
-            g = {leaf: self.case.arrays.get("g/" + tensor) for leaf, tensor in name.items()}
-            for key, d in pull(self.active, part, g, want).items():
-                found[key] = found[key] + d if key in found else d
-        return {f"pulled/{self.case.meta['active'][k]}/{n}": d for (k, n), d in found.items()}
+        """Pᵀ g: the gradient of Σ ⟨θ′, g⟩ over the tensors of the merged model, each of them once."""
+        g, seen, found = tensors(self.case, "g/"), set[str](), dict[str, Array]()
+        for role, site in self.base.sites.items():
+            part = self.base.part(role)
+            dW = stored(part.kind, g[site.weight] * (site.weight not in seen))
+            seen.add(site.weight)
+            for adapter, φ in adapted(self.active[:1], part.path):
+                _, _, vjp = METHODS[adapter.method].merge(adapter.at(part.path), part.W, part.b, φ.values)
+                for name, d in vjp(partial(np.asarray, dW), partial(g.get, site.bias))[1].items():
+                    key = f"pulled/{self.case.meta['active'][0]}/{φ.keys[name][1]}"
+                    found[key] = found[key] + d() if key in found else d()
+        return found
 
     def merged(self) -> Arrays:
         return {f"merged/{n}": v for n, v in refpeft.merge(self.base, self.active).params.items()}
@@ -281,8 +287,7 @@ class Session:
 
     def save(self, adapter: str) -> Arrays:
         self.files[adapter] = self.adapters[adapter]
-        _, tensors = contents(self.files[adapter])
-        return {f"file/{name.removeprefix(PREFIX)}": a for name, a in tensors.items()}
+        return {f"file/{name}": a for name, a in filed(self.files[adapter]).items()}
 
     def load(self, adapters: Sequence[str]) -> None:
         """A new base model, with these saved adapters; the first of them active."""
@@ -293,6 +298,13 @@ class Session:
         """New values written into the parameters of an adapter."""
         new = tensors(self.case, f"new-{adapter}/")
         self.adapters[adapter] = self.adapters[adapter].replace(params=new)
+
+
+def filed(adapter: Adapter) -> Arrays:
+    """What a file of it holds, by HF peft's names; where HF peft has no such adapter, its parameters by their own."""
+    if not getattr(adapter.config, "position_shift", True):
+        return dict(adapter.params)
+    return {name.removeprefix(PREFIX): a for name, a in contents(adapter)[1].items()}
 
 
 def scaled(adapter: Adapter, w: float) -> Adapter:
