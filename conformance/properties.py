@@ -148,6 +148,16 @@ MODEL = [
         methods=SOFT,
     ),
     whole(
+        "loss",
+        "The loss of a language model is that of the tokens, the first of which the end of a prompt predicts.",
+        ["loss"],
+        ["forward", "loss"],
+        families=CAUSAL,
+        architectures=("",),
+        also={"dtype": ["float32"], "batch": [[2, 3], [1, 4]]},
+        methods=SOFT,
+    ),
+    whole(
         "dropped",
         "Without the network that made it, a prompt or prefix computes the same.",
         ["logits", "dropped"],

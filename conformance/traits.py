@@ -79,7 +79,7 @@ ENCODER: Mapping[str, Sequence[Any]] = {
     "encoder_reparameterization_type": ["MLP", "LSTM"],
     "encoder_hidden_size": [5, 3],
 }
-SOFT = (*RUNS, *TOKENS, "model/left-padding", *LIVES)
+SOFT = (*RUNS, *TOKENS, "model/left-padding", "model/loss", *LIVES)
 DROPS = ("model/dropped",)
 ROWS = ("model/rows",)
 INTRINSIC = (*SELECTION, "model/transpose", "model/two-merged", "lifecycle/two-active", "lifecycle/two-merged")

@@ -53,6 +53,7 @@ FEATURES: Mapping[str, str] = {
     "modules_to_save": "train modules whole beside the adapter",
     "patterns": "rank_pattern and alpha_pattern",
     "cache": "decode with keys and values kept from before",
+    "loss": "give the loss of a language model for labels",
     "drop": "put what a network made in its place: a prompt without its encoder",
     "rows": "run several adapters in one batch, each for some of its rows",
     "pull": "give the gradient of a linear function of the merged weights",

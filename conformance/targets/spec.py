@@ -21,7 +21,7 @@ from refpeft.conformance.traits import known
 from refpeft.method import Phi
 from refpeft.methods import METHODS
 from refpeft.model import Model
-from refpeft.ops import Array
+from refpeft.ops import Array, cross_entropy
 from refpeft.part import BASE, Part, make, stored
 
 GREEK = {"bias": "β"}  # names in cases → names in the formulae
@@ -160,6 +160,12 @@ class Whole:
             for n, grads in zip(names, vjp(self.case.arrays["dout"]), strict=True)
             for k, v in grads.items()
         }
+
+    def loss(self) -> Arrays:
+        """Of a language model: each row predicts the next token, and the last row of a prompt the first."""
+        y, labels = self.base(self.case.arrays["ids"], self.active)[0], self.case.arrays["labels"]
+        front = np.full((len(labels), y.shape[1] - labels.shape[1]), -100)
+        return {"loss": cross_entropy(y[:, :-1], np.concatenate([front, labels], axis=1)[:, 1:])[0]}
 
     def dropped(self) -> Arrays:
         plain = [refpeft.drop_encoder(a) for a in self.active]
