@@ -16,6 +16,8 @@ FORMS = {  # in the order of `refpeft.export.forms`, which a test compares
     "merged": "the adapters folded into the weights: the base model's graph, nothing to pay when it runs",
     "unmerged": "base weights untouched, the adapters beside them: every method, prompts and prefixes too",
     "inputs": "the adapter from outside, as optional inputs: one session for the base model and many adapters",
+    "prompt": "a soft prompt from outside, its rows named by ids from the size of the vocabulary on",
+    "prefix": "a graph that decodes, and a prefix as the past of its first run",
 }
 
 
