@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from common import bytes_of, console, figure, fit, on_disk, options, table, trainable
 from stdlib import Task, encoder, error, judged, task
 
@@ -88,17 +87,17 @@ def show(t: Task, results: Mapping[str, Result], before: tuple[float, float], st
 
 def plot(file: Path, t: Task, results: Mapping[str, Result], before: float) -> None:
     names = sorted(results, key=lambda name: results[name].accuracy)
+    above = {"frameon": False, "loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2}
     with figure(file, 2, height=5) as (right, size):
         right.axvline(before, color="black", linewidth=1, label="before training")
-        right.errorbar(
-            [results[name].accuracy for name in names], names, xerr=error(t), fmt="o", elinewidth=1, label="± one standard error"
-        )
+        reached = [results[name].accuracy for name in names]
+        right.errorbar(reached, names, xerr=error(t), fmt="o", elinewidth=1, label="after it, ± one standard error")
         right.set(xlabel="accuracy on sentences held out")
-        right.legend(frameon=False, loc="lower right")
+        right.legend(**above)
         size.plot([results[name].parameters for name in names], names, "o", label="trainable parameters")
         size.plot([results[name].bytes for name in names], names, "x", color="C1", label="bytes of the saved adapter")
         size.set(xscale="log", yticklabels=[])
-        size.legend(frameon=False, loc="upper left")
+        size.legend(**above)
 
 
 def check(t: Task, results: Mapping[str, Result], before: tuple[float, float], quick: bool) -> None:
