@@ -122,8 +122,8 @@ def show(results: Mapping[str, Result], bare: Sequence[float], total: int, seeds
 def say(results: Mapping[str, Result]) -> None:
     new, _, old = (results["LoRA, r = 4"].last - results["full"].last).tolist()
     console.print(
-        f"Beside full fine-tuning, LoRA of rank 4 reads {new:+.3f} of the new digits, and tells {old:+.3f} of the old ones "
-        "apart. Without its adapter every network reads those as before."
+        f"Beside full fine-tuning, LoRA of rank 4 reads {new:+.3f} of the new digits, and tells {old:+.3f} of the old "
+        "ones apart. Without its adapter every network reads those as before."
     )
 
 
