@@ -45,7 +45,7 @@ def ways(t: Task) -> Ways:
         "dora": (low_rank, 3e-3),
         "houlsby": ({}, 1e-2),
         "pfeiffer": ({}, 1e-2),
-        "parallel": ({}, 1e-2),
+        "parallel": ({}, 3e-3),
         "prompt_tuning": ({"num_virtual_tokens": N, "prompt_tuning_init": "SAMPLE_VOCAB"}, 3e-2),
         "p_tuning": ({"num_virtual_tokens": N, "encoder_reparameterization_type": "LSTM"}, 1e-3),
         "prefix_tuning": ({"num_virtual_tokens": N, "prefix_projection": True}, 1e-3),

@@ -116,7 +116,7 @@ def plot(file: Path, t: Task, grid: Grid, bare: tuple[float, float], each: Array
             axes.minorticks_off()
         accuracy.set(title=f"accuracy (± {error(t):.2f})")
         loss.set(title="loss")
-        loss.legend(frameon=False)
+        accuracy.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1.08), ncols=4)
         names = [f"{k + 1}" for k in range(len(each))]
         ensemble.bar(names, each, color="0.75")
         ensemble.bar(["mean", "vote"], [each.mean(), vote], color=["C0", "C1"])
