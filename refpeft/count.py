@@ -44,8 +44,7 @@ def outline(method: str, config: Any, model: Model) -> Adapter:
             for name, shape in shapes(m, cfg.at(part.path), part).items():
                 key = f"{part.path}.{tune.key(m, part.kind, name)}"
                 (frozen if name in m.FROZEN else params)[key] = hollow(shape, dtype)
-    params |= {name: model.params[tensor] for name, tensor in tune.saved_whole(cfg, model).items()}
-    return Adapter(method, cfg, params, frozen)
+    return Adapter(method, cfg, params | tune.beside(m, cfg, model), frozen)
 
 
 def shapes(m: Method, cfg: Any, part: Part) -> Mapping[str, Shape]:
@@ -94,7 +93,7 @@ def count(adapter: Adapter, model: Model) -> Count:
     own = {name for site in model.sites.values() for name in (f"{site.path}.weight", f"{site.path}.bias")}
     own |= model.params.keys()
     return Count(
-        model=size(model.params),
+        model=size({n: a for n, a in model.params.items() if n not in model.config.buffers}),
         trained=size(adapter.params),
         added=size({n: a for n, a in adapter.params.items() if n not in own or copied(adapter, n)}),
         companions=size(adapter.frozen),

@@ -34,8 +34,7 @@ def init(method: str, config: Any, model: Model, seed: int = 0) -> Adapter:
         part = model.part(role)
         for name, value in m.init(cfg.at(part.path), part, rng).items():
             (frozen if name in m.FROZEN else params)[f"{part.path}.{key(m, part.kind, name)}"] = value
-    if not hasattr(m, "merge_model"):  # which selects tensors itself, tied ones once
-        params |= {name: model.params[tensor].copy() for name, tensor in saved_whole(cfg, model).items()}
+    params |= {name: a.copy() for name, a in beside(m, cfg, model).items()}
     return Adapter(method, cfg, params, frozen)
 
 
@@ -178,6 +177,13 @@ def saved_whole(cfg: Any, model: Model) -> dict[str, str]:
         elif bias == "all" or role in chosen:
             whole[site.path + ".bias"] = site.bias
     return {name: tensor for name, tensor in whole.items() if tensor in model.params.keys() - model.config.buffers}
+
+
+def beside(m: Method, cfg: Any, model: Model) -> dict[str, Array]:
+    """The model's tensors that are trained whole beside the method's own parameters, by the adapter's names for them. A
+    method that puts tensors in the place of the model's selects them all itself, tied ones once."""
+    whole = {} if hasattr(m, "merge_model") else saved_whole(cfg, model)
+    return {name: model.params[tensor] for name, tensor in whole.items()}
 
 
 def dropout(adapter: Adapter, model: Model, ids_shape: tuple[int, int], seed: int = 0) -> Adapter:
