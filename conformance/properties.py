@@ -89,6 +89,7 @@ LAYER = [
 # ── a whole model ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 CAUSAL = tiny.CAUSAL
+SOFT = ("prompt_tuning", "p_tuning", "prefix_tuning")
 
 
 def patterns(s: Structure) -> Structure:
@@ -106,14 +107,18 @@ PADDED: Mapping[str, Sequence[Any]] = {"padded": [True], "batch": [[2, 3], [2, 5
 MODEL = [
     whole("logits", "The model's output is that of the formula.", ["logits"], ["forward"], ["L3"]),
     whole(
-        "param-grads", "The gradients of all the adapter's parameters are those of the formula.", ["grads"], ["grads"]
+        "param-grads",
+        "The gradients of all the adapter's parameters are those of the formula.",
+        ["grads"],
+        ["grads"],
+        ["F1", "B1", "PT1", "PU4"],
     ),
     whole(
         "merge",
         "The merged model has the base's tensors, no more and no fewer, equal to the formula's, and its output.",
         ["merged", "merged_logits"],
         ["merge"],
-        ["L2", "D2"],
+        ["L2", "D2", "S3", "ID2", "SA2"],
     ),
     whole(
         "causal",
@@ -132,11 +137,59 @@ MODEL = [
         also=PADDED,
     ),
     whole(
+        "left-padding",
+        "Padding on the left changes nothing but the places of what follows, behind a prompt or prefix too.",
+        ["logits"],
+        ["forward"],
+        ["PT5"],
+        families=CAUSAL,
+        architectures=("",),
+        also={**PADDED, "left": [True]},
+        methods=SOFT,
+    ),
+    whole(
+        "loss",
+        "The loss of a language model is that of the tokens, the first of which the end of a prompt predicts.",
+        ["loss"],
+        ["forward", "loss"],
+        families=CAUSAL,
+        architectures=("",),
+        also={"dtype": ["float32"], "batch": [[2, 3], [1, 4]]},
+        methods=SOFT,
+    ),
+    whole(
+        "dropped",
+        "Without the network that made it, a prompt or prefix computes the same.",
+        ["logits", "dropped"],
+        ["forward", "drop"],
+        ["PU1", "PX4"],
+        configs=lambda s: {"prefix_projection": True} if s["method"] == "prefix_tuning" else {},
+        methods=SOFT,
+    ),
+    whole(
+        "rows",
+        "In one batch each row has the prefix of its own task, or none, and tasks get the gradients of their rows.",
+        ["logits", "grads"],
+        ["forward", "grads", "rows"],
+        ["PV2", "PV3"],
+        adapters=two,
+        also={"rows": [[1, 0, -1], [0, 0, 1], [-1, 1, 1]], "batch": [[3, 3], [3, 2]]},
+        methods=("prefix_tuning", "p_tuning_v2"),
+    ),
+    whole(
+        "transpose",
+        "The gradient of any linear function of the merged weights is the transpose: ⟨P θ, g⟩ = ⟨θ, Pᵀ g⟩.",
+        ["pulled"],
+        ["merge", "pull"],
+        ["ID5", "SA5"],
+        methods=("did", "said"),
+    ),
+    whole(
         "order",
         "Two active adapters act in the order given, each with its own rank and scale.",
         ["logits"],
         ["forward", "together"],
-        ["L4", "D5"],
+        ["L4", "D5", "ID3"],
         adapters=swapped,
         also={"swap": [False, True]},
     ),
@@ -145,7 +198,7 @@ MODEL = [
         "Two adapters merged are two adapters active.",
         ["merged", "merged_logits"],
         ["merge", "together"],
-        ["L4", "D5"],
+        ["L4", "D5", "ID3"],
         adapters=two,
     ),
     whole(
@@ -261,14 +314,14 @@ LIFE = [
         "Two adapters active are both of them, composed as the method says, and one of them again is one.",
         [[*BOTH, do("activate", adapters=["first", "second"]), do("activate", adapters=["second"])]],
         ["together"],
-        ["L4", "D5"],
+        ["L4", "D5", "ID3"],
     ),
     life(
         "two-merged",
         "Two active adapters merged are two active adapters, and come apart again.",
         [[*BOTH, do("activate", adapters=["first", "second"]), do("merge"), do("unmerge")]],
         ["together", "merge", "unmerge"],
-        ["L4", "D5"],
+        ["L4", "D5", "ID3"],
     ),
     life(
         "delete",
@@ -357,7 +410,7 @@ EXPORT = [
         "Two adapters exported together are two adapters merged.",
         ["merged_logits"],
         ["merge", "together"],
-        ["L4", "D5"],
+        ["L4", "D5", "ID3"],
         level="export",
         adapters=two,
         families=("gpt2", "roberta"),

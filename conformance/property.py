@@ -42,7 +42,7 @@ class Property:
         return self.methods is None or method in self.methods
 
     def claims_of(self, method: str) -> Sequence[str]:
-        return [c for c in self.claims if c.startswith(TRAITS[method].letter)]
+        return [c for c in self.claims if c.rstrip("0123456789") == TRAITS[method].letter]
 
     def fits(self, about: Mapping[str, Any]) -> bool:
         """Can it be asked of the model in a folder, which is of one family and architecture?"""
@@ -120,12 +120,17 @@ def whole(
         return [{**s, **{k: v[n % len(v)] for k, v in (also or {}).items()}} for n, s in enumerate(plain)]
 
     def make(method: str, s: Structure, seed: int) -> Case:
-        s = {**s, "config": {**s["config"], **configs(s)}}
+        s = {**s, "config": {**s["config"], **settled(s), **configs(s)}}
         return build.model(method, level, name, s, seed, adapters(s), want=list(want))
 
     return Property(
         name, level, statement, draw, corners, make, needs, claims, families=families,
                     any_head="architectures" not in fixed, **more)  # fmt: skip
+
+
+def settled(s: Structure) -> Structure:
+    """What the family and its head decide, whatever was drawn and whatever the target has chosen."""
+    return TRAITS[s["method"]].fixed(s["family"], s["architecture"].removeprefix(tiny.PREFIX[s["family"]]))
 
 
 def two(s: Structure) -> Mapping[str, Any]:
@@ -160,7 +165,7 @@ def life(
         return [{**s, "program": n} for n in range(len(programs)) for s in plain[: 1 if len(programs) > 1 else 2]]
 
     def make(method: str, s: Structure, seed: int) -> Case:
-        s = {**s, "config": {**s["config"], **configs(s)}}
+        s = {**s, "config": {**s["config"], **settled(s), **configs(s)}}
         return build.model(method, "lifecycle", name, s, seed, adapters(s), changed, steps=list(programs[s["program"]]))
 
     return Property(name, "lifecycle", statement, draw, corners, make, needs, claims, **more)

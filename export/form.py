@@ -4,6 +4,7 @@ A form decides what of a model with its adapters lies in the graph, and what com
 `refpeft.export.forms` with
 
     FOLDS                      are the adapters folded into the weights?
+    DECODES                    True if its graphs always decode; may be missing
     check(subject)             refuses in one sentence what the form cannot hold
     make(subject, graph, store) → Made      traces the specification, and stores the weights that the trace needs
     checks(subject) → Checks   what is run to prove that the graph is right

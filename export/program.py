@@ -86,7 +86,7 @@ def export(
         verification.ready()
     adapters = adapter_list(adapter)
     representable(model, adapters)
-    subject = Subject(model, adapters, DTYPES[dtype], decode)
+    subject = Subject(model, adapters, DTYPES[dtype], decode or getattr(FORMS[form], "DECODES", False))
     checked(FORMS[form], subject)
     if os.path.lexists(out):
         raise FileExistsError(f"{out} exists already: an export never overwrites anything")

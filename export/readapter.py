@@ -16,13 +16,11 @@ from refpeft.checkpoint import load_adapter
 from refpeft.checkpoint.families import plan
 from refpeft.checkpoint.safetensors import read_json, show
 from refpeft.export import adapters as files
-from refpeft.export import initialisers, slots
+from refpeft.export import initialisers
 from refpeft.export.form import Array, Subject, prefixes
 from refpeft.export.forms import FORMS
+from refpeft.export.program import CARD, DTYPES
 from refpeft.model import Model
-
-CARD = "refpeft.json"
-NUMPY = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16)}
 
 
 def adapter_only(
@@ -47,7 +45,7 @@ def adapter_only(
 def described(folder: Path) -> dict[str, Any]:
     """What refpeft.json says of a folder whose graph takes its adapter from outside."""
     card = read_json(folder / CARD)
-    if not card.get("optional_inputs") or not hasattr(FORMS.get(str(card.get("form"))), "values"):
+    if not hasattr(FORMS.get(str(card.get("form"))), "values"):
         raise ValueError(f"{folder}: its form is {show(card.get('form'))}, which takes no adapter from outside")
     return card
 
@@ -63,7 +61,7 @@ def base(folder: Path, card: Mapping[str, Any]) -> Model:
             names = [tensor, *(at + name for at in prefixes(card["adapters"]) for name in (tensor, own))]
             kept = next((found[name] for name in names if name in found), None)  # its own, or what an adapter replaces
             if kept is None and tensor in p.shapes:
-                kept = np.broadcast_to(np.zeros((), NUMPY[card["dtype"]]), p.shapes[tensor])
+                kept = np.broadcast_to(np.zeros((), DTYPES[card["dtype"]]), p.shapes[tensor])
             if kept is not None:
                 params.setdefault(tensor, kept)
     return Model(p.config, p.sites, params, source)
@@ -71,19 +69,19 @@ def base(folder: Path, card: Mapping[str, Any]) -> Model:
 
 def fitting(card: Mapping[str, Any], adapters: Sequence[Adapter], model: Model) -> dict[str, Array]:
     """What the adapters feed, each tensor one that the graph takes, of its shape."""
+    form: Any = FORMS[card["form"]]
     facts = card["facts"]
     if len(adapters) != len(facts):
         raise ValueError(f"the graph takes {len(facts)} adapters together, found {len(adapters)}")
-    for adapter, wanted, has in zip(adapters, facts, slots.facts(adapters), strict=True):
+    for adapter, wanted, has in zip(adapters, facts, form.facts(adapters), strict=True):
         for name, value in wanted.items():
             if name in has and has[name] != value:
                 raise ValueError(f"{name} is {has[name]} in the {adapter.method} adapter, and {value} in the graph")
-    form: Any = FORMS[card["form"]]
-    tensors: dict[str, Array] = form.values(Subject(model, adapters, NUMPY[card["dtype"]], card["decode"]))
+    tensors: dict[str, Array] = form.values(Subject(model, adapters, DTYPES[card["dtype"]], card["decode"]))
     for name in card["unread"]:
         tensors.pop(name, None)
     for name, a in tensors.items():
-        shape = card["optional_inputs"].get(name)
+        shape = (card["optional_inputs"] | card["inputs"]).get(name)
         if shape is None:
             raise ValueError(f"the graph has no input {name}, which the {adapters[0].method} adapter needs")
         if len(shape) != a.ndim or any(isinstance(d, int) and d != n for d, n in zip(shape, a.shape, strict=True)):

@@ -24,6 +24,7 @@ from refpeft.model import Model
 from refpeft.tune import merge
 
 Array = np.ndarray[Any, Any]
+Past = Mapping[str, Array]
 LIMIT = 10.0
 BATCHES, LENGTHS = (1, 3), (5, 12)
 
@@ -94,9 +95,10 @@ def run(subject: Subject, batch: int, length: int) -> Check:
     return Check(batch, ids.shape[1], lambda model, adapters: model(ids, adapters, *rest)[0], ask)
 
 
-def decoded(subject: Subject, batch: int, length: int) -> Check:
-    """Read in two steps, the second with the keys and values that the first one left."""
-    inputs = example(subject.model, batch, length)
+def decoded(subject: Subject, batch: int, length: int, first: Past | None = None, shift: int = 0) -> Check:
+    """Read in two steps, the second with the keys and values that the first one left. `first`: those of a prefix,
+    [1, g, n, e] each, by which the positions are moved if `shift` says so."""
+    inputs = example(subject.model, batch, length, virtual_ids(subject))
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     places = np.maximum(mask.cumsum(1) - 1, 0)
     steps = ((0, ids.shape[1] - 2), (ids.shape[1] - 2, ids.shape[1]))
@@ -109,9 +111,15 @@ def decoded(subject: Subject, batch: int, length: int) -> Check:
         return np.concatenate(found, axis=1)
 
     def ask(runner: Runner) -> Array:
-        past, found = empty(subject, batch), []
+        past, found = start(subject.model, subject.dtype, batch, first), []
+        seen = np.concatenate([np.ones((batch, next(iter(past.values())).shape[2]), np.int64), mask], axis=1)
+        n = seen.shape[1] - mask.shape[1]
         for a, z in steps:
-            feeds = {"input_ids": ids[:, a:z], "attention_mask": mask[:, :z], "position_ids": places[:, a:z]}
+            feeds = {
+                "input_ids": ids[:, a:z],
+                "attention_mask": seen[:, : n + z],
+                "position_ids": places[:, a:z] + shift,
+            }
             out, *present = runner.run({**feeds, **past}).values()
             past = dict(zip(past, present, strict=True))
             found.append(out)
@@ -120,10 +128,13 @@ def decoded(subject: Subject, batch: int, length: int) -> Check:
     return Check(batch, ids.shape[1], spec, ask, "decoding")
 
 
-def empty(subject: Subject, batch: int) -> dict[str, Array]:
-    c = subject.model.config
-    none = np.zeros((batch, c.num_kv_heads, 0, c.head_dim), subject.dtype)
-    return {name: none for pair in caches(subject.model, "past_key_values") for name in pair}
+def start(model: Model, dtype: Any, batch: int, first: Past | None = None) -> dict[str, Array]:
+    """The keys and values before the first token, for each row of the batch: those of a prefix, or none."""
+    c = model.config
+    if first is None:
+        none = np.zeros((1, c.num_kv_heads, 0, c.head_dim), dtype)
+        first = {name: none for pair in caches(model, "past_key_values") for name in pair}
+    return {name: np.repeat(a, batch, axis=0) for name, a in first.items()}
 
 
 def virtual_ids(subject: Subject) -> int:
@@ -146,9 +157,8 @@ def example(model: Model, batch: int, length: int, virtual: int = 0) -> Mapping[
     """Random tokens, virtual ones too; of a batch, the second row is padded on the right and the third on the left."""
     rng = np.random.default_rng([batch, length])
     c = model.config
-    vocabulary = model.params[model.sites["embed.token"].weight].shape[0]
     length = min(length, longest(model))
-    ids = rng.integers(0, vocabulary + virtual, (batch, length))
+    ids = rng.integers(0, vocabulary(model) + virtual, (batch, length))
     mask = np.ones_like(ids)
     mask[1::3, length - length // 3 :] = 0
     mask[2::3, : length // 2] = 0
@@ -159,6 +169,10 @@ def example(model: Model, batch: int, length: int, virtual: int = 0) -> Mapping[
         kinds = model.params[model.sites["embed.type"].weight].shape[0]
         inputs["token_type_ids"] = rng.integers(0, kinds, ids.shape)
     return inputs
+
+
+def vocabulary(model: Model) -> int:
+    return int(model.params[model.sites["embed.token"].weight].shape[0])
 
 
 def longest(model: Model) -> int:

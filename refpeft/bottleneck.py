@@ -259,6 +259,10 @@ def truncated(rng: np.random.Generator, shape: tuple[int, ...], bound: float = 2
     return special.ndtri(rng.uniform(low, 1 - low, shape))
 
 
+def reads_all(cfg: Config) -> str | None:
+    return "use_gating" if cfg.use_gating else None
+
+
 def masks(cfg: Config, model: "Model", rng: np.random.Generator, ids_shape: tuple[int, int]) -> dict[str, Array]:
     """Masks [b, t, d] for `dropout` of F's entries, times [b, 1, 1] for `stochastic_depth` of all of it."""
     if not (cfg.dropout or cfg.stochastic_depth):
@@ -268,7 +272,7 @@ def masks(cfg: Config, model: "Model", rng: np.random.Generator, ids_shape: tupl
         like = model.params[model.sites[p.last].weight].dtype
         drawn = [(cfg.dropout, (*ids_shape, model.config.hidden_size)), (cfg.stochastic_depth, (ids_shape[0], 1, 1))]
         mask = np.ones(())
-        for rate, shape in drawn:
+        for rate, shape in [(rate, shape) for rate, shape in drawn if rate]:
             mask = mask * np.where(rng.random(shape) < rate, 0, 1 / (1 - rate))
         found[p.module] = mask.astype(np.float32 if is_half(like) else like)
     return found

@@ -44,7 +44,8 @@ def outline(method: str, config: Any, model: Model) -> Adapter:
             for name, shape in shapes(m, cfg.at(part.path), part).items():
                 key = f"{part.path}.{tune.key(m, part.kind, name)}"
                 (frozen if name in m.FROZEN else params)[key] = hollow(shape, dtype)
-    return Adapter(method, cfg, params | tune.beside(m, cfg, model), frozen)
+    params |= {name: model.params[tensor] for name, tensor in tune.beside(m, cfg, model).items()}
+    return Adapter(method, cfg, params, frozen)
 
 
 def shapes(m: Method, cfg: Any, part: Part) -> Mapping[str, Shape]:

@@ -68,7 +68,7 @@ def read(
     types = np.zeros_like(ids) if token_type_ids is None and sizes[2] is not None else token_type_ids
     front = None
     if prompt is not None and prompt.length:
-        attention_mask = extended(attention_mask, b, prompt.length)
+        attention_mask = extended(attention_mask, prompt)
         if not start and prompt.placed:
             ids, types, position_ids = prefixed(prompt, ids, types, position_ids)
         elif not start:
@@ -81,11 +81,12 @@ def read(
     return Inputs(ids, visible(causal, ids, start, attention_mask), types, places)
 
 
-def extended(attention_mask: Array | None, b: Any, n: int) -> Array | None:
+def extended(attention_mask: Array | None, prompt: Prompt) -> Array | None:
     """The mask of tokens with a prompt before them, which everyone sees."""
     if attention_mask is None:
         return None
-    return np.concatenate([np.zeros_like(attention_mask[:, 0])[:, None] + np.ones(n, np.int64), attention_mask], axis=1)
+    front = np.zeros_like(attention_mask[:, 0])[:, None] + (np.zeros_like(prompt.ids) + 1)
+    return np.concatenate([front, attention_mask], axis=1)
 
 
 def prefixed(prompt: Prompt, ids: Array, types: Array | None, places: Array | None) -> tuple[Array, Any, Any]:
@@ -96,7 +97,7 @@ def prefixed(prompt: Prompt, ids: Array, types: Array | None, places: Array | No
     if types is not None:
         types = np.concatenate([np.zeros_like(front), types], axis=1)
     if places is not None:
-        places = np.concatenate([np.zeros_like(places[:, 0])[:, None] + np.arange(n), places + n], axis=1)
+        places = np.concatenate([np.zeros_like(places[:, 0])[:, None] + np.arange(n, like=ids), places + n], axis=1)
     return ids, types, places
 
 

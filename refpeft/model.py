@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from refpeft.adapter import Adapter, check_rows, each, fits
+from refpeft.adapter import Adapter, check_rows, each, fits, stepwise
 from refpeft.config import Config, Site
 from refpeft.hooks import Hooks
 from refpeft.inputs import Inputs, read, shift_right
@@ -100,8 +100,10 @@ class Model:
         encoder are the same at each step, of which the first alone runs it."""
         if not self.config.causal:
             raise ValueError(f"a {self.config.family} model sees all positions at once and cannot decode step by step")
+        adapters = self.fitting(adapter, ids)
+        stepwise(adapters)
         inputs = (ids, attention_mask, None, position_ids, decoder_input_ids, decoder_attention_mask)
-        out, _, present = self.run(each(self.fitting(adapter, ids), self), *inputs, cache)
+        out, _, present = self.run(each(adapters, self), *inputs, cache)
         return out, present
 
     def fitting(self, adapter: Adapter | Sequence[Adapter] | None, ids: Any = None) -> Sequence[Adapter]:

@@ -153,12 +153,16 @@ def virtual(part: Part, P: Array, pull: Pull) -> Part:
 
 
 def drop_encoder(adapter: "Adapter") -> "Adapter":
-    """The same function without the network that made the prompt: its output is all that is needed after training.
+    """The same function without the network that made the prompt or prefix: its output is all that is needed then.
 
     What is trained after that is the prompt itself. A head that was trained beside stays."""
     from refpeft.methods import METHODS
 
-    plain = getattr(METHODS[adapter.method], "plain", None)
+    method = METHODS[adapter.method]
+    if hasattr(method, "flat"):
+        found: Adapter = method.flat(adapter)
+        return found
+    plain = getattr(method, "plain", None)
     if plain is None:
         raise ValueError(f"{adapter.method} has no encoder that could be dropped")
     return adapter.replace(params=plain(adapter.config, adapter.params), masks={})

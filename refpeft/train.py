@@ -148,7 +148,8 @@ def random(plan: Plan, turn: int, use: int) -> np.random.Generator:
 def chosen(plan: Plan, count: int, turn: int) -> list[int]:
     """The rows of batch number `turn`: the next ones of an endless row of permutations of all."""
     places = range(turn * plan.batch, (turn + 1) * plan.batch)
-    orders = {n // count: np.random.default_rng([plan.seed, 0, n // count]).permutation(count) for n in places}
+    turns = dict.fromkeys(n // count for n in places)
+    orders = {k: np.random.default_rng([plan.seed, 0, k]).permutation(count) for k in turns}
     return [int(orders[n // count][n % count]) for n in places]
 
 

@@ -34,7 +34,7 @@ def init(method: str, config: Any, model: Model, seed: int = 0) -> Adapter:
         part = model.part(role)
         for name, value in m.init(cfg.at(part.path), part, rng).items():
             (frozen if name in m.FROZEN else params)[f"{part.path}.{key(m, part.kind, name)}"] = value
-    params |= {name: a.copy() for name, a in beside(m, cfg, model).items()}
+    params |= {name: model.params[tensor].copy() for name, tensor in beside(m, cfg, model).items()}
     return Adapter(method, cfg, params, frozen)
 
 
@@ -159,6 +159,11 @@ def modules(model: Model) -> dict[str, str]:
     return {".".join(p[:n]): "container" for p in parts for n in range(1, len(p))} | kinds
 
 
+def beside(m: Method, cfg: Any, model: Model) -> dict[str, str]:
+    """What a method's adapter trains whole besides its own; a method that selects tensors names these itself."""
+    return {} if hasattr(m, "merge_model") else saved_whole(cfg, model)
+
+
 def saved_whole(cfg: Any, model: Model) -> dict[str, str]:
     """Tensors that are trained whole, by the adapter's name for them → the model's: `modules_to_save`, then `bias`.
 
@@ -177,13 +182,6 @@ def saved_whole(cfg: Any, model: Model) -> dict[str, str]:
         elif bias == "all" or role in chosen:
             whole[site.path + ".bias"] = site.bias
     return {name: tensor for name, tensor in whole.items() if tensor in model.params.keys() - model.config.buffers}
-
-
-def beside(m: Method, cfg: Any, model: Model) -> dict[str, Array]:
-    """The model's tensors that are trained whole beside the method's own parameters, by the adapter's names for them. A
-    method that puts tensors in the place of the model's selects them all itself, tied ones once."""
-    whole = {} if hasattr(m, "merge_model") else saved_whole(cfg, model)
-    return {name: model.params[tensor] for name, tensor in whole.items()}
 
 
 def dropout(adapter: Adapter, model: Model, ids_shape: tuple[int, int], seed: int = 0) -> Adapter:

@@ -4,6 +4,15 @@ from collections.abc import Mapping
 from typing import cast
 
 from refpeft.export.form import Form
-from refpeft.export.forms import inputs, merged, unmerged
+from refpeft.export.forms import inputs, merged, prefix, prompt, unmerged
 
-FORMS: Mapping[str, Form] = cast(Mapping[str, Form], {"merged": merged, "unmerged": unmerged, "inputs": inputs})
+FORMS: Mapping[str, Form] = cast(
+    Mapping[str, Form],
+    {
+        "merged": merged,
+        "unmerged": unmerged,
+        "inputs": inputs,
+        "prompt": prompt,
+        "prefix": prefix,
+    },
+)

@@ -1,13 +1,14 @@
 """inputs: the adapter comes from outside, as optional inputs that do nothing until they are fed.
 
 One session serves the base model and any number of adapters, one after the other, in the slots that the exported
-adapter has (`refpeft.export.slots`). The folder holds that adapter as adapter.onnx_adapter, in the format of
-onnxruntime; `refpeft export --adapter-only FOLDER --adapter OTHER --out other.onnx_adapter` makes one of another adapter.
+adapter has (`refpeft.export.slots`). The folder holds that adapter as adapter.onnx_adapter, in onnxruntime's format;
+`refpeft export --adapter-only FOLDER --adapter OTHER --out other.onnx_adapter` makes one of another adapter.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -46,8 +47,12 @@ def make(subject: Subject, graph: Graph, store: Store) -> Made:
     tensors = store(needed(graph, outputs, [*base_tensors(subject), *neutral]))
     read = [name for name in places if name in tensors]
     unread = [name for name in places if name not in tensors]  # the pooler's, where the model ends before it
-    card = {"facts": slots.facts(subject.adapters), "unread": unread}
+    card = {"facts": facts(subject.adapters), "unread": unread}
     return Made(inputs, outputs, tensors, subject.model, read, card)
+
+
+def facts(adapters: Sequence[Adapter]) -> list[dict[str, Any]]:
+    return slots.facts(adapters)
 
 
 def complete(folder: Path, subject: Subject, made: Made) -> None:

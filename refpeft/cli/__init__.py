@@ -19,6 +19,7 @@ COMMANDS = {  # in the order of `refpeft --help`
     "extend": ("extend",),
     "merge": ("merge",),
     "export": ("export",),
+    "generate": ("generate",),
     "prompts": ("read-prompt",),
     "audit": ("audit",),
 }

@@ -156,7 +156,8 @@ def kept(adapter: Any) -> Any:
 def hooks(adapter: Any, k: int, model: Any) -> Hooks:
     """Each attention sees its part of P; the tokens make room."""
     cfg, like = adapter.config, model.params[model.sites["embed.token"].weight]
-    shape = (cfg.num_virtual_tokens, model.config.num_kv_heads, model.config.head_dim)
+    n: int = next(a.shape[0] for name, a in adapter.params.items() if name.endswith((NAMES["P"], NAMES["E"])))
+    shape = (n, model.config.num_kv_heads, model.config.head_dim)
     parts: dict[str, Callable[[], Memory]] = {}
     for stack, ats in places(cfg, model).items():
         names = {name: stack + key for name, key in NAMES.items() if stack + key in adapter.params}

@@ -97,8 +97,8 @@ def tensors(adapter: "Adapter", model: "Model") -> dict[str, str]:
         path = name.removesuffix(".trainable_tokens_delta")
         if path not in weights:
             raise ValueError(f"the adapter has parameters for {path}, a module that the model does not have")
-        E = model.params[weights[path]]
-        if R.shape != (len(adapter.config.token_indices), E.shape[1]) or max(adapter.config.token_indices) >= len(E):
+        E, t = model.params[weights[path]], adapter.config.token_indices
+        if R.shape != (len(t), E.shape[1]) or max(t) >= E.shape[0]:
             raise ValueError(f"the adapter has rows {R.shape} for {path}, which is {E.shape}")
         found[weights[path]] = name
     return found

@@ -64,12 +64,13 @@ def test_outputs_and_gradients(family: str, architecture: str, method: str, opti
     tolerance = TOLERANCE[family]
     same(out, want, tolerance)
     own, base = vjp(dout, base=True)
-    before = adapter.config.ln_before
-    for n, g in own.items():
-        same(g, grads[theirs_of(n, before)], 10 * tolerance)
-    for n, g in base.items():
-        if n in grads and not n.endswith("word_embeddings.weight"):  # the padding's row gets none there
-            same(g, grads[n], 10 * tolerance)
+    found = {theirs_of(n, adapter.config.ln_before): g for n, g in own.items()}
+    # the padding's row of an embedding gets no gradient there
+    found |= {n: g for n, g in base.items() if n in grads and not n.endswith("word_embeddings.weight")}
+    largest = max(np.linalg.norm(grads[n]) for n in found)
+    for n, g in found.items():  # some are 0 but for rounding, hence a scale for them too
+        scale = max(np.linalg.norm(grads[n]), largest / 100)
+        assert np.linalg.norm(g - grads[n]) <= 10 * tolerance * scale, n
     plain, _ = model(IDS)
     assert np.abs(out - plain).max() > 1e-3
 
@@ -168,6 +169,21 @@ def test_a_stack(method: str, tmp_path: Path) -> None:
     theirs.set_active_adapters(ac.Stack("a", "b"))
     out, _ = model(IDS, pair)
     same(out, hub_run(theirs, IDS, "a", np.ones_like(out))[0], 1e-12)
+
+
+def test_a_stack_of_parallel_adapters_is_its_last_there(tmp_path: Path) -> None:
+    """Each starts again from the sublayer's input. If this is mended, the docstring of `parallel` is wrong."""
+    import adapters.composition as ac
+
+    model = tiny("bert")
+    pair = [moved(refpeft.init("parallel", {"reduction_factor": 4}, model, s), s) for s in (0, 1)]
+    theirs = hub_model(model)
+    for k, adapter in enumerate(pair):
+        refpeft.save_adapter(adapter, tmp_path / str(k))
+        hub_load(theirs, tmp_path / str(k), name="ab"[k])
+    theirs.set_active_adapters(ac.Stack("a", "b"))
+    out, _ = model(IDS, pair[1])
+    same(out, hub_run(theirs, IDS, "b", np.ones_like(out))[0], 1e-12)
 
 
 def test_a_norm_before_cannot_be_saved_there_as_safetensors(tmp_path: Path) -> None:
