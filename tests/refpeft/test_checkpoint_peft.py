@@ -119,7 +119,7 @@ ADAPTERS = {
     "TOKEN_CLS": ("BertForTokenClassification", {"task_type": "TOKEN_CLS"}),
     "TOKEN_CLS of roberta": (
         "RobertaForTokenClassification",
-        {"target_modules": "all-linear", "task_type": "TOKEN_CLS"},
+        {"target_modules": ["query", "key", "output.dense"], "task_type": "TOKEN_CLS"},
     ),
     "modules_to_save": (
         "BertForSequenceClassification",

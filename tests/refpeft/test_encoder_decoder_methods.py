@@ -1,5 +1,6 @@
 """Methods on encoder-decoders: exact gradients, merging, what each of them takes hold of, and what is refused."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -171,3 +172,22 @@ def test_rows_of_a_batch_may_have_prefixes_of_their_own() -> None:
     out, _ = model(IDS, rows, **GIVEN)
     for n, own in enumerate((one, other)):
         same(out[n : n + 1], model(IDS[n : n + 1], own, decoder_input_ids=GIVEN["decoder_input_ids"][n : n + 1])[0])
+
+
+def test_dropout_masks_are_for_the_tokens_that_a_layer_sees() -> None:
+    """Of the encoder's length where it runs over the encoder's tokens: there, and in the keys of cross-attention."""
+    model, adapter = made("BART", "lora on all")
+    adapter = adapter.replace(config=dataclasses.replace(adapter.config, lora_dropout=0.4))
+    with pytest.raises(ValueError, match="an encoder-decoder needs decoder_shape"):
+        refpeft.dropout(adapter, model, IDS.shape)
+    dropped = refpeft.dropout(adapter, model, IDS.shape, 1, (2, 5))
+    lengths = {path: mask.shape[1] for path, mask in dropped.masks.items()}
+    assert {n for path, n in lengths.items() if ".encoder." in path} == {6}
+    assert {n for path, n in lengths.items() if path.endswith(("encoder_attn.k_proj", "encoder_attn.v_proj"))} == {6}
+    assert {n for path, n in lengths.items() if path.endswith(("encoder_attn.q_proj", "fc1"))} == {5, 6}
+    assert lengths["model.decoder.layers.0.encoder_attn.q_proj"] == 5
+    assert max(refpeft.check_model(model, IDS, dropped, **GIVEN).values()) <= 1e-12
+    classifier = tiny("bart", "ForSequenceClassification")
+    fresh = refpeft.init("lora", {"r": 2, "target_modules": "all-linear", "lora_dropout": 0.4}, classifier)
+    masks = refpeft.dropout(fresh, classifier, IDS.shape, 1, IDS.shape).masks
+    assert masks["classification_head.dense"].shape == masks["classification_head.out_proj"].shape == (2, 16)
