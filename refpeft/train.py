@@ -157,9 +157,9 @@ def dropped(adapter: Adapter, model: Model, batch: Batch, rng: np.random.Generat
     """With fresh dropout masks, if the method has them."""
     if not getattr(adapter.config, "lora_dropout", 0):
         return adapter
-    if "decoder_input_ids" in batch:
-        raise ValueError("lora_dropout must be 0 for encoder-decoder models, whose masks are not drawn here")
-    return dropout(adapter, model, batch["input_ids"].shape, seed=int(rng.integers(2**62)))
+    ids = batch["input_ids"]
+    seed = int(rng.integers(2**62))
+    return dropout(adapter, model, ids.shape, seed, batch.get("decoder_input_ids", ids).shape)  # type: ignore[union-attr]
 
 
 def trained(adapter: Adapter, state: State) -> Adapter:
