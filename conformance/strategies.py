@@ -138,7 +138,7 @@ def model(
         own["target_modules"] = draw(st.lists(st.sampled_from(linears), min_size=1, max_size=3, unique=True))
     else:
         drawn = st.fixed_dictionaries({name: st.sampled_from(values) for name, values in traits.choices.items()})
-        own = draw(drawn) | traits.fixed(family, architecture)
+        own = draw(drawn) | draw(st.sampled_from(list(traits.variants))) | traits.fixed(family, architecture)
     floats = ["float32"] if family in ("llama", "qwen2") else ["float32", "float64"]
     return {
         "method": method,

@@ -31,13 +31,15 @@ class Traits:
     letter: str  # of its claims
     asks: Sequence[str] | None = None
     choices: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    variants: Sequence[Structure] = ({},)  # fields that belong together, of which one group is drawn
     fixed: Callable[[str, str], Structure] = lambda family, architecture: {}
     second: Callable[[Structure], Structure] = lambda first: first
     families: Sequence[str] = tuple(tiny.FAMILIES)
     architectures: Sequence[str] | None = None  # None: any; '' is the family's language model
 
     def plain(self, family: str, architecture: str) -> Structure:
-        return {name: values[0] for name, values in self.choices.items()} | self.fixed(family, architecture)
+        first = {name: values[0] for name, values in self.choices.items()}
+        return first | self.variants[0] | self.fixed(family, architecture)
 
 
 def other_rank(first: Structure) -> Structure:
@@ -60,6 +62,27 @@ def other_tokens(first: Structure) -> Structure:
     return {**first, "token_indices": [9, 10]}
 
 
+BOTTLENECK: Mapping[str, Sequence[Any]] = {
+    "reduction_factor": [4, 2],
+    "non_linearity": ["relu", "silu", "gelu_new", "tanh"],
+    "scaling": [1.0, 4.0],
+}
+OPTIONS: Sequence[Structure] = (  # a norm after the adapter takes away what a number before it does, gate or scale
+    {},
+    {"use_gating": True},
+    {"scaling": "learned"},
+    {"scaling": "channel", "ln_before": True},
+    {"scaling": "channel", "ln_after": True},
+    {"ln_after": True, "adapter_residual_before_ln": True, "use_gating": True},
+)
+PFEIFFER = {**BOTTLENECK, "residual_before_ln": [True, False, "post_add"]}
+BOTTLENECKS = (*RUNS, "model/causal", "model/padding", "model/options", "model/left-out", *LIVES)
+
+
+def wider(first: Structure) -> Structure:
+    return {**first, "reduction_factor": 1}
+
+
 TRAITS: Mapping[str, Traits] = {
     "lora": Traits("L", second=other_rank),
     "rslora": Traits("R", second=other_rank),
@@ -71,6 +94,9 @@ TRAITS: Mapping[str, Traits] = {
     "trainable_tokens": Traits(
         "W", SELECTION, {"token_indices": [[2, 5], [7], [12, 3, 4]]}, fixed=embedding, second=other_tokens
     ),
+    "houlsby": Traits("H", BOTTLENECKS, {**BOTTLENECK, "train_norms": [True, False]}, OPTIONS, second=wider),
+    "pfeiffer": Traits("PF", BOTTLENECKS, PFEIFFER, OPTIONS, second=wider),
+    "parallel": Traits("PA", BOTTLENECKS, BOTTLENECK, OPTIONS, second=wider),
 }
 LORA = ("lora", "rslora", "dora")
 
