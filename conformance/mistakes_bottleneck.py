@@ -12,11 +12,12 @@ import numpy as np
 
 import refpeft.adapter
 from refpeft import bottleneck
+from refpeft.activations import identity
 from refpeft.bottleneck import Config, Place
 from refpeft.hooks import Block
-from refpeft.method import Phi
+from refpeft.method import Phi, together
 from refpeft.ops import Array, Vjp, layer_norm
-from refpeft.part import Back, Once, Part, Run
+from refpeft.part import Back, Once, Part, Run, op_run
 
 Patches = Callable[[], Sequence[Any]]
 ALL = ("houlsby", "pfeiffer", "parallel")
@@ -60,7 +61,7 @@ def residual_lost(seam: Any, cfg: Config, φ: Phi, u: Array, r: Array) -> Any:
 def residual_of_input(sequential: Any, cfg: Config, φ: Phi, sub: Run, norm: Run | None, F: Run) -> Run:
     """v = F(z) + r + x: the sublayer's input is added here already, and once more after."""
     run: Run = sequential(cfg, φ, sub, norm, F)
-    return refpeft.method.together(run, bottleneck.identity)
+    return together(run, op_run(identity))
 
 
 def norm_of_sum(sequential: Any, cfg: Config, φ: Phi, sub: Run, norm: Run | None, F: Run) -> Run:
