@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from refpeft.activations import ACTIVATIONS, identity, sigmoid
+from refpeft.activations import ACTIVATIONS, sigmoid
 from refpeft.hooks import Block, Hooks
 from refpeft.method import Phi, as_dtype, masked, narrows, together
 from refpeft.ops import Array, Op, Vjp, is_half, layer_norm, linear, op
@@ -384,7 +384,7 @@ def bottleneck(cfg: Config, φ: Phi, mask: Array | None = None) -> Run:
     elif cfg.scaling != 1:
         runs.append(op_run(partial(multiply, factor=cfg.scaling)))
     if mask is not None:
-        runs.append(masked(op_run(identity), mask))
+        runs.append(masked(op_run(ACTIVATIONS["linear"]), mask))
     return gated(φ, chain(*runs)) if cfg.use_gating else chain(*runs)
 
 
