@@ -204,7 +204,7 @@ def test_training(method: str) -> None:
     """It learns to count, dropout has a say in it, and a run can be repeated."""
     model = tiny("gpt2")
     rows: list[Any] = [{"input_ids": [(s + k) % 29 for k in range(6)]} for s in range(12)]
-    plan = train.Plan(steps=25, batch=6, lr=0.02)
+    plan = train.Plan(steps=40, batch=12, lr=0.02)  # all rows in every step
     objective = objectives.make("causal", objectives.Setting())
 
     def losses(**config: Any) -> list[float]:
