@@ -88,7 +88,7 @@ OPTIONS: Sequence[Structure] = (  # a norm after the adapter takes away what a n
     {"ln_after": True, "adapter_residual_before_ln": True, "use_gating": True},
 )
 PFEIFFER = {**BOTTLENECK, "residual_before_ln": [True, False, "post_add"]}
-BOTTLENECKS = (*RUNS, "model/causal", "model/padding", *LIVES)
+BOTTLENECKS = (*RUNS, "model/causal", "model/padding", "model/options", "model/left-out", *LIVES)
 
 
 def wider(first: Structure) -> Structure:

@@ -196,7 +196,7 @@ def dropout(
     encoder-decoder needs the `decoder_shape` too, that of decoder_input_ids."""
     own = getattr(METHODS[adapter.method], "masks", None)
     if own is not None:
-        return adapter.replace(masks=own(adapter.config, model, np.random.default_rng(seed), ids_shape))
+        return adapter.replace(masks=own(adapter.config, model, np.random.default_rng(seed), ids_shape, decoder_shape))
     rng, p = np.random.default_rng(seed), adapter.config.lora_dropout
     masks: dict[str, Array] = {}
     for role in targets(adapter.config, model) if p else ():

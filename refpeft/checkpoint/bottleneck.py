@@ -97,7 +97,8 @@ def read(raw: Mapping[str, Any], tensors: Mapping[str, Array], model: Model) -> 
     name = raw.get("name")
     if not isinstance(name, str) or not name:
         raise Malformed(f"{CONFIG}: name must be the name of the adapter, found {show(name)}")
-    base = FAMILIES[model.config.family].base + "."  # that of models with a head, and not of those without
+    base = FAMILIES[model.config.family].base  # 'bert.': that of models with a head, and not of those without
+    base = base if not base or base.endswith(".") else base + "."
     rest = {unnamed(n, name).removeprefix(base): a for n, a in tensors.items()}
     params: dict[str, Array] = {}
     for p in bottleneck.places(replace(cfg, leave_out=()), model):
