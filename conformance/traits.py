@@ -88,7 +88,8 @@ OPTIONS: Sequence[Structure] = (  # a norm after the adapter takes away what a n
     {"ln_after": True, "adapter_residual_before_ln": True, "use_gating": True},
 )
 PFEIFFER = {**BOTTLENECK, "residual_before_ln": [True, False, "post_add"]}
-BOTTLENECKS = (*RUNS, "model/causal", "model/padding", *LIVES)
+TOGETHER = ("model/order", "lifecycle/two-active")
+BOTTLENECKS = (*RUNS, "model/causal", "model/padding", *LIVES, *TOGETHER)
 
 
 def wider(first: Structure) -> Structure:
@@ -112,7 +113,7 @@ TRAITS: Mapping[str, Traits] = {
     "houlsby": Traits("H", BOTTLENECKS, {**BOTTLENECK, "train_norms": [True, False]}, OPTIONS, second=wider),
     "pfeiffer": Traits("PF", BOTTLENECKS, PFEIFFER, OPTIONS, second=wider),
     "parallel": Traits("PA", BOTTLENECKS, BOTTLENECK, OPTIONS, second=wider),
-    "prefix_tuning": Traits("PX", (*RUNS, *TOKENS, *LIVES), PREFIX, second=longer),
+    "prefix_tuning": Traits("PX", (*RUNS, *TOKENS, *LIVES, *TOGETHER), PREFIX, second=longer),
 }
 LORA = ("lora", "rslora", "dora")
 
