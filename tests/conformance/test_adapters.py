@@ -1,6 +1,8 @@
 """AdapterHub's adapters as a target: all that it answers is explained. In an environment without it, one sentence."""
 
+import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from refpeft.conformance.targets import TARGETS, Skip, open_target
 from refpeft.conformance.targets.spec import Spec
 
 PYTHON = shlex.quote(sys.executable)
+FINDINGS = Path(__file__).parents[2] / "docs" / "findings"
 SERVED = f"program:{PYTHON} -m refpeft.conformance.serve"
 
 
@@ -68,6 +71,16 @@ def test_a_wrong_number_in_an_adapter_is_noticed() -> None:
     other = Case(asked.meta, {n: a * 1.01 if "lora_B" in n else a for n, a in asked.arrays.items()})
     assert np.abs(answer["logits"] - open_target("adapters").run(other)["logits"]).max() > 1e-6
     assert engine.examine(open_target("adapters"), asked).verdict.kind is None
+
+
+@pytest.mark.adapters
+@pytest.mark.parametrize("page", sorted(FINDINGS.glob("adapters-*.md")), ids=lambda page: page.stem)
+def test_the_scripts_of_the_findings_print_what_the_pages_say(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert run.stdout.strip()
+        assert [line for line in run.stdout.splitlines() if line not in text] == []
 
 
 # ── without it ───────────────────────────────────────────────────────────────────────────────────────────────────────
