@@ -44,8 +44,9 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {  # what of a method's options Adapt
 SETTINGS = {"attention": ["sdpa", "eager"]}  # of transformers; the first is its default
 FEATURES = (
     "forward", "grads", "frozen", "change", "merge", "unmerge", "disable", "several", "delete", "save", "conv1d",
-    "cache",
+    "cache", "together",
 )  # fmt: skip
+SUMS = ("lora", "dora", "prompt_tuning")  # whose adapters do not add up in a Stack, or of which there can be one
 
 
 class AdapterHub:
@@ -56,6 +57,7 @@ class AdapterHub:
             "methods": list(METHODS), "dtypes": ["float32", "float64"], "features": list(FEATURES),
             "families": [family for family in LINEARS if buildable(family)],
             "linears": LINEARS, "options": OPTIONS, "settings": SETTINGS,
+            "without": {method: ["together"] for method in SUMS},
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }  # fmt: skip
 
@@ -95,6 +97,10 @@ def add(case: Case, model: Any, name: str) -> None:
     write(case, model, name, values_of(case, name + "/"))
 
 
+def activate(model: Any, names: Sequence[str]) -> None:
+    model.set_active_adapters(adapters.Stack(*names) if len(names) > 1 else names[0])
+
+
 def places(case: Case, model: Any, name: str) -> dict[str, Place]:
     _, find = METHODS[case.meta["adapters"][name]["method"]]
     return {p.name: p for p in find(model, name)}
@@ -120,7 +126,7 @@ class Whole:
         self.model = adaptable(case)
         for name in self.names:
             add(case, self.model, name)
-        self.model.set_active_adapters(self.names[0])
+        activate(self.model, self.names)
 
     def said(self, ids: Array, mask: Array | None = None) -> Array:
         with torch.no_grad():
@@ -199,7 +205,7 @@ class Session:
 
     def activate(self, adapters: Sequence[str]) -> None:
         self.active = list(adapters)
-        self.model.set_active_adapters(self.active[0])
+        activate(self.model, self.active)
 
     def merge(self, safe: bool = False) -> None:
         if safe:
