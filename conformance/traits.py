@@ -112,7 +112,7 @@ TRAITS: Mapping[str, Traits] = {
     ),
     "prompt_tuning": Traits("PT", SOFT, PROMPT, fixed=placed, second=longer),
     "p_tuning": Traits("PU", (*SOFT, *DROPS), ENCODER, fixed=head, second=longer),
-    "prefix_tuning": Traits("PX", (*SOFT, *DROPS, *ROWS), PREFIX, fixed=head, second=longer),
+    "prefix_tuning": Traits("PX", (*SOFT, *DROPS, *ROWS), PREFIX, second=longer, architectures=("",)),
     "p_tuning_v2": Traits(
         "PV",
         (*RUNS, "model/padding", *ROWS, *LIVES),
