@@ -81,7 +81,7 @@ ENCODER: Mapping[str, Sequence[Any]] = {
 }
 SOFT = (*RUNS, *TOKENS, "model/left-padding", "model/loss", *LIVES)
 DROPS = ("model/dropped",)
-ROWS = ("model/rows",)
+LAYERS = ("model/layers", "model/rows")
 INTRINSIC = (*SELECTION, "model/transpose", "model/two-merged", "lifecycle/two-active", "lifecycle/two-merged")
 
 
@@ -111,11 +111,11 @@ TRAITS: Mapping[str, Traits] = {
         "W", SELECTION, {"token_indices": [[2, 5], [7], [12, 3, 4]]}, fixed=embedding, second=other_tokens
     ),
     "prompt_tuning": Traits("PT", SOFT, PROMPT, fixed=placed, second=longer),
-    "p_tuning": Traits("PU", (*SOFT, *DROPS), ENCODER, fixed=head, second=longer),
-    "prefix_tuning": Traits("PX", (*SOFT, *DROPS, *ROWS), PREFIX, second=longer, architectures=("",)),
+    "p_tuning": Traits("PU", (*SOFT, *DROPS, "model/recurrent"), ENCODER, fixed=head, second=longer),
+    "prefix_tuning": Traits("PX", (*SOFT, *DROPS, *LAYERS), PREFIX, second=longer, architectures=("",)),
     "p_tuning_v2": Traits(
         "PV",
-        (*RUNS, "model/padding", *ROWS, *LIVES),
+        (*RUNS, "model/padding", *LAYERS, *LIVES),
         {"num_virtual_tokens": [2, 1, 3]},
         fixed=head,
         second=longer,
