@@ -88,13 +88,8 @@ OPTIONS: Sequence[Structure] = (  # a norm after the adapter takes away what a n
     {"ln_after": True, "adapter_residual_before_ln": True, "use_gating": True},
 )
 PFEIFFER = {**BOTTLENECK, "residual_before_ln": [True, False, "post_add"]}
-<<<<<<< HEAD
 TOGETHER = ("model/order", "lifecycle/two-active")
 BOTTLENECKS = (*RUNS, "model/causal", "model/padding", "model/options", "model/left-out", *LIVES, *TOGETHER)
-=======
-TOGETHER = ("model/order", "lifecycle/two-active")
-BOTTLENECKS = (*RUNS, "model/causal", "model/padding", *LIVES, *TOGETHER)
->>>>>>> adapters
 
 
 def wider(first: Structure) -> Structure:
@@ -108,7 +103,7 @@ ENCODER: Mapping[str, Sequence[Any]] = {
 }
 SOFT = (*RUNS, *TOKENS, "model/left-padding", "model/loss", *LIVES)
 DROPS = ("model/dropped",)
-ROWS = ("model/rows",)
+LAYERS = ("model/layers", "model/rows")
 INTRINSIC = (*SELECTION, "model/transpose", "model/two-merged", "lifecycle/two-active", "lifecycle/two-merged")
 
 
@@ -140,13 +135,12 @@ TRAITS: Mapping[str, Traits] = {
     "houlsby": Traits("H", BOTTLENECKS, {**BOTTLENECK, "train_norms": [True, False]}, OPTIONS, second=wider),
     "pfeiffer": Traits("PF", BOTTLENECKS, PFEIFFER, OPTIONS, second=wider),
     "parallel": Traits("PA", BOTTLENECKS, BOTTLENECK, OPTIONS, second=wider),
-<<<<<<< HEAD
     "prompt_tuning": Traits("PT", SOFT, PROMPT, fixed=placed, second=longer),
-    "p_tuning": Traits("PU", (*SOFT, *DROPS), ENCODER, fixed=head, second=longer),
-    "prefix_tuning": Traits("PX", (*SOFT, *DROPS, *ROWS, *TOGETHER), PREFIX, fixed=head, second=longer),
+    "p_tuning": Traits("PU", (*SOFT, *DROPS, "model/recurrent"), ENCODER, fixed=head, second=longer),
+    "prefix_tuning": Traits("PX", (*SOFT, *DROPS, *LAYERS, *TOGETHER), PREFIX, second=longer, architectures=("",)),
     "p_tuning_v2": Traits(
         "PV",
-        (*RUNS, "model/padding", *ROWS, *LIVES),
+        (*RUNS, "model/padding", *LAYERS, *LIVES),
         {"num_virtual_tokens": [2, 1, 3]},
         fixed=head,
         second=longer,
@@ -154,9 +148,6 @@ TRAITS: Mapping[str, Traits] = {
     ),
     "did": Traits("ID", INTRINSIC, {"d": [4, 7, 33], "columns": ["tensor", "model"]}, fixed=some),
     "said": Traits("SA", INTRINSIC, {"d": [36, 40, 65], "columns": ["tensor", "model"]}, fixed=some),
-=======
-    "prefix_tuning": Traits("PX", (*RUNS, *TOKENS, *LIVES, *TOGETHER), PREFIX, second=longer),
->>>>>>> adapters
 }
 LORA = ("lora", "rslora", "dora")
 
