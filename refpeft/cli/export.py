@@ -18,6 +18,7 @@ FORMS = {  # in the order of `refpeft.export.forms`, which a test compares
     "inputs": "the adapter from outside, as optional inputs: one session for the base model and many adapters",
     "prompt": "a soft prompt from outside, its rows named by ids from the size of the vocabulary on",
     "prefix": "a graph that decodes, and a prefix as the past of its first run",
+    "multi": "several adapters, another one for each row of a batch: adapter_ids, -1 for none",
 }
 
 
