@@ -30,6 +30,7 @@ from refpeft.prompts import drop_encoder
 Array = np.ndarray[Any, Any]
 Outputs = Mapping[str, Symbol]
 Tensor = tuple[str, Array, np.dtype[Any]]  # name, numbers, dtype to store them in
+Spec = Callable[[Model, Sequence[Adapter]], Array]
 Store = Callable[[Iterable[Tensor]], dict[str, TensorProto]]
 
 
@@ -64,7 +65,7 @@ class Check:
 
     batch: int
     length: int
-    spec: Callable[[Model, Sequence[Adapter]], Array]
+    spec: Spec
     ask: Callable[[Runner], Array]
     what: str = ""
 

@@ -24,6 +24,7 @@ from refpeft.checkpoint.safetensors import read_json, show
 from refpeft.export import adapters as files
 from refpeft.export import runtime
 from refpeft.export.forms.inputs import FILE
+from refpeft.export.forms.multi import IDS
 from refpeft.export.program import CARD
 from refpeft.export.runtime import Runner
 
@@ -80,8 +81,10 @@ def open_writer(
     adapter: str | os.PathLike[str] | None = None,
     bare: bool = False,
     device: str | None = None,
+    adapter_ids: Sequence[int] | None = None,
 ) -> Writer:
-    """A folder that `refpeft export --decode` made. `adapter`: a file in place of the folder's own; `bare`: none."""
+    """A folder that `refpeft export --decode` made. `adapter`: a file in place of the folder's own; `bare`: none;
+    `adapter_ids`: of the form multi, which adapter each row has."""
     folder = Path(folder)
     card = read_json(folder / CARD)
     if not card.get("decode"):
@@ -89,6 +92,16 @@ def open_writer(
     runner = runtime.open_folder(folder, device)
     source = plan(read_json(folder / "config.json"))
     stop = ends(folder)
+    if card["form"] == "multi":
+        which = np.asarray([] if adapter_ids is None else adapter_ids, np.int64)
+        if not which.size or which.min() < -1 or which.max() >= len(card["adapters"]):
+            raise ValueError(
+                f"this graph has {len(card['adapters'])} adapters: adapter_ids must say which one each row has, "
+                f"from -1 to {len(card['adapters']) - 1}, found {adapter_ids}"
+            )
+        return Writer(runner.feeding({IDS: which}), source, stop)
+    if adapter_ids is not None:
+        raise ValueError(f"{folder}: its form is {card['form']}, which has no adapter_ids")
     file = folder / FILE if adapter is None else Path(adapter)
     if bare or not (adapter is not None or file.is_file()):
         return Writer(runner, source, stop)
@@ -150,6 +163,9 @@ def write(writer: Writer, prompts: Sequence[Sequence[int]], options: Options) ->
 
 
 def check_prompts(writer: Writer, prompts: Sequence[Sequence[int]]) -> None:
+    ids = writer.runner.fixed.get(IDS)
+    if ids is not None and len(ids) != len(prompts):
+        raise ValueError(f"adapter_ids must be given for each of {len(prompts)} prompts, found {len(ids)}")
     if not prompts or any(not ids and not writer.front for ids in prompts):
         raise ValueError("there is nothing to go on from: a prompt must have at least one token")
     top = max((max(ids, default=0) for ids in prompts), default=0)

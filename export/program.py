@@ -23,7 +23,7 @@ import refpeft
 from refpeft.adapter import Adapter, fits
 from refpeft.checkpoint import tokens
 from refpeft.checkpoint.folder import new_folder
-from refpeft.export import signature, weights
+from refpeft.export import runtime, signature, verification, weights
 from refpeft.export.form import Form, Made, Subject, Tensor
 from refpeft.export.forms import FORMS
 from refpeft.export.lowering import RULES
@@ -81,9 +81,9 @@ def export(
     chosen(form, FORMS, "form")
     chosen(dtype, DTYPES, "dtype")
     if verify:
-        from refpeft.export import verification
-
         verification.ready()
+    elif hasattr(FORMS[form], "complete"):
+        runtime.require()  # which writes the adapter's file
     adapters = adapter_list(adapter)
     representable(model, adapters)
     subject = Subject(model, adapters, DTYPES[dtype], decode or getattr(FORMS[form], "DECODES", False))

@@ -98,11 +98,12 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Runner:
-    """A session, and the adapters that are active in its runs."""
+    """A session, the adapters that are active in its runs, and inputs that all its runs get."""
 
     folder: Path
     session: Any
     active: Sequence[Loaded] = ()
+    fixed: Mapping[str, Array] = field(default_factory=dict, repr=False)
 
     def load(self, path: str | os.PathLike[str]) -> Loaded:
         """An adapter file, for `using`. Every tensor in it must be an optional input of this graph."""
@@ -128,14 +129,20 @@ class Runner:
                 seen[name] = a.path
         return replace(self, active=adapters)
 
+    def feeding(self, fixed: Mapping[str, Array]) -> "Runner":
+        """The same session, these inputs in all its runs."""
+        return replace(self, fixed=fixed)
+
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """All outputs by name."""
-        values = self.session.run(None, dict(feeds), self.options(feeds))
+        values = self.session.run(None, {**self.fixed, **feeds}, self.options(feeds))
         return dict(zip(self.outputs, values, strict=True))
 
     def run_values(self, feeds: Mapping[str, Any], wanted: Sequence[str]) -> list[Any]:
         """The same with values that stay where they are, on the device too."""
-        found: list[Any] = self.session.run_with_ort_values(list(wanted), dict(feeds), self.options(feeds))
+        fixed = {name: require().OrtValue.ortvalue_from_numpy(a) for name, a in self.fixed.items()}
+        values = {**fixed, **feeds}
+        found: list[Any] = self.session.run_with_ort_values(list(wanted), values, self.options(feeds))
         return found
 
     def options(self, feeds: Mapping[str, Any]) -> Any:
@@ -149,7 +156,7 @@ class Runner:
     @property
     def inputs(self) -> list[str]:
         """Those that every run needs."""
-        return [i.name for i in self.session.get_inputs()]
+        return [i.name for i in self.session.get_inputs() if i.name not in self.fixed]
 
     @property
     def outputs(self) -> list[str]:

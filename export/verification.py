@@ -8,7 +8,7 @@ are, merging included; a float16 graph with the specification on the same rounde
 weights.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 
 from refpeft.adapter import Adapter
 from refpeft.export import runtime
-from refpeft.export.form import Check, Form, Subject, dtypes, named, trained, with_values
+from refpeft.export.form import Check, Form, Spec, Subject, dtypes, named, trained, with_values
 from refpeft.export.runtime import Runner
 from refpeft.export.signature import caches
 from refpeft.model import Model
@@ -85,17 +85,34 @@ def checks(subject: Subject) -> list[Check]:
     return [make(subject, batch, length) for batch in BATCHES for length in LENGTHS]
 
 
-def run(subject: Subject, batch: int, length: int) -> Check:
+def alone(answer: Callable[[Model, Sequence[Adapter], slice], Array], which: Array | None) -> Spec:
+    """The answer for all rows of a batch; or for each row by itself, with the one adapter that is its."""
+    if which is None:
+        return lambda model, adapters: answer(model, adapters, slice(None))
+
+    def spec(model: Model, adapters: Sequence[Adapter]) -> Array:
+        own = [[] if k < 0 else [adapters[k]] for k in which]
+        return np.concatenate([answer(model, a, slice(k, k + 1)) for k, a in enumerate(own)])
+
+    return spec
+
+
+def run(subject: Subject, batch: int, length: int, which: Array | None = None) -> Check:
     inputs = example(subject.model, batch, length, virtual_ids(subject))
     ids, *rest = inputs.values()
 
     def ask(runner: Runner) -> Array:
         return runner.run({name: inputs[name] for name in runner.inputs})[runner.outputs[0]]
 
-    return Check(batch, ids.shape[1], lambda model, adapters: model(ids, adapters, *rest)[0], ask)
+    def answer(model: Model, adapters: Sequence[Adapter], rows: slice) -> Array:
+        return np.asarray(model(ids[rows], adapters, *(a[rows] for a in rest))[0])
+
+    return Check(batch, ids.shape[1], alone(answer, which), ask)
 
 
-def decoded(subject: Subject, batch: int, length: int, first: Past | None = None, shift: int = 0) -> Check:
+def decoded(
+    subject: Subject, batch: int, length: int, which: Array | None = None, first: Past | None = None, shift: int = 0
+) -> Check:
     """Read in two steps, the second with the keys and values that the first one left. `first`: those of a prefix,
     [1, g, n, e] each, by which the positions are moved if `shift` says so."""
     inputs = example(subject.model, batch, length, virtual_ids(subject))
@@ -103,10 +120,10 @@ def decoded(subject: Subject, batch: int, length: int, first: Past | None = None
     places = np.maximum(mask.cumsum(1) - 1, 0)
     steps = ((0, ids.shape[1] - 2), (ids.shape[1] - 2, ids.shape[1]))
 
-    def spec(model: Model, adapters: Sequence[Adapter]) -> Array:
+    def answer(model: Model, adapters: Sequence[Adapter], rows: slice) -> Array:
         cache, found = None, []
         for a, z in steps:
-            out, cache = model.decode(ids[:, a:z], cache, adapters, mask[:, :z], places[:, a:z])
+            out, cache = model.decode(ids[rows, a:z], cache, adapters, mask[rows, :z], places[rows, a:z])
             found.append(out)
         return np.concatenate(found, axis=1)
 
@@ -125,7 +142,7 @@ def decoded(subject: Subject, batch: int, length: int, first: Past | None = None
             found.append(out)
         return np.concatenate(found, axis=1)
 
-    return Check(batch, ids.shape[1], spec, ask, "decoding")
+    return Check(batch, ids.shape[1], alone(answer, which), ask, "decoding")
 
 
 def start(model: Model, dtype: Any, batch: int, first: Past | None = None) -> dict[str, Array]:

@@ -12,14 +12,6 @@ from rich.table import Table
 
 from refpeft.cli import stop
 
-FORMS = {  # in the order of `refpeft.export.forms`, which a test compares
-    "merged": "the adapters folded into the weights: the base model's graph, nothing to pay when it runs",
-    "unmerged": "base weights untouched, the adapters beside them: every method, prompts and prefixes too",
-    "inputs": "the adapter from outside, as optional inputs: one session for the base model and many adapters",
-    "prompt": "a soft prompt from outside, its rows named by ids from the size of the vocabulary on",
-    "prefix": "a graph that decodes, and a prefix as the past of its first run",
-}
-
 
 def export(
     out: Annotated[
@@ -34,7 +26,7 @@ def export(
         typer.Option("--adapter", "-a", metavar="DIR", help="A PEFT adapter folder. Give several to combine them."),
     ] = None,
     form: Annotated[
-        str, typer.Option("--form", "-f", help=" ".join(f"[b]{name}[/]: {what}." for name, what in FORMS.items()))
+        str, typer.Option("--form", "-f", help="What is in the graph, and what comes from outside.")
     ] = "merged",
     decode: Annotated[
         bool, typer.Option("--decode", help="Keys and values as inputs and outputs, to write token by token.")
@@ -49,7 +41,7 @@ def export(
         typer.Option(
             "--adapter-only",
             metavar="FOLDER",
-            help="Make an adapter file for this folder, which was exported in the form inputs, instead of a model.",
+            help="Make no model, but a file of the adapter for this folder: of the form inputs, prompt or prefix.",
         ),
     ] = None,
     verify: Annotated[bool, typer.Option(help="Run the result on onnxruntime against the specification.")] = True,
@@ -64,10 +56,19 @@ def export(
     rounding explains; above 10 nothing is kept. bfloat16 checkpoints become
     float32.
 
+    [b]--form[/]
+    merged     the adapters folded into the weights: nothing to pay when it runs
+    unmerged   base weights untouched, the adapters beside them: every method
+    inputs     the adapter from outside: one session for the base model and many
+    prompt     a soft prompt from outside, its rows named by ids
+    prefix     as --decode, a prefix as the keys and values before the first token
+    multi      several adapters, another one for each row of a batch
+
     [cyan]refpeft export bert-base --out exported[/cyan]
     [cyan]refpeft export gpt2 --adapter my-lora --out exported --dtype float16[/cyan]
     [cyan]refpeft export gpt2 --adapter my-lora --form inputs --out served[/cyan]
     [cyan]refpeft export --adapter-only served --adapter my-other-lora --out other.onnx_adapter[/cyan]
+    [cyan]refpeft export gpt2 --adapter my-lora --decode --out writer[/cyan]
 
     Exit code 0: exported. 1: not equal to the specification, so not kept.
     2: could not run.
