@@ -19,10 +19,12 @@ Array = np.ndarray[Any, Any]
 console = Console(highlight=False)
 
 
-def options(doc: str | None, out: str) -> argparse.ArgumentParser:
+def options(doc: str | None, out: str, model: bool = False) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out") / out, help="where the plot goes")
     parser.add_argument("--quick", action="store_true", help="a small size, for tests")
+    if model:
+        parser.add_argument("--model", type=Path, help="a folder with MiniLM-L6 (default: the one that pip installed)")
     return parser
 
 

@@ -115,14 +115,12 @@ def show(results: Mapping[str, Result], bare: Sequence[float], total: int, seeds
 def plot(file: Path, results: Mapping[str, Result]) -> None:
     with figure(file, 2) as (learning, forgetting):
         for k, (name, r) in enumerate(results.items()):
-            mean, colour = r.right.mean(0), f"C{k}"
-            learning.plot(r.steps, mean[:, 0], "o-", color=colour, markersize=3, label=f"{name} ({r.parameters:,})")
-            forgetting.plot(mean[:, 2], mean[:, 0], "o-", color=colour, markersize=3, label=name)
-            forgetting.plot(*mean[-1, [2, 0]], "o", color=colour, markersize=8)
+            new, _, told_apart = r.right.mean(0).T
+            learning.plot(r.steps, new, "o-", color=f"C{k}", markersize=3, label=f"{name} ({r.parameters:,})")
+            forgetting.plot(r.steps, told_apart, "o-", color=f"C{k}", markersize=3)
         learning.set(xlabel="step", ylabel="new digits read right", title="Learning 5 to 9")
-        forgetting.set(xlabel="old digits told apart (of five)", title="… and what it costs of 0 to 4")
-        forgetting.invert_xaxis()
-        learning.legend(title="(trainable parameters)", frameon=False)
+        forgetting.set(xlabel="step", ylabel="old digits told apart, of five", title="What is left of 0 to 4")
+        learning.legend(title="trainable parameters in brackets", frameon=False)
 
 
 def check(results: Mapping[str, Result], bare: Sequence[float]) -> None:

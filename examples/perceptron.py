@@ -23,11 +23,19 @@ Named = dict[str, Array]
 
 
 @dataclass(frozen=True)
+class Config:
+    """What the methods ask about a model that is no transformer: which tensors are none of its parameters."""
+
+    buffers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Network:
     """A perceptron as a model that refpeft can adapt: where its layers are, and their parameters."""
 
     sites: Mapping[str, Site]
     params: Mapping[str, Array]
+    config: Config = Config()
 
     @property
     def size(self) -> int:
