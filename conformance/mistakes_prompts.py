@@ -46,10 +46,10 @@ def from_zero_again(prompt: Prompt, ids: Array, types: Array | None, places: Arr
     return ids, types, at
 
 
-def hidden(attention_mask: Array | None, b: Any, n: int) -> Array | None:
+def hidden(attention_mask: Array | None, prompt: Prompt) -> Array | None:
     """A mask is extended by zeros, and the prompt is padding."""
-    found = extended(attention_mask, b, n)
-    return None if found is None else np.where(np.arange(found.shape[1]) < n, 0, found)
+    found = extended(attention_mask, prompt)
+    return None if found is None else np.where(np.arange(found.shape[1]) < prompt.length, 0, found)
 
 
 class AveragesOverTheBatch(Whole):
@@ -134,22 +134,22 @@ def first_for_all(φ: Any, hidden: Any, layer: int, *rest: Any) -> Memory:
     return memory(φ, hidden, 0, *rest)
 
 
-def keys_of_all_layers_first(φ: Any, hidden: Any, layer: int, shape: Any, like: Array) -> Memory:
+def keys_of_all_layers_first(φ: Any, hidden: Any, layer: int, shape: Any, *rest: Any) -> Memory:
     """P is taken for [P_K of layer 0, P_K of layer 1, …, P_V of layer 0, …]."""
     P = φ["P"]
     n, t = shape[0], shape[1] * shape[2]
     L = P.shape[1] // (2 * t)
     k, v = (P[:, at * t : (at + 1) * t].reshape(1, n, *shape[1:]) for at in (layer, L + layer))
-    return replace(memory(φ, hidden, layer, shape, like), k=k, v=v)
+    return replace(memory(φ, hidden, layer, shape, *rest), k=k, v=v)
 
 
 def unshifted(*arguments: Any) -> Hooks:
     return replace(hooks(*arguments), shift=0)
 
 
-def behind_the_causal_mask(mask: Array, m: Memory, n: int) -> Array:
+def behind_the_causal_mask(mask: Array, m: Memory) -> Array:
     """The prefix is thought to stand behind the tokens, so that none of them sees it."""
-    return columns(mask, m, n) & np.zeros(n, bool)
+    return columns(mask, m) & np.zeros(m.k.shape[1], bool)
 
 
 class FirstTaskForAll(Whole):
