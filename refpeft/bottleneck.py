@@ -269,6 +269,8 @@ def masks(
         return {}
     found = {}
     for p in places(cfg, model):
+        if p.at.startswith("decoder."):
+            raise ValueError("masks are not drawn for adapters in a decoder, whose inputs have another length")
         like = model.params[model.sites[p.last].weight].dtype
         b, t = decoder_shape if decoder_shape and p.at.startswith("decoder.") else ids_shape
         drawn = [(cfg.dropout, (b, t, model.config.hidden_size)), (cfg.stochastic_depth, (b, 1, 1))]
