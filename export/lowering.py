@@ -8,10 +8,11 @@ gives zeros in the specification and NaN in ONNX.
 Every rule is compared with the formula on onnxruntime in tests/export/test_lowering.py.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from refpeft.export.symbols import Symbol
+from refpeft.export.symbols import Symbol, where
 
 
 def linear(x: Symbol, W: Symbol, b: Symbol | None = None, frozen: bool = False) -> Symbol:
@@ -56,16 +57,18 @@ def pick(x: Symbol, index: Symbol) -> Symbol:
 
 def attention(
     q: Symbol, k: Symbol, v: Symbol, mask: Symbol | None = None, bias: Symbol | None = None, scale: float | None = None
-) -> Symbol | None:
+) -> Symbol:
     """Attention-23 on [b, s, h·e]. onnxruntime does not broadcast its mask, which is therefore expanded, once for all
-    layers. Rows that may see nothing give zeros in both. None with a bias, which would have to hold the mask as −∞."""
-    if bias is not None:
-        return None
+    layers. A bias takes the mask's place, −∞ where that is false. Rows that may see nothing give zeros in both."""
     b, s, h, e = q.shape
     t, g = k.shape[1:3]
     heads = {"q_num_heads": h, "kv_num_heads": g} | ({} if scale is None else {"scale": scale})
     args = [q.reshape(b, s, h * e), k.reshape(b, t, g * e), v.reshape(b, t, g * v.shape[3])]
-    if mask is not None:
+    if bias is not None:
+        args.append(
+            (bias if mask is None else where(q.graph, mask, bias, -math.inf)).astype(q.dtype).expand(b, h, s, t)
+        )
+    elif mask is not None:
         args.append(mask.expand(b, 1, s, t))
     y = q.graph.emit("Attention", args, q.dtype, (b, s, h * v.shape[3]), **heads)
     return y.reshape(b, s, h, v.shape[3])

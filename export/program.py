@@ -29,7 +29,7 @@ from refpeft.export.proto import IR_VERSION, OPSET, to_model
 from refpeft.export.symbols import Graph, Symbol
 from refpeft.hooks import Hooks
 from refpeft.model import Model, Site, adapter_list
-from refpeft.tune import untied_source
+from refpeft.tune import mergeable, untied_source
 
 DTYPES: Mapping[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16)}
 INLINE_LIMIT = 100_000_000  # bytes; inline weights are held in memory twice here, and once more by whoever loads them
@@ -118,6 +118,7 @@ def chosen(value: str, known: Mapping[str, Any], what: str) -> None:
 
 def representable(model: Model, adapters: Sequence[Adapter]) -> None:
     """Nothing that an adapter holds may be dropped without a word."""
+    mergeable(adapters)
     modules = {site.path for site in model.sites.values()}
     for a in adapters:
         for path in a.by_module.keys() - modules:
@@ -134,18 +135,24 @@ def representable(model: Model, adapters: Sequence[Adapter]) -> None:
 def merged(graph: Graph, model: Model) -> tuple[list[str], Outputs]:
     """The model with its adapters folded into its weights: the base model's graph, node for node."""
     inputs = token_inputs(graph, model)
-    ids, attention_mask, *types = inputs
-    out, _, _ = model.run(Hooks(), ids, attention_mask, types[0] if types else None)
-    return [x.node.name for x in inputs], {output_name(model): out}
+    ids, attention_mask, types, decoded = (inputs.get(name) for name in NAMES)
+    out, _, _ = model.run(Hooks(), ids, attention_mask, types, None, decoded)
+    return list(inputs), {output_name(model): out}
 
 
 FORMS: Mapping[str, Callable[[Graph, Model], tuple[list[str], Outputs]]] = {"merged": merged}
 
 
-def token_inputs(graph: Graph, model: Model) -> list[Symbol]:
+NAMES = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids")
+
+
+def token_inputs(graph: Graph, model: Model) -> dict[str, Symbol]:
     """Named as transformers names them."""
-    names = ["input_ids", "attention_mask"] + ["token_type_ids"] * ("embed.type" in model.sites)
-    return [graph.input(name, np.int64, ("batch", "sequence")) for name in names]
+    absent = [] if "embed.type" in model.sites else ["token_type_ids"]
+    absent += [] if model.config.encoder_decoder else ["decoder_input_ids"]
+    sizes = {"decoder_input_ids": "decoder_sequence"}
+    names = [name for name in NAMES if name not in absent]
+    return {name: graph.input(name, np.int64, ("batch", sizes.get(name, "sequence"))) for name in names}
 
 
 def output_name(model: Model) -> str:

@@ -64,8 +64,8 @@ def outputs(model: Model, adapters: Sequence[Adapter], examples: Sequence[Mappin
     """What the specification answers."""
     found = []
     for inputs in examples:
-        ids, *rest = inputs.values()
-        found.append(model(ids, adapters, *rest)[0])
+        ids, rest = inputs["input_ids"], {name: a for name, a in inputs.items() if name != "input_ids"}
+        found.append(model(ids, adapters, **rest)[0])
     return found
 
 
@@ -103,14 +103,20 @@ def example(model: Model, batch: int, length: int) -> Mapping[str, Array]:
     if "embed.type" in model.sites:
         kinds = model.params[model.sites["embed.type"].weight].shape[0]
         inputs["token_type_ids"] = rng.integers(0, kinds, ids.shape)
+    if "eos" in c.head and c.eos_token_id is not None:  # read at the place of the end of text
+        ids[mask == 1] = np.where(ids[mask == 1] == c.eos_token_id, 0, ids[mask == 1])
+        ids[:, length // 2] = c.eos_token_id
+    if c.encoder_decoder:
+        inputs["decoder_input_ids"] = ids if "eos" in c.head else rng.integers(0, vocabulary, (batch, length // 2 + 1))
     return inputs
 
 
 def longest(model: Model) -> int:
-    if "embed.position" not in model.sites:
+    c = model.config
+    n = model.sizes("encoder." if c.encoder_decoder else "")[1]
+    if n is None:
         return 1 << 30
-    n = model.params[model.sites["embed.position"].weight].shape[0]
-    return int(n if model.config.positions == "index" else n - (model.config.pad_token_id or 0) - 1)
+    return n - (c.position_offset if c.positions == "index" else (c.pad_token_id or 0) + 1)
 
 
 def ratio(got: Array, ref: Array, spec: Array, dtype: np.dtype[Any]) -> float:
