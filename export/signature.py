@@ -1,6 +1,6 @@
 """What goes into a graph and what comes out, named as transformers and optimum name it.
 
-    plain     input_ids, attention_mask (, token_type_ids)  →  logits or last_hidden_state
+    plain     input_ids, attention_mask (, token_type_ids) (, decoder_input_ids)  →  logits or last_hidden_state
     decode    input_ids [b, s], attention_mask [b, past + s], position_ids [b, s],
               past_key_values.N.key and .value [b, g, past, e]  →  logits, present.N.key and .value [b, g, past + s, e]
 
@@ -17,7 +17,7 @@ from refpeft.hooks import Hooks
 from refpeft.model import Model
 
 INT = np.dtype(np.int64)
-BATCH, SEQUENCE, PAST = "batch", "sequence", "past_sequence"
+BATCH, SEQUENCE, PAST, DECODED = "batch", "sequence", "past_sequence", "decoder_sequence"
 
 
 def run(graph: Graph, model: Model, hooks: Hooks, subject: Subject) -> tuple[list[str], Outputs]:
@@ -27,9 +27,13 @@ def run(graph: Graph, model: Model, hooks: Hooks, subject: Subject) -> tuple[lis
 
 def plain(graph: Graph, model: Model, hooks: Hooks) -> tuple[list[str], Outputs]:
     names = ["input_ids", "attention_mask"] + ["token_type_ids"] * ("embed.type" in model.sites)
-    ids, attention_mask, *types = (graph.input(name, INT, (BATCH, SEQUENCE)) for name in names)
-    out, _, _ = model.run(hooks, ids, attention_mask, types[0] if types else None)
-    return names, {output_name(model): out}
+    found = {name: graph.input(name, INT, (BATCH, SEQUENCE)) for name in names}
+    if model.config.encoder_decoder:
+        found["decoder_input_ids"] = graph.input("decoder_input_ids", INT, (BATCH, DECODED))
+    ids, attention_mask, *_ = found.values()
+    types, decoded = found.get("token_type_ids"), found.get("decoder_input_ids")
+    out, _, _ = model.run(hooks, ids, attention_mask, types, decoder_input_ids=decoded)
+    return list(found), {output_name(model): out}
 
 
 def decoding(graph: Graph, model: Model, hooks: Hooks, subject: Subject) -> tuple[list[str], Outputs]:
@@ -41,7 +45,7 @@ def decoding(graph: Graph, model: Model, hooks: Hooks, subject: Subject) -> tupl
     mask = graph.input("attention_mask", INT, (BATCH, t + s))
     places = graph.input("position_ids", INT, (BATCH, SEQUENCE))
     cache = [(k.swapaxes(1, 2), v.swapaxes(1, 2)) for k, v in past]
-    out, _, present = model.run(hooks, ids, mask, None, places, cache)
+    out, _, present = model.run(hooks, ids, mask, None, places, past=cache)
     found = {"logits": out}
     for pair, names in zip(present, caches(model, "present"), strict=True):
         found |= {name: x.swapaxes(1, 2) for name, x in zip(names, pair, strict=True)}
@@ -59,7 +63,12 @@ def output_name(model: Model) -> str:
 
 
 def decodes(model: Model) -> None:
-    """Only a causal language model writes."""
-    if not model.config.causal or "head.out" not in model.sites or {"first", "last"} & set(model.config.head):
+    """Only a causal language model writes, and of an encoder-decoder there is no such graph."""
+    if (
+        model.config.encoder_decoder
+        or not model.config.causal
+        or "head.out" not in model.sites
+        or {"first", "last"} & set(model.config.head)
+    ):
         architecture = (model.source.get("architectures") or [model.config.family])[0]
         raise ValueError(f"decoding needs a causal language model, and {architecture} is none")

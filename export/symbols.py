@@ -119,11 +119,9 @@ class Symbol(NDArrayOperatorsMixin):
         return f"Symbol({self.node.name}, {self.dtype}, [{', '.join(map(str, self.shape))}])"
 
     def __op__(self, name: str, args: Sequence[Any], options: Mapping[str, Any], y: "Symbol") -> "Symbol":
-        """The answer to an op of the specification: its own node if there is a rule and it has one, else the formula as
-        traced."""
+        """The answer to an op of the specification: its own node if there is a rule, else the formula as traced."""
         rule = self.graph.rules.get(name)
-        own: Symbol | None = None if rule is None else rule(*args, **options)
-        return y if own is None else own
+        return y if rule is None else rule(*args, **options)
 
     def source(self, op: str) -> "Symbol | None":
         """What this is the Transpose, Reshape, … of, if it is one."""

@@ -99,13 +99,13 @@ def alone(answer: Callable[[Model, Sequence[Adapter], slice], Array], which: Arr
 
 def run(subject: Subject, batch: int, length: int, which: Array | None = None) -> Check:
     inputs = example(subject.model, batch, length, virtual_ids(subject))
-    ids, *rest = inputs.values()
+    ids, rest = inputs["input_ids"], {name: a for name, a in inputs.items() if name != "input_ids"}
 
     def ask(runner: Runner) -> Array:
         return runner.run({name: inputs[name] for name in runner.inputs})[runner.outputs[0]]
 
     def answer(model: Model, adapters: Sequence[Adapter], rows: slice) -> Array:
-        return np.asarray(model(ids[rows], adapters, *(a[rows] for a in rest))[0])
+        return np.asarray(model(ids[rows], adapters, **{name: a[rows] for name, a in rest.items()})[0])
 
     return Check(batch, ids.shape[1], alone(answer, which), ask)
 
@@ -185,6 +185,12 @@ def example(model: Model, batch: int, length: int, virtual: int = 0) -> Mapping[
     if "embed.type" in model.sites:
         kinds = model.params[model.sites["embed.type"].weight].shape[0]
         inputs["token_type_ids"] = rng.integers(0, kinds, ids.shape)
+    if "eos" in c.head and c.eos_token_id is not None:  # read at the place of the end of text
+        ids[mask == 1] = np.where(ids[mask == 1] == c.eos_token_id, 0, ids[mask == 1])
+        ids[:, length // 2] = c.eos_token_id
+    if c.encoder_decoder:
+        other = rng.integers(0, vocabulary(model), (batch, length // 2 + 1))
+        inputs["decoder_input_ids"] = ids if "eos" in c.head else other
     return inputs
 
 
@@ -193,10 +199,11 @@ def vocabulary(model: Model) -> int:
 
 
 def longest(model: Model) -> int:
-    if "embed.position" not in model.sites:
+    c = model.config
+    n = model.sizes("encoder." if c.encoder_decoder else "")[1]
+    if n is None:
         return 1 << 30
-    n = model.params[model.sites["embed.position"].weight].shape[0]
-    return int(n if model.config.positions == "index" else n - (model.config.pad_token_id or 0) - 1)
+    return n - (c.position_offset if c.positions == "index" else (c.pad_token_id or 0) + 1)
 
 
 def ratio(got: Array, ref: Array, spec: Array, dtype: np.dtype[Any]) -> float:
