@@ -1,6 +1,7 @@
 """The engine on targets whose answers are known: the specification passes everything, wrong targets are found out."""
 
 import json
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ from refpeft.conformance.mutants import MUTANTS, hunt, target
 from refpeft.conformance.properties import PROPERTIES
 from refpeft.conformance.targets import FEATURES, Skip
 from refpeft.conformance.targets.spec import Spec
+from refpeft.conformance.traits import known as known_methods
 from refpeft.conformance.yardstick import Yardstick
+
+ACCEPTED = ("value", "shape", "names", "dtype", "error:IndexError")
 
 
 def rows(target: str, folder: Path, **options: Any) -> list[dict[str, Any]]:
@@ -35,7 +39,7 @@ def test_every_mutant_is_found_by_the_property_meant_for_it(name: str) -> None:
     kill = hunt(name, seed=5)
     assert kill.by is not None
     assert kill.by.endswith("/".join(MUTANTS[name].first))
-    assert kill.kind in ("value", "shape", "names", "dtype", "error:IndexError"), "killed by an accident of the mutant itself"
+    assert kill.kind in ACCEPTED, "killed by an accident of the mutant itself"
 
 
 def test_a_failure_leaves_a_small_case_that_fails_again_and_that_the_specification_passes(tmp_path: Path) -> None:
@@ -185,6 +189,13 @@ def test_properties_are_one_sentence_and_need_declared_features() -> None:
     for p in PROPERTIES:
         assert p.statement.endswith(".")
         assert set(p.needs) <= set(FEATURES)
+
+
+def test_every_method_has_mutants_of_its_own() -> None:
+    """At least three that are tried on it."""
+    alone = Counter(m.methods[0] for m in MUTANTS.values() if len(m.methods) == 1)
+    shared = [m.methods for m in MUTANTS.values() if len(m.methods) > 1]
+    assert [name for name in known_methods() if alone[name] + sum(name in s for s in shared) < 3] == []
 
 
 def test_an_unknown_mutant_is_an_error() -> None:
