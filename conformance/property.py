@@ -15,6 +15,7 @@ from refpeft.conformance.strategies import Strategy, Structure
 from refpeft.conformance.traits import TRAITS
 
 Info = Mapping[str, Any]
+PADDED: Mapping[str, Sequence[Any]] = {"padded": [True], "batch": [[2, 3], [2, 5], [3, 4]]}
 
 
 @dataclass(frozen=True)
