@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import refpeft
 from refpeft.conformance import engine, known
 from refpeft.conformance.case import Case
 from refpeft.conformance.mutants import MUTANTS, hunt, target
@@ -17,6 +18,7 @@ from refpeft.conformance.targets import FEATURES, Skip
 from refpeft.conformance.targets.spec import Spec
 from refpeft.conformance.traits import known as known_methods
 from refpeft.conformance.yardstick import Yardstick
+from tests.models import tiny
 
 ACCEPTED = ("value", "shape", "names", "dtype", "error:IndexError")
 
@@ -70,6 +72,19 @@ def test_shards_are_a_partition(tmp_path: Path) -> None:
         return [(r["method"], r["property"]) for r in found]
 
     assert sorted(names((1, 2)) + names((2, 2))) == sorted(names((1, 1)))
+
+
+@pytest.mark.parametrize(
+    ("family", "architecture", "not_asked"),
+    [("llama", None, {"bitfit", "p_tuning_v2"}), ("bert", "ForSequenceClassification", {"prefix_tuning"})],
+)
+def test_a_model_in_a_folder_is_asked_what_methods_can_do_there(
+    family: str, architecture: str | None, not_asked: set[str], tmp_path: Path
+) -> None:
+    refpeft.save(tiny(family, architecture, dtype=np.float32), tmp_path / "m")
+    found = rows("spec", tmp_path / "cases", model=tmp_path / "m", properties=["count"])
+    assert {r["status"] for r in found} == {"pass"}
+    assert {r["method"] for r in found} == set(known_methods()) - not_asked
 
 
 @pytest.mark.parametrize("option", ["methods", "levels", "properties"])
