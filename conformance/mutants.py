@@ -15,6 +15,7 @@ from unittest.mock import patch
 import refpeft.tune
 from refpeft.conformance import mistakes as m
 from refpeft.conformance.case import Case
+from refpeft.conformance.mistakes_bottleneck import BOTTLENECK
 from refpeft.conformance.targets.base import Arrays
 from refpeft.conformance.targets.spec import Layer, Session, Spec, Whole, answers
 from refpeft.methods import dora, lora, rslora
@@ -108,6 +109,7 @@ MUTANTS: Mapping[str, Mutant] = {
     "prefix-names-lose-tensors": Mutant(("lifecycle", "saved-modules"), of_session=m.LosesByName),
     "saved-patterns-sorted": Mutant(("lifecycle", "saved-patterns"), of_session=m.SortsPatterns),
     "changed-parameters-unseen": Mutant(("lifecycle", "change"), of_session=m.StaleSession),
+    **{name: Mutant(("model", prop), patches, methods=which) for name, (prop, patches, which) in BOTTLENECK.items()},
 }
 
 

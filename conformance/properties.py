@@ -9,6 +9,8 @@ from typing import Any
 from refpeft.conformance import strategies, tiny
 from refpeft.conformance.property import Property, Steps, do, layer, life, two, whole
 from refpeft.conformance.strategies import Structure
+from refpeft.conformance.traits import TRAITS
+from refpeft.methods import METHODS
 
 __all__ = ["PROPERTIES", "Property"]
 
@@ -97,6 +99,13 @@ def patterns(s: Structure) -> Structure:
     return {"rank_pattern": {names[0]: 3}, "alpha_pattern": {s["key"].format(names[0]): 5.0, names[-1]: 7.0}}
 
 
+def variant(s: Structure) -> Structure:
+    """One group of options, and none of the others."""
+    groups = TRAITS[s["method"]].variants
+    plain = {name: getattr(METHODS[s["method"]].Config(), name) for group in groups for name in group}
+    return plain | groups[s["variant"]]
+
+
 def swapped(s: Structure) -> Mapping[str, Any]:
     both = two(s)
     return {name: both[name] for name in sorted(both, reverse=s["swap"])}
@@ -166,6 +175,26 @@ MODEL = [
         architectures=("",),
     ),
     whole("count", "The number of trained parameters.", ["count"], ["frozen"]),
+    whole(
+        "options",
+        "Scales, gates and norms that the adapter has of its own are those of the formula, and so are their gradients.",
+        ["logits", "grads"],
+        ["forward", "grads"],
+        ["H5", "PA3"],
+        configs=variant,
+        also={"variant": [1, 2, 3, 4, 5], "batch": [[2, 3], [3, 4]]},
+        methods=["houlsby", "pfeiffer", "parallel"],
+    ),
+    whole(
+        "left-out",
+        "Of two layers, the one in `leave_out` has no adapter and runs as the base does.",
+        ["logits", "count"],
+        ["forward", "frozen"],
+        ["H3", "PF4", "PA5"],
+        configs=lambda s: {"leave_out": [s["without"]]},
+        also={"without": [0, 1], "layers": [2]},
+        methods=["houlsby", "pfeiffer", "parallel"],
+    ),
     whole(
         "embedding",
         "An adapted embedding of ids that repeat: output, gradients and merge.",

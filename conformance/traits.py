@@ -89,7 +89,7 @@ OPTIONS: Sequence[Structure] = (  # a norm after the adapter takes away what a n
 )
 PFEIFFER = {**BOTTLENECK, "residual_before_ln": [True, False, "post_add"]}
 TOGETHER = ("model/order", "lifecycle/two-active")
-BOTTLENECKS = (*RUNS, "model/causal", "model/padding", *LIVES, *TOGETHER)
+BOTTLENECKS = (*RUNS, "model/causal", "model/padding", "model/options", "model/left-out", *LIVES, *TOGETHER)
 
 
 def wider(first: Structure) -> Structure:

@@ -155,6 +155,14 @@ def numbered(adapter: Adapter) -> bool:
     return hasattr(METHODS[adapter.method], "ENSEMBLES") and np.asarray(adapter.rows).dtype.kind in "iu"
 
 
+def stepwise(adapters: Sequence[Adapter]) -> None:
+    """Refuses adapters that read the whole sequence before they act, which decoding step by step does not have."""
+    for adapter in adapters:
+        reads_all = getattr(METHODS[adapter.method], "reads_all", None)
+        if reads_all is not None and (field := reads_all(adapter.config)):
+            raise ValueError(f"{adapter.method} with {field} reads the whole sequence and cannot decode step by step")
+
+
 def by_row(adapters: Sequence[Adapter], which: Array) -> list[Adapter]:
     """The adapters such that row i of the batch gets the one of number which[i], and none where that is negative."""
     return [a.replace(rows=which == k) for k, a in enumerate(adapters)]

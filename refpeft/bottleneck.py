@@ -191,7 +191,12 @@ def shapes(cfg: Config, layer: int, model: "Model") -> dict[str, tuple[int, ...]
 
 
 def name(place: Place, symbol: str) -> str:
+    """A parameter's name in an adapter: '<module>.adapters.<leaf>'."""
     return f"{place.module}.{KEYS[symbol][0]}"
+
+
+def leaf(symbol: str) -> str:
+    return str(KEYS[symbol][0]).removeprefix("adapters.")
 
 
 def norms(model: "Model") -> dict[str, str]:
@@ -242,6 +247,10 @@ def truncated(rng: np.random.Generator, shape: tuple[int, ...], bound: float = 2
     return special.ndtri(rng.uniform(low, 1 - low, shape))
 
 
+def reads_all(cfg: Config) -> str | None:
+    return "use_gating" if cfg.use_gating else None
+
+
 def masks(cfg: Config, model: "Model", rng: np.random.Generator, ids_shape: tuple[int, int]) -> dict[str, Array]:
     """Masks [b, t, d] for `dropout` of F's entries, times [b, 1, 1] for `stochastic_depth` of all of it."""
     if not (cfg.dropout or cfg.stochastic_depth):
@@ -251,7 +260,7 @@ def masks(cfg: Config, model: "Model", rng: np.random.Generator, ids_shape: tupl
         like = model.params[model.sites[p.last].weight].dtype
         drawn = [(cfg.dropout, (*ids_shape, model.config.hidden_size)), (cfg.stochastic_depth, (ids_shape[0], 1, 1))]
         mask = np.ones(())
-        for rate, shape in drawn:
+        for rate, shape in [(rate, shape) for rate, shape in drawn if rate]:
             mask = mask * np.where(rng.random(shape) < rate, 0, 1 / (1 - rate))
         found[p.module] = mask.astype(np.float32 if is_half(like) else like)
     return found
@@ -375,7 +384,7 @@ def bottleneck(cfg: Config, φ: Phi, mask: Array | None = None) -> Run:
     elif cfg.scaling != 1:
         runs.append(op_run(partial(multiply, factor=cfg.scaling)))
     if mask is not None:
-        runs.append(masked(identity, mask))
+        runs.append(masked(op_run(ACTIVATIONS["linear"]), mask))
     return gated(φ, chain(*runs)) if cfg.use_gating else chain(*runs)
 
 
@@ -392,10 +401,6 @@ def parametrised(f: Op, φ: Phi, *names: str) -> Run:
         return y, back
 
     return run
-
-
-def identity(x: Array) -> tuple[Array, Back]:
-    return x, lambda dy, want: (dy, {})
 
 
 @op

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from refpeft.adapter import Adapter, check_rows, each, fits
+from refpeft.adapter import Adapter, check_rows, each, fits, stepwise
 from refpeft.config import Config, Site
 from refpeft.hooks import Hooks
 from refpeft.inputs import read
@@ -89,9 +89,9 @@ class Model:
         `attention_mask` [b, t] covers both."""
         if not self.config.causal:
             raise ValueError(f"a {self.config.family} model sees all positions at once and cannot decode step by step")
-        out, _, present = self.run(
-            each(self.fitting(adapter, ids), self), ids, attention_mask, None, position_ids, cache
-        )
+        adapters = self.fitting(adapter, ids)
+        stepwise(adapters)
+        out, _, present = self.run(each(adapters, self), ids, attention_mask, None, position_ids, cache)
         return out, present
 
     def fitting(self, adapter: Adapter | Sequence[Adapter] | None, ids: Any = None) -> Sequence[Adapter]:

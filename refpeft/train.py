@@ -78,6 +78,9 @@ class Plan:
             raise ValueError("nesterov needs a momentum above 0")
 
 
+DROPOUTS = ("lora_dropout", "encoder_dropout", "dropout", "stochastic_depth")  # fields of configs that masks come from
+
+
 @dataclass(frozen=True)
 class State:
     """After `step` steps: the adapter's parameters, the optimiser's state, and the loss of every step [step]."""
@@ -154,10 +157,11 @@ def chosen(plan: Plan, count: int, turn: int) -> list[int]:
 
 def dropped(adapter: Adapter, model: Model, batch: Batch, rng: np.random.Generator) -> Adapter:
     """With fresh dropout masks, if the method has them."""
-    if not getattr(adapter.config, "lora_dropout", 0):
+    rates = [name for name in DROPOUTS if getattr(adapter.config, name, 0)]
+    if not rates:
         return adapter
     if "decoder_input_ids" in batch:
-        raise ValueError("lora_dropout must be 0 for encoder-decoder models, whose masks are not drawn here")
+        raise ValueError(f"{rates[0]} must be 0 for encoder-decoder models, whose masks are not drawn here")
     return dropout(adapter, model, batch["input_ids"].shape, seed=int(rng.integers(2**62)))
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from refpeft import tune
 from refpeft.adapter import Adapter
-from refpeft.checkpoint import folder, intrinsic, models, prefix, prompts, safetensors, selection
+from refpeft.checkpoint import bottleneck, folder, intrinsic, models, prefix, prompts, safetensors, selection
 from refpeft.checkpoint.format import Format
 from refpeft.checkpoint.safetensors import Malformed, show
 from refpeft.methods import METHODS, lora
@@ -39,7 +39,7 @@ IGNORED = {  # without influence on the function
 PLAIN_INITS = ("eva", "mica")  # they leave the base alone: A and B in the file are all there is
 TWINS = {twin: name for name, twin in models.TWINS.items()}
 # of the methods that are not of LoRA's kind, each in a module of its own
-FORMATS = cast(Sequence[Format], (selection, prompts, prefix, intrinsic))
+FORMATS = cast(Sequence[Format], (selection, prompts, prefix, intrinsic, bottleneck))
 METHOD_FLAGS = {"lora": (False, False), "rslora": (True, False), "dora": (False, True)}  # use_rslora, use_dora
 
 
@@ -47,9 +47,11 @@ METHOD_FLAGS = {"lora": (False, False), "rslora": (True, False), "dora": (False,
 
 
 def load_adapter(path: str | os.PathLike[str], model: Model) -> Adapter:
-    """The adapter of an HF peft folder, for this model."""
+    """The adapter of a folder of HF peft's or AdapterHub's, for this model."""
     where = folder.existing(path)
     raw = safetensors.read_json(where / CONFIG)
+    if bottleneck.recognises(raw):
+        return bottleneck.read_folder(where, raw, model)
     for form in FORMATS:
         if raw.get("peft_type") in form.PEFT_TYPES:
             return form.read(raw, folder.tensors(where, "adapter_model"), model)
@@ -194,11 +196,12 @@ def start(cfg: Any, chosen: Mapping[str, Part]) -> dict[str, Array]:
 
 
 def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:
-    """An HF peft folder that HF peft and `load_adapter` read, written whole or not at all."""
+    """An HF peft folder that HF peft and `load_adapter` read, written whole or not at all; of methods that AdapterHub
+    has and HF peft has not, one of AdapterHub's."""
     config, tensors = contents(adapter)
     with folder.new_folder(path) as new:
         safetensors.write_json(new / CONFIG, config)
-        safetensors.write(new / FILE, tensors)
+        safetensors.write(new / (bottleneck.FILE if adapter.method in bottleneck.METHODS else FILE), tensors)
 
 
 def contents(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Array]]:

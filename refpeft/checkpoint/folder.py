@@ -17,8 +17,9 @@ CONVERT = (
 )
 
 
-def tensors(folder: Path, stem: str) -> dict[str, Array]:
-    """All tensors of `<stem>.safetensors`, or of the files that `<stem>.safetensors.index.json` lists."""
+def tensors(folder: Path, stem: str, convert: str = CONVERT) -> dict[str, Array]:
+    """All tensors of `<stem>.safetensors`, or of the files that `<stem>.safetensors.index.json` lists. `convert` says
+    how to get these where there is a pickle."""
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if single.is_file():
         return read(single)
@@ -27,7 +28,7 @@ def tensors(folder: Path, stem: str) -> dict[str, Array]:
     for pickle in sorted(
         [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth"), *folder.glob("*.bin.index.json")]
     ):
-        raise Malformed(f"{pickle.name}: " + CONVERT.format(folder=str(folder)))
+        raise Malformed(f"{pickle.name}: " + convert.format(folder=str(folder)))
     raise Malformed(f"{folder}: there is no {single.name}")
 
 

@@ -33,7 +33,7 @@ def case(level: str, prop: str, method: str, family: str, **more: Any) -> Case:
 # ── with the library ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.adapters
+@pytest.mark.adapterhub
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("level", ["model", "lifecycle"])
 def test_adapters_differs_only_where_it_is_known_to(level: str, tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_adapters_differs_only_where_it_is_known_to(level: str, tmp_path: Path) 
     assert any(r["status"] == "pass" for r in found)
 
 
-@pytest.mark.adapters
+@pytest.mark.adapterhub
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("method", "config", "why"),
@@ -63,7 +63,7 @@ def test_what_adapterhub_has_not_is_skipped_with_the_reason(method: str, config:
         open_target("adapters").run(case("model", "logits", method, "bert", config=config, layers=2))
 
 
-@pytest.mark.adapters
+@pytest.mark.adapterhub
 @pytest.mark.filterwarnings("ignore")
 def test_a_wrong_number_in_an_adapter_is_noticed() -> None:
     asked = case("model", "logits", "lora", "gpt2")
@@ -73,7 +73,7 @@ def test_a_wrong_number_in_an_adapter_is_noticed() -> None:
     assert engine.examine(open_target("adapters"), asked).verdict.kind is None
 
 
-@pytest.mark.adapters
+@pytest.mark.adapterhub
 @pytest.mark.parametrize("page", sorted(FINDINGS.glob("adapters-*.md")), ids=lambda page: page.stem)
 def test_the_scripts_of_the_findings_print_what_the_pages_say(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
