@@ -257,6 +257,8 @@ def masks(cfg: Config, model: "Model", rng: np.random.Generator, ids_shape: tupl
         return {}
     found = {}
     for p in places(cfg, model):
+        if p.at.startswith("decoder."):
+            raise ValueError("masks are not drawn for adapters in a decoder, whose inputs have another length")
         like = model.params[model.sites[p.last].weight].dtype
         drawn = [(cfg.dropout, (*ids_shape, model.config.hidden_size)), (cfg.stochastic_depth, (ids_shape[0], 1, 1))]
         mask = np.ones(())

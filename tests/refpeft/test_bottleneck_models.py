@@ -120,6 +120,8 @@ def test_encoders_and_decoders() -> None:
     for family in ("t5", "bart"):
         sites = {r: Site(path, "linear", path + ".weight", "") for r, path in zip(roles, paths[family], strict=True)}
         model = replace(base, config=replace(base.config, family=family), sites=sites)
+        with pytest.raises(ValueError, match="masks are not drawn for adapters in a decoder"):
+            bottleneck.masks(Config(dropout=0.1), replace(base, sites=dict(list(sites.items())[2:])), None, (2, 5))  # type: ignore[arg-type]
         found = bottleneck.places(Config(cross_adapter=True), model)
         assert [p.module for p in found] == modules[family]
         assert [p.layer for p in found] == [0, 0, 1, 1, 1]
