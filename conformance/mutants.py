@@ -2,7 +2,8 @@
 
 They test the suite: `mutants()` must find every one of them wrong, on every seed. A mutant is a change to the `Spec`
 target (what its layers, models or sessions answer) or to a function of the specification, which is replaced only while
-the mutant runs; the reference is the specification as it is. The mistakes themselves are in `mistakes`.
+the mutant runs; the reference is the specification as it is. The mistakes themselves are in `mistakes` and its
+neighbours.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,13 +1,14 @@
 """The properties: each one sentence that must be true of an implementation, and the cases that could show it is not.
 
-To add one, add it to a table below.
+To add one, add it to a table below; those that some methods only have are in `properties_own`.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from refpeft.conformance import strategies, tiny
-from refpeft.conformance.property import Property, Steps, do, layer, life, two, whole
+from refpeft.conformance.properties_own import OWN
+from refpeft.conformance.property import PADDED, Property, Steps, do, layer, life, two, whole
 from refpeft.conformance.strategies import Structure
 from refpeft.conformance.traits import TRAITS
 from refpeft.methods import METHODS
@@ -91,7 +92,6 @@ LAYER = [
 # ── a whole model ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 CAUSAL = tiny.CAUSAL
-SOFT = ("prompt_tuning", "p_tuning", "prefix_tuning")
 
 
 def patterns(s: Structure) -> Structure:
@@ -112,7 +112,6 @@ def swapped(s: Structure) -> Mapping[str, Any]:
     return {name: both[name] for name in sorted(both, reverse=s["swap"])}
 
 
-PADDED: Mapping[str, Sequence[Any]] = {"padded": [True], "batch": [[2, 3], [2, 5], [3, 4]]}
 MODEL = [
     whole("logits", "The model's output is that of the formula.", ["logits"], ["forward"], ["L3"]),
     whole(
@@ -144,72 +143,6 @@ MODEL = [
         ["logits"],
         ["forward"],
         also=PADDED,
-    ),
-    whole(
-        "left-padding",
-        "Padding on the left changes nothing but the places of what follows, behind a prompt or prefix too.",
-        ["logits"],
-        ["forward"],
-        ["PT5"],
-        families=CAUSAL,
-        architectures=("",),
-        also={**PADDED, "left": [True]},
-        methods=SOFT,
-    ),
-    whole(
-        "loss",
-        "The loss of a language model is that of the tokens, the first of which the end of a prompt predicts.",
-        ["loss"],
-        ["forward", "loss"],
-        families=CAUSAL,
-        architectures=("",),
-        also={"dtype": ["float32"], "batch": [[2, 3], [1, 4]]},
-        methods=SOFT,
-    ),
-    whole(
-        "dropped",
-        "Without the network that made it, a prompt or prefix computes the same.",
-        ["logits", "dropped"],
-        ["forward", "drop"],
-        ["PU1", "PX4"],
-        configs=lambda s: {"prefix_projection": True} if s["method"] == "prefix_tuning" else {},
-        methods=SOFT,
-    ),
-    whole(
-        "recurrent",
-        "The LSTM of the prompt's encoder reads it in both directions, with both of its biases.",
-        ["logits", "grads"],
-        ["forward", "grads"],
-        ["PU4"],
-        configs=lambda s: {"encoder_reparameterization_type": "LSTM"},
-        methods=("p_tuning",),
-    ),
-    whole(
-        "layers",
-        "Each layer sees its own part of the prefix, keys and values of one layer beside each other.",
-        ["logits", "grads"],
-        ["forward", "grads"],
-        ["PX1"],
-        also={"layers": [2]},
-        methods=("prefix_tuning", "p_tuning_v2"),
-    ),
-    whole(
-        "rows",
-        "In one batch each row has the prefix of its own task, or none, and tasks get the gradients of their rows.",
-        ["logits", "grads"],
-        ["forward", "grads", "rows"],
-        ["PV2", "PV3"],
-        adapters=two,
-        also={"rows": [[1, 0, -1], [0, 0, 1], [-1, 1, 1]], "batch": [[3, 3], [3, 2]]},
-        methods=("prefix_tuning", "p_tuning_v2"),
-    ),
-    whole(
-        "transpose",
-        "The gradient of any linear function of the merged weights is the transpose: ⟨P θ, g⟩ = ⟨θ, Pᵀ g⟩.",
-        ["pulled"],
-        ["merge", "pull"],
-        ["ID5", "SA5"],
-        methods=("did", "said"),
     ),
     whole(
         "order",
@@ -475,4 +408,4 @@ EXPORT = [
     ),
 ]
 
-PROPERTIES: Sequence[Property] = (*LAYER, *MODEL, *LIFE, *EXPORT)
+PROPERTIES: Sequence[Property] = (*LAYER, *MODEL, *OWN, *LIFE, *EXPORT)

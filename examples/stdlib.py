@@ -1,8 +1,8 @@
 """A text task on real text, and encoders that can learn it.
 
-From which part of Python's standard library does a sentence come? The sentences are those of its docstrings, which every
-Python carries, so there is nothing to download; another version of Python has slightly others. Each part gives as many
-sentences for training as any other, and others for testing.
+From which part of Python's standard library does a sentence come? The sentences are those of its docstrings, which
+every Python carries, so there is nothing to download; another version of Python has slightly others. Each part gives as
+many sentences for training as any other, and others for testing.
 
 The classifier has no head to train, so that all that differs between methods is the adapter:
 
@@ -148,8 +148,8 @@ def tiny(width: int = 32, layers: int = 2, seed: int = 0) -> tuple[refpeft.Model
     texts = [text for text, _ in labelled(140)]
     words = vocabulary(texts, 1000)
     p = describe({
-        "model_type": "bert", "architectures": ["BertModel"], "vocab_size": words.get_vocab_size(), "hidden_size": width,
-        "num_hidden_layers": layers, "num_attention_heads": 4, "intermediate_size": 2 * width,
+        "model_type": "bert", "architectures": ["BertModel"], "vocab_size": words.get_vocab_size(),
+        "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 4, "intermediate_size": 2 * width,
         "max_position_embeddings": 128, "type_vocab_size": 2, "pad_token_id": 0,
     })  # fmt: skip
     rng = np.random.default_rng(seed)

@@ -36,12 +36,14 @@ Store = Callable[[Iterable[Tensor]], dict[str, TensorProto]]
 
 @dataclass(frozen=True)
 class Subject:
-    """What is exported: a model with adapters, in a dtype; `decode`: with keys and values as inputs and outputs."""
+    """What is exported: a model with adapters, in a dtype; `decode`: with keys and values as inputs and outputs;
+    `last_logits`: of the last position only."""
 
     model: Model
     adapters: Sequence[Adapter]
     dtype: np.dtype[Any]
     decode: bool = False
+    last_logits: bool = False
 
 
 @dataclass(frozen=True)

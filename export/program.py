@@ -46,6 +46,7 @@ class Exported:
     form: str
     dtype: str
     decode: bool
+    last_logits: bool
     inputs: Mapping[str, Sequence[int | str]]
     optional_inputs: Mapping[str, Sequence[int | str]]
     outputs: Mapping[str, Sequence[int | str]]
@@ -70,13 +71,15 @@ def export(
     source: str | os.PathLike[str] | None = None,
     report: Report = lambda step: None,
     decode: bool = False,
+    last_logits: bool = False,
 ) -> Exported:
     """Write the model with its adapters as an ONNX folder at `out`, which must not exist.
 
     `external`: keep the weights in a file beside the graph (default: above 100 MB, so that neither the export nor
     whoever loads it needs them in memory). `source`: the checkpoint's folder, whose tokenizer is carried over.
     `verify`: run it on onnxruntime against the specification; a graph that is not equal to rounding is not kept.
-    `report` is told each step. `decode`: a graph with keys and values as inputs and outputs, to write token by token.
+    `report` is told each step. `decode`: a graph with keys and values as inputs and outputs, to write token by token;
+    `last_logits`: with the logits of the last position only.
     """
     chosen(form, FORMS, "form")
     chosen(dtype, DTYPES, "dtype")
@@ -86,7 +89,7 @@ def export(
         runtime.require()  # which writes the adapter's file
     adapters = adapter_list(adapter)
     representable(model, adapters)
-    subject = Subject(model, adapters, DTYPES[dtype], decode or getattr(FORMS[form], "DECODES", False))
+    subject = Subject(model, adapters, DTYPES[dtype], decode or getattr(FORMS[form], "DECODES", False), last_logits)
     checked(FORMS[form], subject)
     if os.path.lexists(out):
         raise FileExistsError(f"{out} exists already: an export never overwrites anything")
@@ -129,6 +132,8 @@ def representable(model: Model, adapters: Sequence[Adapter]) -> None:
 def checked(form: Form, subject: Subject) -> None:
     if subject.decode:
         signature.decodes(subject.model)
+    elif subject.last_logits:
+        raise ValueError("last_logits is for graphs that decode, and this one does not")
     form.check(subject)
 
 
@@ -181,10 +186,10 @@ def described(
 
     inputs = shapes(proto.graph.input)
     optional = {name: inputs.pop(name) for name in made.optional}
+    size = sum(f.stat().st_size for f in folder.iterdir())
     return Exported(
-        out, form, str(subject.dtype), subject.decode, inputs, optional, shapes(proto.graph.output),
-        len(proto.graph.node), sum(f.stat().st_size for f in folder.iterdir()), (folder / weights.DATA).exists(),
-        provider, cases,
+        out, form, str(subject.dtype), subject.decode, subject.last_logits, inputs, optional,
+        shapes(proto.graph.output), len(proto.graph.node), size, (folder / weights.DATA).exists(), provider, cases,
     )  # fmt: skip
 
 

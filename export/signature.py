@@ -4,15 +4,16 @@
     decode    input_ids [b, s], attention_mask [b, past + s], position_ids [b, s],
               past_key_values.N.key and .value [b, g, past, e]  →  logits, present.N.key and .value [b, g, past + s, e]
 
-`past` may be 0: one graph reads the prompt and goes on from there.
+`past` may be 0: one graph reads the prompt and goes on from there. With `last_logits` the logits are those of the last
+position [b, 1, v], which is all that writing needs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from refpeft.export.form import Outputs, Subject
-from refpeft.export.symbols import Graph, Symbol
+from refpeft.export.symbols import Graph, Node, Symbol
 from refpeft.hooks import Hooks
 from refpeft.model import Model
 
@@ -46,11 +47,42 @@ def decoding(graph: Graph, model: Model, hooks: Hooks, subject: Subject) -> tupl
     places = graph.input("position_ids", INT, (BATCH, SEQUENCE))
     cache = [(k.swapaxes(1, 2), v.swapaxes(1, 2)) for k, v in past]
     out, _, present = model.run(hooks, ids, mask, None, places, past=cache)
-    found = {"logits": out}
-    for pair, names in zip(present, caches(model, "present"), strict=True):
-        found |= {name: x.swapaxes(1, 2) for name, x in zip(names, pair, strict=True)}
+    kept = [x.swapaxes(1, 2) for pair in present for x in pair]
+    names = [name for pair in caches(model, "present") for name in pair]
+    logits = last(out, {*graph.live(kept)}, {}) if subject.last_logits else out
+    found = {"logits": logits, **dict(zip(names, kept, strict=True))}
     inputs: Sequence[Symbol] = [ids, mask, places, *(x for pair in past for x in pair)]
     return [x.node.name for x in inputs], found
+
+
+ROWWISE = {  # nodes that treat every position alone, if all that has positions is cut
+    "Add", "Sub", "Mul", "Div", "Tanh", "Sigmoid", "Relu", "Gelu", "Cast", "LayerNormalization", "RMSNormalization",
+    "MatMul",
+}  # fmt: skip
+
+
+def last(y: Symbol, whole: Collection[Node], done: dict[Node, Symbol]) -> Symbol:
+    """y[:, −1:], taken as early as can be, so that the head and the last MLP are computed for one position only; what
+    is needed as a `whole` anyway is cut where it is."""
+    if y.node not in done:
+        done[y.node] = cut(y, whole, done)
+    return done[y.node]
+
+
+def cut(y: Symbol, whole: Collection[Node], done: dict[Node, Symbol]) -> Symbol:
+    g, x = y.graph, y.node
+    shape = (y.shape[0], 1, *y.shape[2:])
+    args = [None if a is None else Symbol(g, a) for a in x.args]
+    stacks = x.op == "MatMul" and any(a is not None and a.ndim > 2 for a in args[1:])
+    if x in whole or x.op not in ROWWISE or stacks:
+        ends = [g.constant([k], INT) for k in (-1, np.iinfo(np.int64).max, 1)]
+        return g.emit("Slice", (y, *ends), y.dtype, shape)
+
+    def positions(a: Symbol | None) -> bool:
+        return a is not None and a.ndim == y.ndim and a.shape[1] == y.shape[1]
+
+    kept = [last(a, whole, done) if a is not None and positions(a) else a for a in args]
+    return g.emit(x.op, kept, y.dtype, shape, **x.attrs)
 
 
 def caches(model: Model, what: str) -> list[tuple[str, str]]:

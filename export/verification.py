@@ -124,7 +124,7 @@ def decoded(
         cache, found = None, []
         for a, z in steps:
             out, cache = model.decode(ids[rows, a:z], cache, adapters, mask[rows, :z], places[rows, a:z])
-            found.append(out)
+            found.append(out[:, -1:] if subject.last_logits else out)
         return np.concatenate(found, axis=1)
 
     def ask(runner: Runner) -> Array:

@@ -14,7 +14,7 @@ import pytest
 
 NEEDS = {  # marker → its libraries or programs, and what brings them
     "peft": (("torch", "transformers", "peft"), "the extra [peft]"),
-    "adapters": (("torch", "adapters"), "the extra [adapters], in an environment of its own"),
+    "adapterhub": (("torch", "adapters"), "the extra [adapters], in an environment of its own"),
     "ort": (("onnxruntime",), "the extra [cpu] or [gpu]"),
     "node": (("node",), "node.js"),
 }

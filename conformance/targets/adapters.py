@@ -4,10 +4,11 @@ An adapter is added with the config that says in AdapterHub's terms what the cas
 (`refpeft.conformance.targets.adapterhub`), its parameters are copied in, and nothing is downloaded.
 """
 
+import contextlib
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,16 @@ def add(case: Case, model: Any, name: str) -> None:
     model.add_adapter(name, config)
     model.eval()
     write(case, model, name, values_of(case, name + "/"))
+
+
+@contextlib.contextmanager
+def default_dtype(name: str) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, name))
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def activate(model: Any, names: Sequence[str]) -> None:
@@ -238,10 +249,9 @@ class Session:
 
     def load(self, adapters: Sequence[str]) -> None:
         self.model = adaptable(self.case)
-        if self.case.meta["dtype"] != "float32":
-            raise Skip("load_adapter makes parameters of float32")
-        for name in adapters:
-            self.model.load_adapter(str(self.folder / name), load_as=name, use_safetensors=True, with_head=False)
+        with default_dtype(self.case.meta["dtype"]):  # in which load_adapter makes parameters, whatever the file has
+            for name in adapters:
+                self.model.load_adapter(str(self.folder / name), load_as=name, use_safetensors=True, with_head=False)
         self.model.eval()
         self.activate(adapters[:1])
 

@@ -21,7 +21,17 @@ import numpy as np
 
 from refpeft import tune
 from refpeft.adapter import Adapter
-from refpeft.checkpoint import bottleneck, folder, intrinsic, models, prefix, prompts, safetensors, selection
+from refpeft.checkpoint import (
+    adapterhub,
+    bottleneck,
+    folder,
+    intrinsic,
+    models,
+    prefix,
+    prompts,
+    safetensors,
+    selection,
+)
 from refpeft.checkpoint.format import Format
 from refpeft.checkpoint.safetensors import Malformed, show
 from refpeft.methods import METHODS, lora
@@ -53,6 +63,8 @@ def load_adapter(path: str | os.PathLike[str], model: Model) -> Adapter:
     raw = safetensors.read_json(where / CONFIG)
     if bottleneck.recognises(raw):
         return bottleneck.read_folder(where, raw, model)
+    if adapterhub.recognises(raw):
+        return adapterhub.read_folder(where, raw, model)
     for form in FORMATS:
         if raw.get("peft_type") in form.PEFT_TYPES:
             return form.read(raw, folder.tensors(where, "adapter_model"), model)

@@ -31,6 +31,9 @@ def export(
     decode: Annotated[
         bool, typer.Option("--decode", help="Keys and values as inputs and outputs, to write token by token.")
     ] = False,
+    last_logits: Annotated[
+        bool, typer.Option("--last-logits", help="With --decode: logits of the last position only, which is faster.")
+    ] = False,
     dtype: Annotated[str, typer.Option(help="Of weights and arithmetic: [b]float32[/] or [b]float16[/].")] = "float32",
     external_data: Annotated[
         bool | None,
@@ -77,7 +80,7 @@ def export(
     if (model is None) == (adapter_only is None):
         raise ValueError("give either MODEL, to export it, or --adapter-only FOLDER")
     if model is not None:
-        result = export_model(model, adapter or [], out, form, dtype, external_data, verify, decode)
+        result = export_model(model, adapter or [], out, form, dtype, external_data, verify, decode, last_logits)
         show(result, Console())
         content = result.as_json()
     else:
@@ -90,12 +93,12 @@ def export_model(model: Path, adapters: list[Path], *options: Any) -> Any:
     import refpeft
     from refpeft.export.program import export as run
 
-    out, form, dtype, external, verify, decode = options
+    out, form, dtype, external, verify, decode, last_logits = options
     with Console(stderr=True).status("reading the checkpoint") as status:
         base = refpeft.load(model)
         loaded = [refpeft.load_adapter(folder, base) for folder in adapters]
         try:
-            return run(base, loaded, out, form, dtype, external, verify, model, status.update, decode)
+            return run(base, loaded, out, form, dtype, external, verify, model, status.update, decode, last_logits)
         except ArithmeticError as error:
             stop(str(error), 1)
 

@@ -94,7 +94,7 @@ def test_networks_of_training_are_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.ort
-@pytest.mark.parametrize("form", ["merged", "unmerged"])
+@pytest.mark.parametrize("form", ["merged", "unmerged", "inputs", "multi"])
 def test_weights_beside_the_graph(form: str, tmp_path: Path) -> None:
     model, adapter = made("lora", "gpt2")
     result = export(model, adapter, tmp_path / "out", form, "float16", external=True)

@@ -15,7 +15,7 @@ from refpeft.checkpoint.safetensors import read
 from tests.models import tiny
 from tests.refpeft.hub import TOLERANCE, hub_add, hub_load, hub_model, hub_run, moved, read_json, same, theirs_of
 
-pytestmark = [pytest.mark.adapters, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.adapterhub, pytest.mark.filterwarnings("ignore")]
 
 IDS = np.random.default_rng(0).integers(2, 29, (3, 6))
 MODELS = [("bert", "Model"), ("roberta", "ForMaskedLM"), ("gpt2", "LMHeadModel"), ("llama", "ForCausalLM"),
