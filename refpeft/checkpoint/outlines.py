@@ -111,7 +111,8 @@ def deberta(c: Json, p: Plan) -> Plan:
 
 
 def model_bytes(model: Model, dtype: Any) -> int:
-    """The length of its model.safetensors, were it one file of this dtype."""
+    """The length of the model.safetensors that `save` would write, of this dtype. Where a head of its own stands beside
+    shared embeddings (T5 1.1), these are in it under each of their names."""
     tensors = model.params if model.config.family in ONLY_SHAPES else models.planned_tensors(model)
     return safetensors.size(as_floats(tensors, dtype))
 

@@ -115,6 +115,8 @@ def outline_model(cfg: Config, model: "Model", chosen: Sequence[str]) -> tuple[d
 
 def kept(adapter: "Adapter") -> "Adapter":
     """P [n S, d], which is of the shape and dtype of H."""
+    if prompts.P in adapter.params:
+        return adapter
     encoders = {H, *(name for name, *_ in shapes(adapter.config))}
     params = {name: a for name, a in adapter.params.items() if name not in encoders}
     return adapter.replace(params={prompts.P: adapter.params[H]} | params)

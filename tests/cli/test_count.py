@@ -43,7 +43,9 @@ def test_a_method_in_a_model_is_counted() -> None:
     lines = result.stdout.splitlines()
     q, v = (next(line for line in lines if f"self_attn.{x}_proj" in line) for x in "qv")
     for line in (q, v):
-        assert re.search(r"model\.layers\.\*\.self_attn\.\w_proj +32 .*lora_A\.weight \[16 × 4096\].* 4,194,304$", line)
+        assert re.search(
+            r"model\.layers\.\*\.self_attn\.\w_proj +32 .*lora_A\.weight \[16 × 4096\].* 4,194,304 +0\.0622 %$", line
+        )
     assert "8,388,608 trained, 0.124 % of the model's 6,738,415,616" in result.stdout
     assert re.search(r"^adapter +33\.57 MB +16\.79 MB +16\.79 MB", result.stdout, re.M)
     assert re.search(r"^model +26\.95 GB +13\.48 GB +13\.48 GB", result.stdout, re.M)

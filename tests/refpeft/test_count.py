@@ -218,6 +218,16 @@ def test_files_have_the_length_that_is_foretold(method: str, config: dict[str, A
     assert isinstance(made, int) or config not in NEEDED.values()
 
 
+def test_an_adapter_that_was_loaded_has_the_length_of_its_file(tmp_path: Path) -> None:
+    """Of P-tuning, without its encoder; of prefix tuning, without its MLP."""
+    model = tiny("gpt2", dtype=np.float32)
+    for method, config in (("p_tuning", {}), ("prefix_tuning", {"prefix_projection": True}), ("lora", {})):
+        (tmp_path / method).mkdir()
+        size = file_size(refpeft.init(method, config, model), tmp_path / method)
+        loaded = refpeft.load_adapter(tmp_path / method / "adapter", model)
+        assert outlines.adapter_bytes(loaded, "float32") == size
+
+
 @pytest.mark.parametrize(("family", "architecture", "own"), MODELS)
 def test_a_model_file_has_the_length_that_is_foretold(
     family: str, architecture: str, own: dict[str, Any], tmp_path: Path

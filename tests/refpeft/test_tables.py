@@ -57,7 +57,8 @@ def test_a_row_is_what_the_formulae_of_its_paper_give(table: str, row: Row) -> N
         r"L d \(l_p \+ l_i\), \d+ places": lambda: L * d * int(re.findall(r"(\d+) places", row.how)[0]),
         r"all biases, those of the norms too: 11 L d \+ d": lambda: 11 * L * d + d,
         r"the last two layers": lambda: 2 * (12 * d * d + 13 * d),
-        r"all tensors|all biases$|r = \d+ on q, k, v, up and down": lambda: None,  # of whole models: see below
+        r"n d, n": lambda: d * int(row.label.removeprefix("prompt of ")),
+        r"all tensors|all biases$|r = \d+ on q, k, v, up and down|n d ": lambda: None,  # of whole models: see below
     }
     (found,) = (f() for how, f in formulae.items() if re.match(how + r"(,|;|:|$| |\b)", row.how))
     beside = {"LoRA+PE": 12 * d, "LoRA+PL": 12 * L * d}.get(row.label, 0)
@@ -136,6 +137,17 @@ def test_what_the_notes_say_of_gpt3() -> None:
         assert 1.007 < reading(row)[0] / derived(row).value < 1.085
     (checkpoint,) = rows("lora-gpt3", "GPT-3", "LoRA, checkpoint")
     assert (round(derived(checkpoint).value, 1), round(derived(checkpoint).exact / 2**20, 1)) == (37.7, 36.0)
+
+
+def test_what_the_notes_say_of_prompts() -> None:
+    """The slips of Lester et al.'s table 4, each as it came about; all other numbers are right to the last digit."""
+    known = {row.published: derived(row) for row in TABLES["prompt-tuning"].rows if row.why}
+    small, both, cut = known["10,420"], known["76,971,572"], (known["0.00143%"], known["0.00718%"])
+    assert (small.exact, both.exact + 10_420 - 10_240) == (20 * 512, 76_971_572)
+    assert f"{known['0.01907%'].value:.5f}" == "0.01307"
+    assert known["11,137,380,352"].exact + 2_048_000 - 204_800 == 11_137_380_352
+    assert [int(d.value * 1e5) for d in cut] == [143, 718]
+    assert len(known) == 6
 
 
 # ── the models ───────────────────────────────────────────────────────────────────────────────────────────────────────
