@@ -196,12 +196,14 @@ def test_a_head_that_is_no_longer_tied_is_saved_with_all_its_copies(name: str, t
 
 @pytest.mark.peft
 @pytest.mark.usefixtures("exact_norms")
-@pytest.mark.parametrize("name", ["BART", "T5"])
-def test_a_head_that_is_no_longer_tied_is_read_by_transformers(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["lm_head", "shared"])
+@pytest.mark.parametrize("name", ["BART", "T5", "T5 v1.1"])
+def test_a_head_that_is_no_longer_tied_is_read_by_transformers(name: str, target: str, tmp_path: Path) -> None:
+    """And an adapted table is that of the encoder and of the decoder."""
     import torch
 
     model = made(name)
-    adapter = refpeft.init("lora", {"r": 2, "target_modules": ["lm_head"], "init_lora_weights": False}, model)
+    adapter = refpeft.init("lora", {"r": 2, "target_modules": [target], "init_lora_weights": False}, model)
     theirs = in_transformers(refpeft.merge(model, adapter), tmp_path / "m")
     given = inputs(name)
     expected = theirs(input_ids=torch.tensor(IDS), **{k: torch.tensor(v) for k, v in given.items()})[0]
