@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 import refpeft
 from refpeft.cli import app
 from refpeft.cli.methods import authors, broken
+from refpeft.conformance.docs import doc
 
 
 def shown(width: int, *arguments: str) -> str:
@@ -39,10 +40,11 @@ def test_all_methods_are_listed(width: int) -> None:
     """Each with its formula, its paper and the number of its claims."""
     text = shown(width)
     for method, module in refpeft.METHODS.items():
-        (line,) = re.findall(rf"^{method} .*$", text, re.M)
+        line, *more = re.search(rf"^{method} .*\n(?: +.*\n)*", text, re.M)[0].splitlines()  # type: ignore[index]
         claims = len(re.findall(r"^    [A-Z]+\d+  ", module.__doc__ or "", re.M))
         assert line.split()[-1] == str(claims)
-        assert "=" in line
+        formula = re.split(r" {5,}", doc(method).formulae.strip().splitlines()[0])[0]
+        assert set(formula.split()) - {word for part in (line, *more) for word in part.split()} == set()
 
 
 @pytest.mark.parametrize(
