@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench import fastfood
+from bench import fastfood, methods
 from bench.step import LIMITS
 
 HERE = Path(__file__).parent
@@ -52,11 +52,19 @@ def fastfood_figures(found: dict[str, Any]) -> Iterator[Figure]:
         yield f"fastfood, 2²² parameters, {way}: memory", found[way]["vectors"], fastfood.LIMIT_VECTORS, " vectors"
 
 
+def method_figures(found: dict[str, Any]) -> Iterator[Figure]:
+    for row, r in found.items():
+        yield f"training step, d=256, {row}: time against {methods.against(row)}", r["ratio"], methods.LIMIT, ""
+
+
 def main() -> None:
     console = Console()
     figures: list[Figure] = []
-    scripts = (("step.py", step_figures), ("export.py", export_figures), ("fastfood.py", fastfood_figures))
-    for script, read in scripts:
+    scripts = {
+        "step.py": step_figures, "methods.py": method_figures, "export.py": export_figures,
+        "fastfood.py": fastfood_figures,
+    }  # fmt: skip
+    for script, read in scripts.items():
         console.print(f"\n[bold]bench/{script}[/]")
         figures += read(run(script))
     table = Table(title="What was to be reached", title_justify="left")

@@ -102,10 +102,10 @@ ENGINES: dict[str, Callable[[str, str], Callable[[], float]]] = {
 }
 
 
-def worker(engine: str, folder: str, shape: str) -> None:
+def worker(make: Callable[[], Callable[[], float]]) -> None:
     """Answer every line on standard input, a number of steps, with the seconds they took and the peak memory."""
     start = memory()
-    step = ENGINES[engine](folder, shape)
+    step = make()
     loss = step()
     print(json.dumps({"loss": loss}), flush=True)
     for line in sys.stdin:
@@ -123,10 +123,12 @@ def memory() -> float:
 class Engine:
     """A worker process; `run(n)` has it take n steps."""
 
-    def __init__(self, name: str, folder: str, shape: str) -> None:
+    def __init__(
+        self, name: str, folder: str, shape: str, script: str = __file__, python: str = sys.executable
+    ) -> None:
         threads = {"OMP_NUM_THREADS": str(THREADS), "OPENBLAS_NUM_THREADS": str(THREADS)}
         env = MALLOC | os.environ | threads | {"HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, __file__, "--worker", name, folder, shape]
+        command = [python, script, "--worker", name, folder, shape]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
         )
@@ -153,14 +155,17 @@ class Engine:
 
 
 def compare(a: str, b: str, folder: str, shape: str) -> dict[str, float]:
-    """Medians over the rounds: milliseconds a step of each, and the ratio a/b round by round."""
     *_, steps, rounds = sizes(shape)
-    engines = Engine(a, folder, shape), Engine(b, folder, shape)
+    return turns((Engine(a, folder, shape), Engine(b, folder, shape)), steps, rounds)
+
+
+def turns(engines: tuple[Engine, Engine], steps: int, rounds: int) -> dict[str, float]:
+    """Medians over the rounds: milliseconds a step of each, and the ratio a/b round by round."""
     pairs = [tuple(e.run(steps) for e in engines) for _ in range(rounds + 1)][1:]
     for e in engines:
         e.close()
     if abs(engines[0].loss / engines[1].loss - 1) > 1e-4:
-        raise SystemExit(f"{a} and {b} disagree on the loss: {engines[0].loss} and {engines[1].loss}")
+        raise SystemExit(f"the two disagree on the loss: {engines[0].loss} and {engines[1].loss}")
     last = pairs[-1]
     return {
         "a_ms": statistics.median(p[0]["seconds"] for p in pairs) / steps * 1e3,
@@ -186,26 +191,22 @@ def growth(shapes: dict[str, tuple[int, ...]], scratch: str) -> Iterator[tuple[s
 
 
 def write_model(folder: str, shape: str) -> None:
-    """Random weights at GPT-2's scale."""
+    write(folder, config(shape))
+
+
+def write(folder: str, c: dict[str, Any]) -> None:
+    """The model of a config.json with random weights at GPT-2's scale."""
     import refpeft
-    from refpeft.checkpoint.families import describe
+    from refpeft.checkpoint.families import plan
     from refpeft.model import Model
 
-    c = config(shape)
-    cfg, sites, _ = describe(c)
-    d, v, n = c["n_embd"], c["vocab_size"], c["n_positions"]
-    width = {"c_attn": (d, 3 * d), "attn.c_proj": (d, d), "c_fc": (d, 4 * d), "mlp.c_proj": (4 * d, d)}
-    rng = np.random.default_rng(0)
-    params: dict[str, Any] = {}
-    for site in sites.values():
-        if site.kind == "layer_norm":
-            params |= {site.weight: np.ones(d, np.float32), site.bias: np.zeros(d, np.float32)}
-        elif site.kind == "embedding":
-            params[site.weight] = rng.normal(0, 0.02, (v if site.path.endswith("wte") else n, d)).astype(np.float32)
-        elif site.kind == "conv1d":
-            i, o = next(s for end, s in width.items() if site.path.endswith(end))
-            params |= {site.weight: rng.normal(0, 0.02, (i, o)).astype(np.float32), site.bias: np.zeros(o, np.float32)}
-    refpeft.save(Model(cfg, sites, params, c), folder)
+    rng, p = np.random.default_rng(0), plan(c)
+    norms = {site.weight for site in p.sites.values() if site.kind.endswith("norm")}
+    params = {
+        name: rng.normal(0, 0.02, n).astype(np.float32) if len(n) > 1 else np.full(n, name in norms, np.float32)
+        for name, n in p.shapes.items()
+    }
+    refpeft.save(Model(p.config, p.sites, params, c), folder)
 
 
 def growth_table(scratch: str) -> Any:
@@ -233,7 +234,8 @@ def main() -> None:
     if options.malloc_default:
         MALLOC.clear()
     if options.worker:
-        worker(*options.worker)
+        engine, folder, shape = options.worker
+        worker(lambda: ENGINES[engine](folder, shape))
         return
     table = Table(title="One LoRA training step, float32, 2 threads (medians)")
     for column in ("shape", "against", "spec ms", "other ms", "ratio", "wanted", "spec MB", "other MB", "memory ratio"):

@@ -142,6 +142,13 @@ def model(
         arrays |= {f"new-{name}/{k}": v for k, v in adapter(method, adapters[name], base, seed + 1000)[0].items()}
     if s.get("padded"):
         arrays |= padded(s, ids, source.get("pad_token_id") or 0)
+    if "pulled" in fields.get("want", ()):
+        arrays |= {f"g/{n}": normal(seed, "g/" + n, v.shape).astype(v.dtype) for n, v in base.params.items()}
+    if "loss" in fields.get("want", ()):
+        arrays["labels"] = np.where(integers(seed, "ignored", ids.shape, 0, 3) > 0, ids, -100)
+        arrays["labels"][:, 0] = ids[:, 0]
+    if "rows" in s:
+        arrays["rows"] = np.array(s["rows"])
     if "other_logits" in fields.get("want", ()):
         arrays["other_ids"] = np.where(np.arange(ids.shape[1]) == ids.shape[1] - 1, 2 + (ids - 1) % (vocab - 2), ids)
     asked = {

@@ -39,21 +39,21 @@ class Entry:
         return (self.method, self.level, self.property) == (method, level, property)
 
     def explains(self, case: Case, kind: str | None) -> bool:
-        return kind == self.kind and all(agrees(field(case.meta, name), value) for name, value in self.match.items())
+        return kind == self.kind and all(fits(field(case.meta, name), value) for name, value in self.match.items())
 
     def read(self) -> Case:
         return Case.read(self.case)
+
+
+def fits(found: Any, value: Any) -> bool:
+    """The value itself, or one of a list of them."""
+    return bool(found == value) or (isinstance(value, list) and found in value)
 
 
 def field(meta: Any, dotted: str) -> Any:
     for name in dotted.split("."):
         meta = meta.get(name) if isinstance(meta, Mapping) else None
     return meta
-
-
-def agrees(found: Any, wanted: Any) -> bool:
-    """Is it the value wanted, or one of several?"""
-    return bool(found == wanted) or (isinstance(wanted, list) and found in wanted)
 
 
 def load(info: Mapping[str, Any], path: str | None = None) -> Sequence[Entry]:

@@ -1,13 +1,14 @@
 """The properties: each one sentence that must be true of an implementation, and the cases that could show it is not.
 
-To add one, add it to a table below.
+To add one, add it to a table below; those that some methods only have are in `properties_own`.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from refpeft.conformance import strategies, tiny
-from refpeft.conformance.property import Property, Steps, do, layer, life, two, whole
+from refpeft.conformance.properties_own import OWN
+from refpeft.conformance.property import PADDED, Property, Steps, do, layer, life, two, whole
 from refpeft.conformance.strategies import Structure
 from refpeft.conformance.traits import TRAITS
 from refpeft.methods import METHODS
@@ -111,18 +112,21 @@ def swapped(s: Structure) -> Mapping[str, Any]:
     return {name: both[name] for name in sorted(both, reverse=s["swap"])}
 
 
-PADDED: Mapping[str, Sequence[Any]] = {"padded": [True], "batch": [[2, 3], [2, 5], [3, 4]]}
 MODEL = [
     whole("logits", "The model's output is that of the formula.", ["logits"], ["forward"], ["L3"]),
     whole(
-        "param-grads", "The gradients of all the adapter's parameters are those of the formula.", ["grads"], ["grads"]
+        "param-grads",
+        "The gradients of all the adapter's parameters are those of the formula.",
+        ["grads"],
+        ["grads"],
+        ["F1", "B1", "PT1", "PU4"],
     ),
     whole(
         "merge",
         "The merged model has the base's tensors, no more and no fewer, equal to the formula's, and its output.",
         ["merged", "merged_logits"],
         ["merge"],
-        ["L2", "D2"],
+        ["L2", "D2", "S3", "ID2", "SA2"],
     ),
     whole(
         "causal",
@@ -145,7 +149,7 @@ MODEL = [
         "Two active adapters act in the order given, each with its own rank and scale.",
         ["logits"],
         ["forward", "together"],
-        ["L4", "D5"],
+        ["L4", "D5", "ID3"],
         adapters=swapped,
         also={"swap": [False, True]},
     ),
@@ -154,7 +158,7 @@ MODEL = [
         "Two adapters merged are two adapters active.",
         ["merged", "merged_logits"],
         ["merge", "together"],
-        ["L4", "D5"],
+        ["L4", "D5", "ID3"],
         adapters=two,
     ),
     whole(
@@ -290,14 +294,14 @@ LIFE = [
         "Two adapters active are both of them, composed as the method says, and one of them again is one.",
         [[*BOTH, do("activate", adapters=["first", "second"]), do("activate", adapters=["second"])]],
         ["together"],
-        ["L4", "D5"],
+        ["L4", "D5", "ID3"],
     ),
     life(
         "two-merged",
         "Two active adapters merged are two active adapters, and come apart again.",
         [[*BOTH, do("activate", adapters=["first", "second"]), do("merge"), do("unmerge")]],
         ["together", "merge", "unmerge"],
-        ["L4", "D5"],
+        ["L4", "D5", "ID3"],
     ),
     life(
         "delete",
@@ -386,7 +390,7 @@ EXPORT = [
         "Two adapters exported together are two adapters merged.",
         ["merged_logits"],
         ["merge", "together"],
-        ["L4", "D5"],
+        ["L4", "D5", "ID3"],
         level="export",
         adapters=two,
         families=("gpt2", "roberta"),
@@ -404,4 +408,4 @@ EXPORT = [
     ),
 ]
 
-PROPERTIES: Sequence[Property] = (*LAYER, *MODEL, *LIFE, *EXPORT)
+PROPERTIES: Sequence[Property] = (*LAYER, *MODEL, *OWN, *LIFE, *EXPORT)

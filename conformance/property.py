@@ -15,6 +15,7 @@ from refpeft.conformance.strategies import Strategy, Structure
 from refpeft.conformance.traits import TRAITS
 
 Info = Mapping[str, Any]
+PADDED: Mapping[str, Sequence[Any]] = {"padded": [True], "batch": [[2, 3], [2, 5], [3, 4]]}
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,17 @@ class Property:
         return self.methods is None or method in self.methods
 
     def claims_of(self, method: str) -> Sequence[str]:
-        return [c for c in self.claims if c.startswith(TRAITS[method].letter)]
+        return [c for c in self.claims if c.rstrip("0123456789") == TRAITS[method].letter]
 
-    def fits(self, about: Mapping[str, Any]) -> bool:
-        """Can it be asked of the model in a folder, which is of one family and architecture?"""
-        causal = about["architecture"].endswith(tiny.LM[about["family"]])
-        return self.families is None or (about["family"] in self.families and (causal or self.any_head))
+    def fits(self, method: str, about: Mapping[str, Any]) -> bool:
+        """Can it be asked, and of this method, about the model in a folder, which is of one family and architecture?"""
+        family, traits = about["family"], TRAITS[method]
+        head = about["architecture"].removeprefix(tiny.PREFIX[family])
+        language = head == tiny.LM[family]
+        if traits.architectures is not None and ("" if language else head) not in traits.architectures:
+            return False
+        there = self.families is None or (family in self.families and (language or self.any_head))
+        return there and family in traits.families
 
     def structure(self, method: str, info: Info) -> Strategy:
         return self.draw(method, info)
@@ -120,12 +126,17 @@ def whole(
         return [{**s, **{k: v[n % len(v)] for k, v in (also or {}).items()}} for n, s in enumerate(plain)]
 
     def make(method: str, s: Structure, seed: int) -> Case:
-        s = {**s, "config": {**s["config"], **configs(s)}}
+        s = {**s, "config": {**s["config"], **settled(s), **configs(s)}}
         return build.model(method, level, name, s, seed, adapters(s), want=list(want))
 
     return Property(
         name, level, statement, draw, corners, make, needs, claims, families=families,
                     any_head="architectures" not in fixed, **more)  # fmt: skip
+
+
+def settled(s: Structure) -> Structure:
+    """What the family and its head decide, whatever was drawn and whatever the target has chosen."""
+    return TRAITS[s["method"]].fixed(s["family"], s["architecture"].removeprefix(tiny.PREFIX[s["family"]]))
 
 
 def two(s: Structure) -> Mapping[str, Any]:
@@ -160,7 +171,7 @@ def life(
         return [{**s, "program": n} for n in range(len(programs)) for s in plain[: 1 if len(programs) > 1 else 2]]
 
     def make(method: str, s: Structure, seed: int) -> Case:
-        s = {**s, "config": {**s["config"], **configs(s)}}
+        s = {**s, "config": {**s["config"], **settled(s), **configs(s)}}
         return build.model(method, "lifecycle", name, s, seed, adapters(s), changed, steps=list(programs[s["program"]]))
 
     return Property(name, "lifecycle", statement, draw, corners, make, needs, claims, **more)

@@ -96,6 +96,31 @@ def wider(first: Structure) -> Structure:
     return {**first, "reduction_factor": 1}
 
 
+ENCODER: Mapping[str, Sequence[Any]] = {
+    "num_virtual_tokens": [2, 1, 3],
+    "encoder_reparameterization_type": ["MLP", "LSTM"],
+    "encoder_hidden_size": [5, 3],
+}
+SOFT = (*RUNS, *TOKENS, "model/left-padding", "model/loss", *LIVES)
+DROPS = ("model/dropped",)
+LAYERS = ("model/layers", "model/rows")
+INTRINSIC = (*SELECTION, "model/transpose", "model/two-merged", "lifecycle/two-active", "lifecycle/two-merged")
+
+
+def head(family: str, architecture: str) -> Structure:
+    """What is trained whole beside a prompt: the classifier, if that is what the model is."""
+    return {"modules_to_save": [tiny.HEAD[family]]} if architecture == tiny.CLASSIFIER else {}
+
+
+def placed(family: str, architecture: str) -> Structure:
+    return head(family, architecture) | ({} if family in POSITIONED else {"placement": "before"})
+
+
+def some(family: str, architecture: str) -> Structure:
+    """A kind of each: a matrix and its bias, norms, and the embedding, which a head may be tied to."""
+    return {"target_modules": [tiny.LINEARS[family][0], *tiny.NORMS[family], tiny.TOKENS[family]]}
+
+
 TRAITS: Mapping[str, Traits] = {
     "lora": Traits("L", second=other_rank),
     "rslora": Traits("R", second=other_rank),
@@ -107,13 +132,22 @@ TRAITS: Mapping[str, Traits] = {
     "trainable_tokens": Traits(
         "W", SELECTION, {"token_indices": [[2, 5], [7], [12, 3, 4]]}, fixed=embedding, second=other_tokens
     ),
-    "prompt_tuning": Traits(
-        "PT", (*RUNS, "model/causal", "model/padding", *LIVES), PROMPT, second=longer, families=POSITIONED
-    ),
     "houlsby": Traits("H", BOTTLENECKS, {**BOTTLENECK, "train_norms": [True, False]}, OPTIONS, second=wider),
     "pfeiffer": Traits("PF", BOTTLENECKS, PFEIFFER, OPTIONS, second=wider),
     "parallel": Traits("PA", BOTTLENECKS, BOTTLENECK, OPTIONS, second=wider),
-    "prefix_tuning": Traits("PX", (*RUNS, *TOKENS, *LIVES, *TOGETHER), PREFIX, second=longer),
+    "prompt_tuning": Traits("PT", SOFT, PROMPT, fixed=placed, second=longer),
+    "p_tuning": Traits("PU", (*SOFT, *DROPS, "model/recurrent"), ENCODER, fixed=head, second=longer),
+    "prefix_tuning": Traits("PX", (*SOFT, *DROPS, *LAYERS, *TOGETHER), PREFIX, second=longer, architectures=("",)),
+    "p_tuning_v2": Traits(
+        "PV",
+        (*RUNS, "model/padding", *LAYERS, *LIVES),
+        {"num_virtual_tokens": [2, 1, 3]},
+        fixed=head,
+        second=longer,
+        architectures=(tiny.CLASSIFIER,),
+    ),
+    "did": Traits("ID", INTRINSIC, {"d": [4, 7, 33], "columns": ["tensor", "model"]}, fixed=some),
+    "said": Traits("SA", INTRINSIC, {"d": [36, 40, 65], "columns": ["tensor", "model"]}, fixed=some),
 }
 LORA = ("lora", "rslora", "dora")
 

@@ -4,16 +4,15 @@
     refpeft.json                    what it is: form, adapters, dtype, inputs and outputs, and how it was verified
     config.json, tokenizer.json …   carried over from the checkpoint
 
-A form is a function that traces the specification with the inputs it wants; the rest is the same for all. An export is
-written into a hidden folder beside its place and moved there when it is complete and verified, so there is either all
-of it or none.
+A form (`refpeft.export.forms`) traces the specification with the inputs it wants; the rest is the same for all. An
+export is written into a hidden folder beside its place and moved there when it is complete and verified, so there is
+either all of it or none.
 """
 
 import json
 import os
-import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +20,21 @@ import numpy as np
 from onnx import ModelProto, TensorProto, checker
 
 import refpeft
-from refpeft.adapter import Adapter
+from refpeft.adapter import Adapter, fits
+from refpeft.checkpoint import tokens
 from refpeft.checkpoint.folder import new_folder
-from refpeft.export import weights
+from refpeft.export import runtime, signature, verification, weights
+from refpeft.export.form import Form, Made, Subject, Tensor
+from refpeft.export.forms import FORMS
 from refpeft.export.lowering import RULES
 from refpeft.export.proto import IR_VERSION, OPSET, to_model
-from refpeft.export.symbols import Graph, Symbol
-from refpeft.hooks import Hooks
-from refpeft.model import Model, Site, adapter_list
+from refpeft.export.symbols import Graph
+from refpeft.model import Model, adapter_list
 
 DTYPES: Mapping[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16)}
 INLINE_LIMIT = 100_000_000  # bytes; inline weights are held in memory twice here, and once more by whoever loads them
 PROTOBUF_LIMIT = 2_000_000_000
-CARRIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-)
-Outputs = Mapping[str, Symbol]
+CARD = "refpeft.json"
 Report = Callable[[str], None]
 
 
@@ -52,7 +45,10 @@ class Exported:
     folder: Path
     form: str
     dtype: str
+    decode: bool
+    last_logits: bool
     inputs: Mapping[str, Sequence[int | str]]
+    optional_inputs: Mapping[str, Sequence[int | str]]
     outputs: Mapping[str, Sequence[int | str]]
     nodes: int
     bytes: int
@@ -74,39 +70,44 @@ def export(
     verify: bool = True,
     source: str | os.PathLike[str] | None = None,
     report: Report = lambda step: None,
+    decode: bool = False,
+    last_logits: bool = False,
 ) -> Exported:
     """Write the model with its adapters as an ONNX folder at `out`, which must not exist.
 
     `external`: keep the weights in a file beside the graph (default: above 100 MB, so that neither the export nor
     whoever loads it needs them in memory). `source`: the checkpoint's folder, whose tokenizer is carried over.
     `verify`: run it on onnxruntime against the specification; a graph that is not equal to rounding is not kept.
-    `report` is told each step.
+    `report` is told each step. `decode`: a graph with keys and values as inputs and outputs, to write token by token;
+    `last_logits`: with the logits of the last position only.
     """
     chosen(form, FORMS, "form")
     chosen(dtype, DTYPES, "dtype")
     if verify:
-        from refpeft.export import verification
-
         verification.ready()
+    elif hasattr(FORMS[form], "complete"):
+        runtime.require()  # which writes the adapter's file
     adapters = adapter_list(adapter)
     representable(model, adapters)
+    subject = Subject(model, adapters, DTYPES[dtype], decode or getattr(FORMS[form], "DECODES", False), last_logits)
+    checked(FORMS[form], subject)
     if os.path.lexists(out):
         raise FileExistsError(f"{out} exists already: an export never overwrites anything")
     with new_folder(out, needs=weights.size(model, DTYPES[dtype])) as folder:
-        report("writing the weights")
-        whole, tensors = stored(model, adapters, DTYPES[dtype], folder, external)
-        report("tracing the specification")
+        report("tracing the specification, writing the weights")
         graph = Graph(RULES)
-        names, outputs = FORMS[form](graph, symbolic(graph, whole))
-        proto = to_model(graph, names, outputs, tensors)
+        made = traced(form, subject, graph, folder, external)
+        proto = to_model(graph, made.inputs, made.outputs, made.tensors, made.optional)
         save(proto, folder / "model.onnx")
+        carry_over(folder, made, source)
+        finish(FORMS[form], folder, subject, made)
         cases: Sequence[Mapping[str, Any]] = ()
         provider = None
         if verify:
             report("running it on onnxruntime")
-            provider, cases = verification.verify(folder, model, adapters, DTYPES[dtype])
-        result = described(folder, Path(out), form, dtype, proto, provider, cases)
-        carry_over(folder, whole, adapters, result, source)
+            provider, cases = verification.verify(folder, subject, FORMS[form])
+        result = described(folder, Path(out), form, subject, made, proto, provider, cases)
+        write_card(folder, made, subject, result)
     return result
 
 
@@ -118,64 +119,53 @@ def chosen(value: str, known: Mapping[str, Any], what: str) -> None:
 def representable(model: Model, adapters: Sequence[Adapter]) -> None:
     """Nothing that an adapter holds may be dropped without a word."""
     modules = {site.path for site in model.sites.values()}
+    fits(adapters, modules)
     for a in adapters:
-        for path in a.by_module.keys() - modules:
-            raise ValueError(f"the {a.method} adapter has parameters for {path}, a module that the model does not have")
         if a.masks:
             raise ValueError(
                 "a dropout mask belongs to one batch and cannot be exported: use adapter.replace(masks={})"
             )
+        if a.rows is not None:
+            raise ValueError("an adapter for some rows of one batch cannot be exported: use --form multi")
 
 
-# ── forms ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+def checked(form: Form, subject: Subject) -> None:
+    if subject.decode:
+        signature.decodes(subject.model)
+    elif subject.last_logits:
+        raise ValueError("last_logits is for graphs that decode, and this one does not")
+    form.check(subject)
 
 
-def merged(graph: Graph, model: Model) -> tuple[list[str], Outputs]:
-    """The model with its adapters folded into its weights: the base model's graph, node for node."""
-    inputs = token_inputs(graph, model)
-    ids, attention_mask, *types = inputs
-    out, _, _ = model.run(Hooks(), ids, attention_mask, types[0] if types else None)
-    return [x.node.name for x in inputs], {output_name(model): out}
+def traced(form: str, subject: Subject, graph: Graph, folder: Path, external: bool | None) -> Made:
+    """The specification run on symbols. What has no form in ONNX is refused."""
+
+    def store(tensors: Iterable[Tensor]) -> dict[str, TensorProto]:
+        return weights.store(tensors, folder / weights.DATA if beside else None)
+
+    beside = outside(subject, external)
+    try:
+        return FORMS[form].make(subject, graph, store)
+    except NotImplementedError as error:
+        methods = " and ".join(dict.fromkeys(a.method for a in subject.adapters)) or "the model"
+        raise ValueError(f"{methods} cannot be exported in the form {form}: {error}") from None
 
 
-FORMS: Mapping[str, Callable[[Graph, Model], tuple[list[str], Outputs]]] = {"merged": merged}
-
-
-def token_inputs(graph: Graph, model: Model) -> list[Symbol]:
-    """Named as transformers names them."""
-    names = ["input_ids", "attention_mask"] + ["token_type_ids"] * ("embed.type" in model.sites)
-    return [graph.input(name, np.int64, ("batch", "sequence")) for name in names]
-
-
-def output_name(model: Model) -> str:
-    return "logits" if "head.out" in model.sites else "last_hidden_state"
-
-
-# ── weights ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def stored(
-    model: Model, adapters: Sequence[Adapter], dtype: np.dtype[Any], folder: Path, external: bool | None
-) -> tuple[Model, dict[str, TensorProto]]:
-    """Write the merged tensors. Returns the model that they make, its parameters as what was stored of each."""
-    sites: dict[str, Site] = dict(model.sites)
-    size = weights.size(model, dtype)
+def outside(subject: Subject, external: bool | None) -> bool:
+    """Do the weights lie beside the graph?"""
+    size = weights.size(subject.model, subject.dtype)
     if external is False and size > PROTOBUF_LIMIT:
         raise ValueError(
             f"{size / 1e9:.1f} GB of weights do not fit into model.onnx, which can hold 2 GB: keep them beside it"
         )
-    if external is None:
-        external = size > INLINE_LIMIT
-    tensors = weights.store(weights.merged(model, adapters, sites), dtype, folder / weights.DATA if external else None)
-    tied = {"tie_word_embeddings": False} if sites != model.sites else {}
-    return replace(model, sites=sites, params=tensors, source={**model.source, **tied}), tensors
+    return size > INLINE_LIMIT if external is None else external
 
 
-def symbolic(graph: Graph, model: Model) -> Model:
-    """The model with symbols in place of its parameters."""
-    dtype = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
-    params = {name: graph.input(name, dtype[t.data_type], tuple(t.dims)) for name, t in model.params.items()}
-    return replace(model, params=params)
+def finish(form: Form, folder: Path, subject: Subject, made: Made) -> None:
+    """What else belongs into the folder."""
+    complete = getattr(form, "complete", None)
+    if complete is not None:
+        complete(folder, subject, made)
 
 
 # ── the folder ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -188,21 +178,29 @@ def save(proto: ModelProto, path: Path) -> None:
 
 
 def described(
-    folder: Path, out: Path, form: str, dtype: str, proto: ModelProto, provider: str | None, cases: Sequence[Any]
-) -> Exported:
-    def signature(values: Any) -> dict[str, list[int | str]]:
+    folder: Path, out: Path, form: str, subject: Subject, made: Made, proto: ModelProto, provider: str | None,
+    cases: Sequence[Any],
+) -> Exported:  # fmt: skip
+    def shapes(values: Any) -> dict[str, list[int | str]]:
         return {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
 
+    inputs = shapes(proto.graph.input)
+    optional = {name: inputs.pop(name) for name in made.optional}
+    size = sum(f.stat().st_size for f in folder.iterdir())
     return Exported(
-        out, form, dtype, signature(proto.graph.input), signature(proto.graph.output), len(proto.graph.node),
-        sum(f.stat().st_size for f in folder.iterdir()), (folder / weights.DATA).exists(), provider, cases,
+        out, form, str(subject.dtype), subject.decode, subject.last_logits, inputs, optional,
+        shapes(proto.graph.output), len(proto.graph.node), size, (folder / weights.DATA).exists(), provider, cases,
     )  # fmt: skip
 
 
-def carry_over(folder: Path, model: Model, adapters: Sequence[Adapter], result: Exported, source: Any) -> None:
-    for name in CARRIED if source is not None else ():
-        if (Path(source) / name).is_file():
-            shutil.copyfile(Path(source) / name, folder / name)
+def carry_over(folder: Path, made: Made, source: Any) -> None:
+    if source is not None:
+        tokens.carry(source, folder)
+    write_json(folder / "config.json", dict(made.model.source))
+
+
+def write_card(folder: Path, made: Made, subject: Subject, result: Exported) -> None:
+    model = made.model
     card = {
         "format": "refpeft export",
         "refpeft": refpeft.__version__,
@@ -211,7 +209,11 @@ def carry_over(folder: Path, model: Model, adapters: Sequence[Adapter], result: 
         "opset": OPSET,
         "ir_version": IR_VERSION,
         "model": {"family": model.config.family, "architecture": (model.source.get("architectures") or [None])[0]},
-        "adapters": [{"method": a.method, "config": asdict(a.config)} for a in adapters],
+        "adapters": [{"method": a.method, "config": asdict(a.config)} for a in subject.adapters],
+        **made.card,
     }
-    for name, content in (("config.json", dict(model.source)), ("refpeft.json", card)):
-        (folder / name).write_text(json.dumps(content, indent=2, default=list) + "\n")
+    write_json(folder / CARD, card)
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, default=list) + "\n", "utf-8")

@@ -4,7 +4,7 @@ Opset 23 has Attention, RotaryEmbedding and RMSNormalization, and is the newest 
 throughout; onnx's own defaults are newer than onnxruntime accepts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,14 @@ OPSET, IR_VERSION = 23, 10
 
 
 def to_model(
-    graph: Graph, inputs: list[str], outputs: Mapping[str, Symbol], weights: Mapping[str, TensorProto]
+    graph: Graph,
+    inputs: Sequence[str],
+    outputs: Mapping[str, Symbol],
+    weights: Mapping[str, TensorProto],
+    optional: Sequence[str] = (),
 ) -> ModelProto:
-    """The part of the graph that the outputs need. Inputs stay in the signature even if nothing reads them."""
+    """The part of the graph that the outputs need. Inputs stay in the signature even if nothing reads them; optional
+    ones are weights that a caller may replace."""
     live = graph.live(outputs.values())
     names: dict[Node, str] = {}
     for name, y in outputs.items():
@@ -35,7 +40,7 @@ def to_model(
     proto = helper.make_graph(
         nodes,
         "refpeft",
-        [value(name, graph.made[name]) for name in inputs],
+        [value(name, graph.made[name]) for name in (*inputs, *optional)],
         [value(name, y) for name, y in outputs.items()],
         [*constants, *used],
     )

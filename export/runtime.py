@@ -1,10 +1,31 @@
-"""onnxruntime: which one is installed, and on which device a session really runs."""
+"""onnxruntime: which one is installed, on which device a session really runs, and runs with adapters.
+
+    runner = open_folder("exported")                    a folder that `refpeft export` made
+    runner.run({"input_ids": …, "attention_mask": …})   outputs by name
+    one = runner.load("one.onnx_adapter")               for the forms that take their adapter from outside
+    runner.using(one).run(…)
+
+onnxruntime itself does not object when
+
+* the object of a loaded adapter is dropped: it stops applying;
+* two active adapters have tensors of the same names, or one has what is also fed: one of them wins;
+* inputs and outputs are bound (`run_with_iobinding`): adapters are left out.
+
+A `Runner` holds on to what it loaded, refuses the second, and does not bind.
+"""
 
 import importlib
 import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
 
 WHEELS = ("onnxruntime", "onnxruntime-gpu")
 CUDA = "CUDAExecutionProvider"
@@ -61,3 +82,99 @@ def session(path: Path, device: str | None = None) -> Any:
 
 def provider(made: Any) -> str:
     return str(made.get_providers()[0])
+
+
+# ── runs with adapters ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An adapter file: onnxruntime's object, which must live as long as it is used, and the names of its tensors."""
+
+    path: Path
+    handle: Any = field(repr=False)
+    names: frozenset[str] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A session, the adapters that are active in its runs, and inputs that all its runs get."""
+
+    folder: Path
+    session: Any
+    active: Sequence[Loaded] = ()
+    fixed: Mapping[str, Array] = field(default_factory=dict, repr=False)
+
+    def load(self, path: str | os.PathLike[str]) -> Loaded:
+        """An adapter file, for `using`. Every tensor in it must be an optional input of this graph."""
+        from refpeft.export import adapters
+
+        tensors = adapters.read(path)
+        known = {i.name: i for i in self.session.get_overridable_initializers()}
+        for name, a in tensors.items():
+            if name not in known:
+                raise ValueError(f"{path}: {name} is not an input of the graph in {self.folder}")
+            fits(path, name, a, known[name])
+        handle = require().LoraAdapter()
+        handle.Load(str(path))
+        return Loaded(Path(path), handle, frozenset(tensors))
+
+    def using(self, *adapters: Loaded) -> "Runner":
+        """The same session with these adapters, and no others, in its runs."""
+        seen: dict[str, Path] = {}
+        for a in adapters:
+            for name in a.names:
+                if name in seen:
+                    raise ValueError(f"{a.path} and {seen[name]} both hold {name}: they cannot be used together")
+                seen[name] = a.path
+        return replace(self, active=adapters)
+
+    def feeding(self, fixed: Mapping[str, Array]) -> "Runner":
+        """The same session, these inputs in all its runs."""
+        return replace(self, fixed=fixed)
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """All outputs by name."""
+        values = self.session.run(None, {**self.fixed, **feeds}, self.options(feeds))
+        return dict(zip(self.outputs, values, strict=True))
+
+    def run_values(self, feeds: Mapping[str, Any], wanted: Sequence[str]) -> list[Any]:
+        """The same with values that stay where they are, on the device too."""
+        fixed = {name: require().OrtValue.ortvalue_from_numpy(a) for name, a in self.fixed.items()}
+        values = {**fixed, **feeds}
+        found: list[Any] = self.session.run_with_ort_values(list(wanted), values, self.options(feeds))
+        return found
+
+    def options(self, feeds: Mapping[str, Any]) -> Any:
+        made = require().RunOptions()
+        for a in self.active:
+            for name in a.names & feeds.keys():
+                raise ValueError(f"{name} is fed, and {a.path} holds it too")
+            made.add_active_adapter(a.handle)
+        return made
+
+    @property
+    def inputs(self) -> list[str]:
+        """Those that every run needs."""
+        return [i.name for i in self.session.get_inputs() if i.name not in self.fixed]
+
+    @property
+    def outputs(self) -> list[str]:
+        return [o.name for o in self.session.get_outputs()]
+
+
+def fits(path: Any, name: str, a: Array, wanted: Any) -> None:
+    kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+    shape = list(wanted.shape)
+    if a.ndim != len(shape) or any(isinstance(d, int) and d != n for d, n in zip(shape, a.shape, strict=True)):
+        raise ValueError(f"{path}: {name} must have the shape {shape}, found {list(a.shape)}")
+    if a.dtype != kinds[wanted.type]:
+        raise ValueError(f"{path}: {name} must be {np.dtype(kinds[wanted.type])}, found {a.dtype}")
+
+
+def open_folder(folder: str | os.PathLike[str], device: str | None = None) -> Runner:
+    """The graph of a folder that `refpeft export` made, ready to run."""
+    path = Path(folder) / "model.onnx"
+    if not path.is_file():
+        raise ValueError(f"{folder}: there is no model.onnx")
+    return Runner(Path(folder), session(path, device))

@@ -9,7 +9,8 @@ the specification run on it, and every step becomes a node:
 
 Sizes are ints, or polynomials in sizes that are known only when the graph runs (`Dim`: batch, past + sequence). What
 consists of NumPy arrays alone is computed by NumPy and enters as a constant where it meets a symbol. Equal nodes are
-made once, double transposes and reshapes of reshapes vanish, and what no output needs is left out (`Graph.live`).
+made once, double transposes (across a concatenation too) and reshapes of reshapes vanish, and what no output needs is
+left out (`Graph.live`).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -47,8 +48,9 @@ class Graph:
         self.sizes: dict[str, tuple[Symbol, int]] = {}
         self.made: dict[Any, Node] = {}
 
-    def input(self, name: str, dtype: Any, shape: Sequence[int | str]) -> "Symbol":
-        """An input, or a weight. A str in its shape names a size; the first input that has it tells its value."""
+    def input(self, name: str, dtype: Any, shape: Sequence[Size | str]) -> "Symbol":
+        """An input, or a weight. A str in its shape names a size; the first input that has it tells its value. A size
+        may also be one that other inputs tell."""
         dims = tuple(Dim(self, {(d,): 1}) if isinstance(d, str) else d for d in shape)
         self.made[name] = Node(name, "", (), {}, np.dtype(dtype), dims)
         x = Symbol(self, self.made[name])
@@ -110,6 +112,9 @@ class Symbol(NDArrayOperatorsMixin):
     def __iter__(self) -> Any:
         raise TypeError(f"{self.node.name} cannot be iterated over")
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise NotImplementedError("writing into a part of an array cannot be exported")
+
     def __repr__(self) -> str:
         return f"Symbol({self.node.name}, {self.dtype}, [{', '.join(map(str, self.shape))}])"
 
@@ -158,6 +163,9 @@ class Symbol(NDArrayOperatorsMixin):
             perm = tuple(self.node.attrs["perm"][p] for p in perm)
         if perm == tuple(range(x.ndim)):
             return x
+        if x.node.op == "Concat" and any(a is not None and undone(a, perm) for a in x.node.args):
+            parts = [Symbol(self.graph, a).transpose(*perm) for a in x.node.args if a is not None]
+            return concatenate(self.graph, parts, perm.index(x.node.attrs["axis"]))
         return self.graph.emit("Transpose", (x,), x.dtype, (x.shape[p] for p in perm), perm=perm)
 
     def reshape(self, *sizes: Any) -> "Symbol":
@@ -215,6 +223,11 @@ class Symbol(NDArrayOperatorsMixin):
         if f not in FUNCTIONS:
             raise NotImplementedError(f"np.{f.__name__} cannot be exported")
         return FUNCTIONS[f](self.graph, *args, **options)
+
+
+def undone(x: Node, perm: Sequence[int]) -> bool:
+    """Is this a transpose that the permutation turns back?"""
+    return x.op == "Transpose" and [x.attrs["perm"][p] for p in perm] == sorted(perm)
 
 
 UFUNCS: Mapping[np.ufunc, str] = {

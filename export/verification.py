@@ -4,10 +4,11 @@
 
 ref64 is the specification in float64, spec the specification in the dtype of the graph, u the dtype's unit roundoff:
 the graph may be off by a few times what rounding explains. A float32 graph is compared with base and adapters as they
-are, merging included; a float16 graph with the specification on the same rounded weights.
+are, merging included; a float16 graph with the specification on the same rounded
+weights.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,14 @@ import numpy as np
 
 from refpeft.adapter import Adapter
 from refpeft.export import runtime
+from refpeft.export.form import Check, Form, Spec, Subject, dtypes, named, trained, with_values
+from refpeft.export.runtime import Runner
+from refpeft.export.signature import caches
 from refpeft.model import Model
 from refpeft.tune import merge
 
 Array = np.ndarray[Any, Any]
+Past = Mapping[str, Array]
 LIMIT = 10.0
 BATCHES, LENGTHS = (1, 3), (5, 12)
 
@@ -36,45 +41,123 @@ def ready() -> None:
         raise ImportError(f"{error} (verification runs the export; --no-verify leaves it out)") from error
 
 
-def verify(
-    folder: Path, model: Model, adapters: Sequence[Adapter], dtype: np.dtype[Any]
-) -> tuple[str, list[dict[str, Any]]]:
-    """onnxruntime's device and the ratio of each case. One of the three is in memory at a time."""
-    examples = [example(model, batch, length) for batch in BATCHES for length in LENGTHS]
-    model, adapters = subject(model, adapters, dtype)
-    specs = outputs(model, adapters, examples)
-    refs = outputs(cast(model, np.float64), [in_dtype(a, np.float64) for a in adapters], examples)
-    session = runtime.session(folder / "model.onnx")
-    names = [i.name for i in session.get_inputs()]
-    cases = []
-    for inputs, ref, spec in zip(examples, refs, specs, strict=True):
-        got = session.run(None, {name: inputs[name] for name in names})[0]
-        batch, length = inputs["input_ids"].shape
-        cases.append({"batch": batch, "length": length, "ratio": ratio(got, ref, spec, dtype)})
+def verify(folder: Path, subject: Subject, form: Form) -> tuple[str, list[dict[str, Any]]]:
+    """onnxruntime's device and the ratio of each check. One of the three is in memory at a time."""
+    checks = form.checks(subject)
+    model, adapters = rounded(subject, form.FOLDS)
+    specs = [check.spec(model, adapters) for check in checks]
+    model, adapters = cast(model, np.float64), [in_dtype(a, np.float64) for a in adapters]
+    refs = [check.spec(model, adapters) for check in checks]
+    runner = runtime.open_folder(folder)
+    cases: list[dict[str, Any]] = []
+    for check, ref, spec in zip(checks, refs, specs, strict=True):
+        off = ratio(check.ask(runner), ref, spec, subject.dtype)
+        cases.append({"batch": check.batch, "length": check.length, "what": check.what, "ratio": off})
     worst = max(cases, key=lambda c: c["ratio"])
     if not all(c["ratio"] <= LIMIT for c in cases):
         raise MismatchError(
             f"the exported graph differs from the specification by {worst['ratio']:.3g} times what rounding explains "
-            f"(batch {worst['batch']}, length {worst['length']}; the limit is {LIMIT:g}), so it was not kept"
+            f"({worst['what'] + ', ' if worst['what'] else ''}batch {worst['batch']}, length {worst['length']}; "
+            f"the limit is {LIMIT:g}), so it was not kept"
         )
-    return runtime.provider(session), cases
+    return runtime.provider(runner.session), cases
 
 
-def outputs(model: Model, adapters: Sequence[Adapter], examples: Sequence[Mapping[str, Array]]) -> list[Array]:
-    """What the specification answers."""
-    found = []
-    for inputs in examples:
-        ids, *rest = inputs.values()
-        found.append(model(ids, adapters, *rest)[0])
-    return found
-
-
-def subject(model: Model, adapters: Sequence[Adapter], dtype: np.dtype[Any]) -> tuple[Model, Sequence[Adapter]]:
-    """The model and adapters that the graph stands for, in its dtype."""
-    model = cast(model, np.float32)
-    if dtype == np.float32:
+def rounded(subject: Subject, folded: bool) -> tuple[Model, Sequence[Adapter]]:
+    """The model and adapters that the graph stands for, in the dtypes that it has."""
+    model, adapters = cast(subject.model, np.float32), subject.adapters
+    if subject.dtype == np.float32:
         return model, [in_dtype(a, np.float32) for a in adapters]
-    return cast(merge(model, adapters), dtype), []
+    if folded:
+        return cast(merge(model, adapters), subject.dtype), []
+    return cast(model, subject.dtype), [as_stored(subject, a) for a in adapters]
+
+
+def as_stored(subject: Subject, adapter: Adapter) -> Adapter:
+    adapter = trained(adapter)
+    types = dtypes(subject, [adapter])
+    return with_values([adapter], {n: a.astype(types[n], copy=False) for n, a in named([adapter]).items()})[0]
+
+
+def checks(subject: Subject) -> list[Check]:
+    """Every batch size and length."""
+    make = decoded if subject.decode else run
+    return [make(subject, batch, length) for batch in BATCHES for length in LENGTHS]
+
+
+def alone(answer: Callable[[Model, Sequence[Adapter], slice], Array], which: Array | None) -> Spec:
+    """The answer for all rows of a batch; or for each row by itself, with the one adapter that is its."""
+    if which is None:
+        return lambda model, adapters: answer(model, adapters, slice(None))
+
+    def spec(model: Model, adapters: Sequence[Adapter]) -> Array:
+        own = [[] if k < 0 else [adapters[k]] for k in which]
+        return np.concatenate([answer(model, a, slice(k, k + 1)) for k, a in enumerate(own)])
+
+    return spec
+
+
+def run(subject: Subject, batch: int, length: int, which: Array | None = None) -> Check:
+    inputs = example(subject.model, batch, length, virtual_ids(subject))
+    ids, rest = inputs["input_ids"], {name: a for name, a in inputs.items() if name != "input_ids"}
+
+    def ask(runner: Runner) -> Array:
+        return runner.run({name: inputs[name] for name in runner.inputs})[runner.outputs[0]]
+
+    def answer(model: Model, adapters: Sequence[Adapter], rows: slice) -> Array:
+        return np.asarray(model(ids[rows], adapters, **{name: a[rows] for name, a in rest.items()})[0])
+
+    return Check(batch, ids.shape[1], alone(answer, which), ask)
+
+
+def decoded(
+    subject: Subject, batch: int, length: int, which: Array | None = None, first: Past | None = None, shift: int = 0
+) -> Check:
+    """Read in two steps, the second with the keys and values that the first one left. `first`: those of a prefix,
+    [1, g, n, e] each, by which the positions are moved if `shift` says so."""
+    inputs = example(subject.model, batch, length, virtual_ids(subject))
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    places = np.maximum(mask.cumsum(1) - 1, 0)
+    steps = ((0, ids.shape[1] - 2), (ids.shape[1] - 2, ids.shape[1]))
+
+    def answer(model: Model, adapters: Sequence[Adapter], rows: slice) -> Array:
+        cache, found = None, []
+        for a, z in steps:
+            out, cache = model.decode(ids[rows, a:z], cache, adapters, mask[rows, :z], places[rows, a:z])
+            found.append(out[:, -1:] if subject.last_logits else out)
+        return np.concatenate(found, axis=1)
+
+    def ask(runner: Runner) -> Array:
+        past, found = start(subject.model, subject.dtype, batch, first), []
+        seen = np.concatenate([np.ones((batch, next(iter(past.values())).shape[2]), np.int64), mask], axis=1)
+        n = seen.shape[1] - mask.shape[1]
+        for a, z in steps:
+            feeds = {
+                "input_ids": ids[:, a:z],
+                "attention_mask": seen[:, : n + z],
+                "position_ids": places[:, a:z] + shift,
+            }
+            out, *present = runner.run({**feeds, **past}).values()
+            past = dict(zip(past, present, strict=True))
+            found.append(out)
+        return np.concatenate(found, axis=1)
+
+    return Check(batch, ids.shape[1], alone(answer, which), ask, "decoding")
+
+
+def start(model: Model, dtype: Any, batch: int, first: Past | None = None) -> dict[str, Array]:
+    """The keys and values before the first token, for each row of the batch: those of a prefix, or none."""
+    c = model.config
+    if first is None:
+        none = np.zeros((1, c.num_kv_heads, 0, c.head_dim), dtype)
+        first = {name: none for pair in caches(model, "past_key_values") for name in pair}
+    return {name: np.repeat(a, batch, axis=0) for name, a in first.items()}
+
+
+def virtual_ids(subject: Subject) -> int:
+    """How many virtual tokens a template may hold."""
+    placements = [a for a in subject.adapters if getattr(a.config, "placement", None) == "template"]
+    return sum(a.config.total for a in placements)
 
 
 def cast(model: Model, dtype: Any) -> Model:
@@ -87,13 +170,12 @@ def in_dtype(a: Adapter, dtype: Any) -> Adapter:
     return replace(a, params=params, frozen=frozen)
 
 
-def example(model: Model, batch: int, length: int) -> Mapping[str, Array]:
-    """Random tokens; of a batch, the second row is padded on the right and the third on the left."""
+def example(model: Model, batch: int, length: int, virtual: int = 0) -> Mapping[str, Array]:
+    """Random tokens, virtual ones too; of a batch, the second row is padded on the right and the third on the left."""
     rng = np.random.default_rng([batch, length])
     c = model.config
-    vocabulary = model.params[model.sites["embed.token"].weight].shape[0]
     length = min(length, longest(model))
-    ids = rng.integers(0, vocabulary, (batch, length))
+    ids = rng.integers(0, vocabulary(model) + virtual, (batch, length))
     mask = np.ones_like(ids)
     mask[1::3, length - length // 3 :] = 0
     mask[2::3, : length // 2] = 0
@@ -103,14 +185,25 @@ def example(model: Model, batch: int, length: int) -> Mapping[str, Array]:
     if "embed.type" in model.sites:
         kinds = model.params[model.sites["embed.type"].weight].shape[0]
         inputs["token_type_ids"] = rng.integers(0, kinds, ids.shape)
+    if "eos" in c.head and c.eos_token_id is not None:  # read at the place of the end of text
+        ids[mask == 1] = np.where(ids[mask == 1] == c.eos_token_id, 0, ids[mask == 1])
+        ids[:, length // 2] = c.eos_token_id
+    if c.encoder_decoder:
+        other = rng.integers(0, vocabulary(model), (batch, length // 2 + 1))
+        inputs["decoder_input_ids"] = ids if "eos" in c.head else other
     return inputs
 
 
+def vocabulary(model: Model) -> int:
+    return int(model.params[model.sites["embed.token"].weight].shape[0])
+
+
 def longest(model: Model) -> int:
-    if "embed.position" not in model.sites:
+    c = model.config
+    n = model.sizes("encoder." if c.encoder_decoder else "")[1]
+    if n is None:
         return 1 << 30
-    n = model.params[model.sites["embed.position"].weight].shape[0]
-    return int(n if model.config.positions == "index" else n - (model.config.pad_token_id or 0) - 1)
+    return n - (c.position_offset if c.positions == "index" else (c.pad_token_id or 0) + 1)
 
 
 def ratio(got: Array, ref: Array, spec: Array, dtype: np.dtype[Any]) -> float:

@@ -4,7 +4,7 @@ A checkpoint's arrays are maps of its files; what no adapter changes goes from m
 names, their layout and, in the same dtype, their bytes; layers that share a tensor go on sharing it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,20 @@ DATA = "model.onnx.data"
 
 
 def size(model: Model, dtype: np.dtype[Any]) -> int:
+    """Bytes, about: adapters are small."""
     return sum(int(a.size) for a in model.params.values()) * dtype.itemsize
 
 
-def store(tensors: Iterator[tuple[str, Array]], dtype: np.dtype[Any], data: Path | None) -> dict[str, TensorProto]:
-    """The tensors in `dtype`: their numbers in the file `data`, or within the protos if there is none."""
+def store(tensors: Iterable[tuple[str, Array, np.dtype[Any]]], data: Path | None) -> dict[str, TensorProto]:
+    """The tensors, each in its dtype: their numbers in the file `data`, or within the protos if there is none."""
     if data is None:
-        return {name: tensor(name, np.asarray(array, dtype)) for name, array in tensors}
+        return {name: tensor(name, np.asarray(array, dtype)) for name, array, dtype in tensors}
     protos = {}
     with data.open("wb", buffering=0) as file:
-        for name, array in tensors:
+        for name, array, dtype in tensors:
+            if not array.size:  # a rank of 0: there is nothing to point at
+                protos[name] = tensor(name, np.asarray(array, dtype))
+                continue
             file.seek(-file.tell() % ALIGN, 1)
             offset = file.tell()
             for block in blocks(array, dtype):

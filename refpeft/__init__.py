@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from refpeft.model import Model
     from refpeft.prompts import drop_encoder, ensembled, nearest, vote
     from refpeft.tune import dropout, init, merge
+    from refpeft.vocabulary import extend_vocabulary
 
 __all__ = [
-    "METHODS", "Adapter", "Model", "by_row", "check_model", "check_op", "drop_encoder", "dropout", "ensembled", "init",
-    "intrinsic_dimension", "load", "load_adapter", "merge", "nearest", "save", "save_adapter", "vote",
+    "METHODS", "Adapter", "Model", "by_row", "check_model", "check_op", "drop_encoder", "dropout", "ensembled",
+    "extend_vocabulary", "init", "intrinsic_dimension", "load", "load_adapter", "merge", "nearest", "save",
+    "save_adapter", "vote",
 ]  # fmt: skip
 __version__ = "0.1.0"
 SPEC_VERSION = "1"  # of what the methods compute: changes when a formula does, see CHANGELOG.md
@@ -38,6 +40,7 @@ HOME = {  # where each name lives: imported when it is first used, so that `refp
     "model": ("Model",),
     "prompts": ("drop_encoder", "ensembled", "nearest", "vote"),
     "tune": ("dropout", "init", "merge"),
+    "vocabulary": ("extend_vocabulary",),
 }
 
 

@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from refpeft.activations import ACTIVATIONS, sigmoid
+from refpeft.hollow import hollow
 from refpeft.hooks import Block, Hooks
 from refpeft.method import Phi, as_dtype, masked, narrows, together
 from refpeft.ops import Array, Op, Vjp, is_half, layer_norm, linear, op
@@ -61,12 +62,10 @@ FROZEN = ()
 INITS = ("houlsby", "bert", "mam_adapter")
 LOCATIONS = {"attn": "mh_adapter", "cross": "cross_adapter", "mlp": "output_adapter"}
 CONTAINERS = {"attn": "attention_adapters", "cross": "cross_attention_adapters", "mlp": "output_adapters"}
-INSIDE = {
-    "bert": 1,
-    "roberta": 1,
-    "t5": 2,
-}  # families that have adapters so many modules above the sublayer's last layer
+# families that have adapters so many modules above the sublayer's last layer
+INSIDE = {"bert": 1, "roberta": 1, "t5": 2}
 Φ = Mapping[str, Array]
+Shape = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -216,14 +215,25 @@ def init_model(
     'houlsby' D and U from N(0, 10⁻⁴) within two standard deviations; 'bert' from N(0, 0.02²); 'mam_adapter' D from
     U(−1/√d, 1/√d) and U = 0, which changes nothing. w from N(0, 0.02²).
     """
+    outline, _ = outline_model(cfg, model, chosen)
+    whole = norms(model) if cfg.train_norms else {}
+    params = {n: a.copy() if n in whole else a for n, a in outline.items()}
+    for p in places(cfg, model):
+        for symbol in shapes(cfg, p.layer, model):
+            a = outline[name(p, symbol)]
+            params[name(p, symbol)] = start(cfg, symbol, a.shape, rng).astype(a.dtype)
+    return params, {}
+
+
+def outline_model(cfg: Config, model: "Model", chosen: Sequence[str]) -> tuple[dict[str, Array], dict[str, Array]]:
+    """The parameters of every adapter, and the model's norms."""
     params: dict[str, Array] = {}
     for p in places(cfg, model):
         like = model.params[model.sites[p.last].weight].dtype
         for symbol, shape in shapes(cfg, p.layer, model).items():
-            value = start(cfg, symbol, shape, rng)
-            params[name(p, symbol)] = value.astype(np.float32 if is_half(like) else like)
+            params[name(p, symbol)] = hollow(shape, np.float32 if is_half(like) else like)
     if cfg.train_norms:
-        params |= {n: model.params[tensor].copy() for n, tensor in norms(model).items()}
+        params |= {n: model.params[tensor] for n, tensor in norms(model).items()}
     return params, {}
 
 
@@ -251,7 +261,9 @@ def reads_all(cfg: Config) -> str | None:
     return "use_gating" if cfg.use_gating else None
 
 
-def masks(cfg: Config, model: "Model", rng: np.random.Generator, ids_shape: tuple[int, int]) -> dict[str, Array]:
+def masks(
+    cfg: Config, model: "Model", rng: np.random.Generator, ids_shape: Shape, decoder_shape: Shape | None = None
+) -> dict[str, Array]:
     """Masks [b, t, d] for `dropout` of F's entries, times [b, 1, 1] for `stochastic_depth` of all of it."""
     if not (cfg.dropout or cfg.stochastic_depth):
         return {}
@@ -260,7 +272,8 @@ def masks(cfg: Config, model: "Model", rng: np.random.Generator, ids_shape: tupl
         if p.at.startswith("decoder."):
             raise ValueError("masks are not drawn for adapters in a decoder, whose inputs have another length")
         like = model.params[model.sites[p.last].weight].dtype
-        drawn = [(cfg.dropout, (*ids_shape, model.config.hidden_size)), (cfg.stochastic_depth, (ids_shape[0], 1, 1))]
+        b, t = decoder_shape if decoder_shape and p.at.startswith("decoder.") else ids_shape
+        drawn = [(cfg.dropout, (b, t, model.config.hidden_size)), (cfg.stochastic_depth, (b, 1, 1))]
         mask = np.ones(())
         for rate, shape in [(rate, shape) for rate, shape in drawn if rate]:
             mask = mask * np.where(rng.random(shape) < rate, 0, 1 / (1 - rate))

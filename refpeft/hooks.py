@@ -45,12 +45,14 @@ class Block(NamedTuple):
 @dataclass(frozen=True)
 class Memory:
     """Learned keys and values k, v [1 or b, n, g, e] of one attention. `back(dk, dv, want)` takes their cotangents,
-    [b, n, g, e], to the gradients of what they were made from. `seen` [b]: which rows of the batch see them."""
+    [b, n, g, e], to the gradients of what they were made from. `seen` [b]: which rows of the batch see them. `placed`:
+    where positions are relative, these stand at the n places before the tokens; otherwise they have no place."""
 
     k: Array
     v: Array
     back: Callable[[Lazy, Lazy, Want], Grads]
     seen: Array | None = None
+    placed: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ class Prompt:
 
     @property
     def length(self) -> int:
-        return int(self.ids.shape[-1])
+        n: int = self.ids.shape[-1]
+        return n
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ def only(rows: Array, hooks: Hooks) -> Hooks:
 
     def part(p: Part) -> Part:
         q = hooks.part(p)
-        return p if q is p else q._replace(run=choose(rows, q.run, p.run))
+        return p if q is p else p.wrapped(choose(rows, q.run, p.run))  # with W and b as they are for other rows
 
     def block(b: Block) -> Block:
         c = hooks.block(b)
@@ -143,7 +146,7 @@ def recall(
         all_seen = np.zeros_like(k[:, :, 0, 0])[:, None, None, :] == 0  # [b, 1, 1, t]
         mask = all_seen if mask is None else mask & all_seen
     if mask is not None:
-        mask = np.concatenate([*(columns(mask, m, n) for m, n in zip(memories, widths, strict=True)), mask], axis=-1)
+        mask = np.concatenate([*(columns(mask, m) for m in memories), mask], axis=-1)
     n = sum(widths)
 
     def back(dk: Lazy, dv: Lazy, want: Want) -> tuple[Lazy, Lazy, Grads]:
@@ -161,7 +164,7 @@ def cut(d: Lazy, start: int, stop: int | None) -> Lazy:
     return Once(lambda: d()[:, start:stop])
 
 
-def columns(mask: Array, memory: Memory, n: int) -> Array:
+def columns(mask: Array, memory: Memory) -> Array:
     """The mask of a memory's n places: seen by all queries of the rows that see it.      [b or 1, 1, s or 1, n]"""
-    seen = (np.zeros_like(mask[..., 0]) == 0)[..., None] & np.ones(n, bool)
+    seen = (np.zeros_like(mask[..., 0]) == 0)[..., None] & (np.zeros_like(memory.k[0, :, 0, 0].real) == 0)
     return seen if memory.seen is None else seen & memory.seen[:, None, None, None]

@@ -1,17 +1,18 @@
 """The stages of the transformer, each a run:   y, back = stage(x)   with the backward pass derived by hand."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cache, reduce
 from operator import add
 
 import numpy as np
 
 from refpeft.config import Config, Site
-from refpeft.hooks import Block, Hooks, recall
-from refpeft.inputs import Inputs, last
+from refpeft.hooks import Block, Hooks, Memory, recall
+from refpeft.inputs import Inputs, ends, last
 from refpeft.ops import Array, Vjp, activations, attention, pick, rope
-from refpeft.part import Back, Grads, Lazy, Once, Part, Run, Want, chain, join, link, op_run, plus
+from refpeft.part import INNER, Back, Grads, Key, Lazy, Once, Part, Run, Want, chain, join, link, op_run, plus
+from refpeft.relative import buckets
 
 Pair = tuple[Array, Array]
 
@@ -31,26 +32,63 @@ class Parts:
         return self.hooks.block(Block(at, norm, f, self.config.norm_first, residual(self.config, norm, f)))
 
 
-def embed(m: Parts, inputs: Inputs) -> tuple[Array, Back]:
-    """x = token[ids] (+ position[places]) (+ type[types]), then a norm if the family has one.
+@dataclass(frozen=True)
+class Encoded:
+    """What the encoder made of its tokens, x [b, t, d]; which of them the decoder may see; the key of its cotangent."""
+
+    x: Array
+    mask: Array | None
+    key: Key = (INNER, "encoder")
+
+
+def stack(
+    m: Parts, at: str, layers: int, inputs: Inputs, past: Sequence[Pair] | None = None, encoded: Encoded | None = None
+) -> tuple[Array, list[Back], list[Pair]]:
+    """Embeddings, layers and final norm of one stack ('encoder.', 'decoder.', or '' where there is one only): the
+    output, the backward passes in the order in which they ran, and the keys and values of its attentions."""
+    x, back = embed(m, at, inputs)
+    backs, present = [back], []
+    turns, bias = rotations(m.config, x, inputs.places), distances(m, at, inputs.ids, past)
+    before = iter(past or ())
+    for n in range(layers):
+        here = f"{at}layers.{n}."
+        attention, kept = attend(m, here + "attn.", inputs.mask, turns, bias, next(before, None))
+        sublayers = [(here + "attn.", attention)]
+        if encoded is not None:
+            across, kept_across = attend_across(m, here + "cross.", encoded, next(before, None))
+            sublayers.append((here + "cross.", across))
+        for sublayer, f in (*sublayers, (here + "mlp.", mlp(m, here + "mlp."))):
+            x, back = m.block(sublayer, f).run(x)
+            backs.append(back)
+        present += kept if encoded is None else [*kept, *kept_across]
+    if at + "final.norm" in m.sites:
+        x, back = m.part(at + "final.norm").run(x)
+        backs.append(back)
+    return x, backs, present
+
+
+def embed(m: Parts, at: str, inputs: Inputs) -> tuple[Array, Back]:
+    """x = α token[ids] (+ position[places]) (+ type[types]), then a norm if the family has one.
 
     The rows of a prompt that has no positions come before all that, as they are."""
     tables: dict[str, Array] = {
         "embed.token": inputs.ids,
-        "embed.position": inputs.places,
-        "embed.type": inputs.types,
+        at + "embed.position": inputs.places,
+        at + "embed.type": inputs.types,
     }
-    terms = {role: m.part(role).run(i) for role, i in tables.items() if role in m.sites}
+    runs = {role: m.part(role).run for role in tables if role in m.sites}
+    token = runs["embed.token"] = scaled(runs["embed.token"], m.config.embed_scale)
+    terms = {role: run(tables[role]) for role, run in runs.items()}
     x = reduce(add, [y for y, _ in terms.values()])
-    norm = m.part("embed.norm").run(x) if "embed.norm" in m.sites else None
-    y, front = norm[0] if norm else x, None if inputs.front is None else m.part("embed.token").run(inputs.front)
+    norm = m.part(at + "embed.norm").run(x) if at + "embed.norm" in m.sites else None
+    y, front = norm[0] if norm else x, None if inputs.front is None else token(inputs.front)
 
     def back(dx: Lazy, want: Want) -> tuple[Lazy, Grads]:
         dy, grads_front = (dx, {}) if front is None else parted(dx, front, want)
         dx, grads = norm[1](dy, want) if norm else (dy, {})
         grads = join(grads, grads_front)
         for role, (y, back_term) in terms.items():
-            _, g = back_term(over_batch(dx, y) if role == "embed.position" else dx, want)
+            _, g = back_term(over_batch(dx, y) if role == at + "embed.position" else dx, want)
             grads = join(grads, g)
         return dx, grads
 
@@ -97,7 +135,26 @@ def residual(c: Config, norm: Run, f: Run) -> Run:
     return pre if c.norm_first else post
 
 
-def attend(m: Parts, at: str, inputs: Inputs, turns: Pair | None, past: Pair | None) -> tuple[Run, list[Pair]]:
+def scaled(f: Run, α: float) -> Run:
+    """y = α f(x)"""
+    if α == 1:
+        return f
+
+    def run(x: Array) -> tuple[Array, Back]:
+        y, back = f(x)
+        return α * y, lambda dy, want: back(Once(lambda: α * dy()), want)
+
+    return run
+
+
+# ── attention ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+Bias = Callable[[Sequence[Memory]], tuple[Array, Back]]
+
+
+def attend(
+    m: Parts, at: str, mask: Array | None, turns: Pair | None, bias: Bias | None, past: Pair | None
+) -> tuple[Run, list[Pair]]:
     """z = o(attention(q x, k x, v x)), q and k turned to their places. Its keys and values end up in the list."""
     kept: list[Pair] = []
     h, g, e = m.config.num_heads, m.config.num_kv_heads, m.config.head_dim
@@ -113,26 +170,115 @@ def attend(m: Parts, at: str, inputs: Inputs, turns: Pair | None, past: Pair | N
         if past is not None:
             k, v = np.concatenate([past[0], k], axis=1), np.concatenate([past[1], v], axis=1)
         kept.append((k, v))
-        mask, memories = inputs.mask, m.hooks.memory(at)
-        if memories:
-            k, v, mask, back_memories = recall(memories, k, v, mask)
-        a, vjp = attention(q, k, v, mask)
-        z, back_o = m.part(at + "o").run(a.reshape(b, s, h * e))
+        z, back_z = mixed(m, at, q, k, v, mask, bias)
 
         def back(dz: Lazy, want: Want) -> tuple[Lazy, Grads]:
-            da, grads_o = back_o(dz, want)
-            dq, dk, dv = link(vjp, Once(lambda: da().reshape(b, s, h, e)), 3)
-            if memories:
-                dk, dv, grads_memories = back_memories(dk, dv, want)
-                grads_o = join(grads_o, grads_memories)
+            dq, dk, dv, grads_z = back_z(dz, want)
             if turned:
                 dq, dk = link(turned[0], dq, 1)[0], link(turned[1], dk, 1)[0]
             dx, grads = back_qkv(dq, dk, dv, want)
-            return dx, join(grads_o, grads)
+            return dx, join(grads_z, grads)
 
         return z, back
 
     return run, kept
+
+
+def attend_across(m: Parts, at: str, encoded: Encoded, past: Pair | None) -> tuple[Run, list[Pair]]:
+    """z = o(attention(q x, k m, v m)), m what the encoder made. With `past`, k m and v m are known."""
+    kept: list[Pair] = []
+    h, e = m.config.num_heads, m.config.head_dim
+
+    def run(x: Array) -> tuple[Array, Back]:
+        b, s = x.shape[:2]
+        q, back_q = m.part(at + "q").run(x)
+        k, v, back_kv = encoded_pair(m, at, encoded) if past is None else (*past, lambda dk, dv, want: {})
+        kept.append((k, v))
+        z, back_z = mixed(m, at, q.reshape(b, s, h, e), k, v, encoded.mask, None)
+
+        def back(dz: Lazy, want: Want) -> tuple[Lazy, Grads]:
+            dq, dk, dv, grads = back_z(dz, want)
+            dx, grads_q = back_q(Once(lambda: dq().reshape(b, s, h * e)), want)
+            return dx, join(join(grads, grads_q), back_kv(dk, dv, want))
+
+        return z, back
+
+    return run, kept
+
+
+def encoded_pair(m: Parts, at: str, encoded: Encoded) -> tuple[Array, Array, Callable[[Lazy, Lazy, Want], Grads]]:
+    """k m and v m [b, t, g, e]; their cotangents go to the encoder too, if it has something to learn."""
+    (k, back_k), (v, back_v) = (m.part(at + name).run(encoded.x) for name in "kv")
+    shape = (*k.shape[:2], m.config.num_kv_heads, m.config.head_dim)
+
+    def back(dk: Lazy, dv: Lazy, want: Want) -> Grads:
+        dm_k, grads_k = back_k(Once(lambda: dk().reshape(k.shape)), want)
+        dm_v, grads_v = back_v(Once(lambda: dv().reshape(v.shape)), want)
+        dm: Grads = {encoded.key: plus(dm_k, dm_v)} if encoded.key in want else {}
+        return join(join(grads_k, grads_v), dm)
+
+    return k.reshape(shape), v.reshape(shape), back
+
+
+MixedBack = Callable[[Lazy, Want], tuple[Lazy, Lazy, Lazy, Grads]]
+
+
+def mixed(
+    m: Parts, at: str, q: Array, k: Array, v: Array, mask: Array | None, bias: Bias | None
+) -> tuple[Array, MixedBack]:
+    """z = o(attention(q, [K; k], [V; v])), K and V the memories that a method has put there.      z [b, s, d]"""
+    memories = m.hooks.memory(at)
+    if memories:
+        k, v, mask, back_memories = recall(memories, k, v, mask)
+    B, back_B = bias(memories) if bias else (None, None)
+    a, vjp = attention(q, k, v, mask, B, scale=m.config.attention_scale)
+    z, back_o = m.part(at + "o").run(a.reshape(*a.shape[:2], a.shape[2] * a.shape[3]))
+
+    def back(dz: Lazy, want: Want) -> tuple[Lazy, Lazy, Lazy, Grads]:
+        da, grads = back_o(dz, want)
+        dq, dk, dv, _, dB = link(vjp, Once(lambda: da().reshape(a.shape)), 5)
+        if back_B:
+            grads = join(grads, back_B(dB, want)[1])
+        if memories:
+            dk, dv, grads_memories = back_memories(dk, dv, want)
+            grads = join(grads, grads_memories)
+        return dq, dk, dv, grads
+
+    return z, back
+
+
+def distances(m: Parts, at: str, ids: Array, past: Sequence[Pair] | None) -> Bias | None:
+    """The bias B [1, h, s, n + t] of a stack with relative positions. Its layers share the table, so gradients add up.
+
+    Keys of a memory that is `placed` stand before those of the tokens, at −n … −1; others have no place, and no bias.
+    """
+    if at + "embed.relative" not in m.sites or m.config.relative is None:
+        return None
+    part, (n, longest) = m.part(at + "embed.relative"), m.config.relative
+    s, start = ids.shape[1], past[0][0].shape[1] if past else 0
+    queries = np.arange(s, like=ids)[:, None] + start
+
+    @cache
+    def columns(before: int) -> tuple[Array, Back]:
+        """[s, t, h] for the tokens, or for the places `before` them."""
+        keys = np.arange(before) - before if before else np.arange(start + s, like=ids)
+        return part.run(buckets(keys[None, :] - queries, n, longest, both=not m.config.causal_at(at)))
+
+    def bias(memories: Sequence[Memory]) -> tuple[Array, Back]:
+        terms = [(columns(k.k.shape[1]), k.placed) for k in memories] + [(columns(0), True)]
+        B = np.concatenate([y if placed else np.zeros_like(y) for (y, _), placed in terms], axis=1)
+        starts = np.cumsum([0] + [memory.k.shape[1] for memory in memories]).tolist()
+
+        def back(dB: Lazy, want: Want) -> tuple[Lazy, Grads]:
+            grads: Grads = {}
+            for ((_, back_y), placed), a, z in zip(terms, starts, [*starts[1:], None], strict=True):
+                own = Once(lambda a=a, z=z: dB()[0, :, :, a:z].transpose(1, 2, 0))
+                grads = join(grads, back_y(own, want)[1]) if placed else grads
+            return dB, grads
+
+        return B.transpose(2, 0, 1)[None], back
+
+    return bias
 
 
 QkvBack = Callable[[Lazy, Lazy, Lazy, Want], tuple[Lazy, Grads]]
@@ -190,13 +336,18 @@ def mlp(m: Parts, at: str) -> Run:
 
 
 def head_step(m: Parts, step: str, inputs: Inputs) -> Run:
-    """A layer, an activation, or the one position that a classifier reads: the first, or the last but padding."""
+    """A layer, an activation, the scale d^−½, or the one position that a classifier reads."""
     if step in m.sites:
         return m.part(step).run
     if step in activations:
         return op_run(activations[step])
+    if step == "scale":
+        return scaled(lambda x: (x, lambda dy, want: (dy, {})), m.config.hidden_size**-0.5)
     before = 0 if inputs.front is None else inputs.front.shape[1]
-    index = np.zeros_like(inputs.ids[:, 0]) if step == "first" else last(m.config, inputs.ids) + before
+    if step == "eos":
+        index = ends(m.config.eos_token_id, inputs.source)
+    else:
+        index = np.zeros_like(inputs.ids[:, 0]) if step == "first" else last(m.config, inputs.ids) + before
     return op_run(lambda x: pick(x, index))
 
 

@@ -5,7 +5,9 @@ A method is one module in `methods/`, registered there by one line, with
     Config                             frozen; fields named as in HF's adapter_config.json
     KEYS                               its parameters' names in the formulae → in checkpoints (linear, embedding)
     FROZEN                             which of them are never trained
-    init(cfg, part, rng) → φ           its parameters for one part, named as in the formulae
+    shapes(cfg, part) → φ's shapes     of its parameters for one part, named as in the formulae; where the method is
+                                       not defined for the part, it is here that it says so
+    init(cfg, part, rng) → φ           these parameters
     merge(cfg, W, b, φ) → W′, b′, vjp  the definition, where the method is a reparametrisation of weights
     wrap(cfg, φ, part, …) → part       the run-time form
 
@@ -14,11 +16,13 @@ A method that takes hold of a model elsewhere than at its layers has
     hooks(adapter, k, model) → Hooks   instead of `wrap` and `merge`: see `refpeft.hooks`
     init_model(cfg, model, chosen, rng) → params, frozen      instead of `init`, by their names in checkpoints, if they
                                        belong to no module; `chosen` are the roles of the targeted sites
+    outline_model(cfg, model, chosen) → params, frozen        the same arrays, hollow (`refpeft.hollow`) or the model's
     merge_model(adapter, model) → model      where it puts tensors in the place of the model's own, before all other
                                        methods act (`refpeft.selection`)
     complete(cfg, model) → cfg         if some fields of its config are facts of the model (None: as the model has it)
-    masks(cfg, model, rng, ids_shape) → masks      its dropout masks, if they are of its own parts and not of the
-                                       model's layers
+    kept(adapter) → adapter            of hollow arrays: what a file keeps of the adapter, if not all
+    masks(cfg, model, rng, ids_shape, decoder_shape) → masks      its dropout masks, if they are of its own parts and
+                                       not of the model's layers
     reads_all(cfg) → field             the field of its config, if any, that makes a position depend on all others: such
                                        an adapter cannot decode step by step
     SHARED                             names in the formulae → in checkpoints, of parameters that all modules share;
@@ -72,6 +76,7 @@ class Method(Protocol):
     KEYS: Mapping[str, tuple[str | None, str | None]]
     FROZEN: Sequence[str]
 
+    def shapes(self, cfg: Any, part: Part) -> dict[str, tuple[int, ...]]: ...
     def init(self, cfg: Any, part: Part, rng: np.random.Generator) -> dict[str, Array]: ...
     def merge(self, cfg: Any, W: Array, b: Array | None, φ: Values, base: Base | None = None) -> Merged: ...
     def wrap(self, cfg: Any, φ: Phi, part: Part, mask: Array | None = None) -> Part: ...
@@ -216,4 +221,8 @@ DEFAULT_TARGETS = {  # HF peft's, where a config names none
     "qwen2": ("q_proj", "v_proj"),
     "bert": ("query", "value"),
     "roberta": ("query", "value"),
+    "deberta-v2": ("query_proj", "value_proj"),
+    "gpt3": ("q_proj", "v_proj"),  # Hu et al. 2021; for HF peft there is no such model
+    "t5": ("q", "v"),
+    "bart": ("q_proj", "v_proj"),
 }

@@ -281,14 +281,17 @@ def rope(x: Array, cos: Array, sin: Array) -> tuple[Array, Vjp]:
 
 
 @op
-def attention(q: Array, k: Array, v: Array, mask: Array | None = None, scale: float | None = None) -> tuple[Array, Vjp]:
-    """y = P v,   P = softmax(α q kᵀ where mask else −∞),   α = 1/√e.      Vaswani et al. 2017, arXiv 1706.03762, (1)
+def attention(
+    q: Array, k: Array, v: Array, mask: Array | None = None, bias: Array | None = None, scale: float | None = None
+) -> tuple[Array, Vjp]:
+    """y = P v,   P = softmax(α q kᵀ + B where mask else −∞),   α = 1/√e.    Vaswani et al. 2017, arXiv 1706.03762, (1)
 
-    q [b, s, h, e], k [b, t, g, e], v [b, t, g, e], mask [b or 1, 1, s or 1, t] of bool → y [b, s, h, e].
+    q [b, s, h, e], k [b, t, g, e], v [b, t, g, e], mask [b or 1, 1, s or 1, t] of bool, bias B [1, h, s, t]
+    → y [b, s, h, e].
     With g < h, each key-value head serves the h/g query heads that follow one another (GQA, arXiv 2305.13245).
     A position that may see nothing gives zeros.
 
-    dv = Pᵀ dy,   dP = dy vᵀ,   dS = P ⊙ (dP − Σ P ⊙ dP),   dq = α dS k,   dk = α dSᵀ q.
+    dv = Pᵀ dy,   dP = dy vᵀ,   dS = P ⊙ (dP − Σ P ⊙ dP),   dq = α dS k,   dk = α dSᵀ q,   dB = Σ dS (over b).
     """
     b, s, h, e = q.shape
     g, t = k.shape[2], k.shape[1]
@@ -307,9 +310,12 @@ def attention(q: Array, k: Array, v: Array, mask: Array | None = None, scale: fl
 
     Q, K, V = fold(q * α), k.swapaxes(1, 2), v.swapaxes(1, 2)
     S = Q @ K.swapaxes(2, 3)
-    if mask is not None:
+    if mask is not None or bias is not None:
         S = S.reshape(b, h, s, t)
-        S += np.where(mask, S.real.dtype.type(0), S.real.dtype.type(-np.inf))
+        if bias is not None:
+            S += bias
+        if mask is not None:
+            S += np.where(mask, S.real.dtype.type(0), S.real.dtype.type(-np.inf))
         S = S.reshape(b, g, n * s, t)
     P = _softmax(S)
 
@@ -328,6 +334,7 @@ def attention(q: Array, k: Array, v: Array, mask: Array | None = None, scale: fl
             lambda: (dS().swapaxes(2, 3) @ Q).swapaxes(1, 2),
             lambda: (P.swapaxes(2, 3) @ dY).swapaxes(1, 2),
             None,
+            None if bias is None else lambda: dS().reshape(b, h, s, t).sum(0, keepdims=True),
         )
 
     return unfold(P @ V), vjp

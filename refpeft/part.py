@@ -21,6 +21,7 @@ Back = Callable[[Lazy, Want], tuple[Lazy, Grads]]
 Run = Callable[[Array], tuple[Array, Back]]
 
 BASE = -1
+INNER = -2  # of no parameter, but of a value that several stages use, whose cotangents add up: the encoder's output
 
 
 class Once:

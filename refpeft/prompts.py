@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from refpeft.hollow import hollow
 from refpeft.hooks import Hooks, Prompt
 from refpeft.method import as_dtype
 from refpeft.ops import Array, embedding, is_half, rows
 from refpeft.part import Grads, Lazy, Once, Part, Want, join
+from refpeft.stacks import task_type
 
 if TYPE_CHECKING:
     from refpeft.adapter import Adapter
@@ -66,7 +68,7 @@ def complete(cfg: Any, model: "Model") -> Any:
     c = model.config
     if cfg.token_dim not in (None, c.hidden_size):
         raise ValueError(f"token_dim must be the width of the model, {c.hidden_size}, found {cfg.token_dim}")
-    if cfg.placement == "after_embedding" and "embed.position" not in model.sites:
+    if cfg.placement == "after_embedding" and not any(role.endswith("embed.position") for role in model.sites):
         raise ValueError(
             f"placement 'after_embedding' needs a model with learned positions, which {c.family} models do not have"
         )
@@ -80,17 +82,6 @@ def complete(cfg: Any, model: "Model") -> Any:
     )
 
 
-def task_type(model: "Model") -> str:
-    """HF peft's name for what the model's head is for: it decides how HF peft puts the prompt in."""
-    if {"first", "last"} & set(model.config.head):
-        return "SEQ_CLS"
-    if not any(step == "head.out" for step in model.config.head):
-        return "FEATURE_EXTRACTION"
-    if any(role.startswith("decoder.") for role in model.sites):
-        return "SEQ_2_SEQ_LM"
-    return "CAUSAL_LM" if model.config.causal else "FEATURE_EXTRACTION"
-
-
 def table(model: "Model") -> Array:
     """E [v, d]"""
     E: Array = model.params[model.sites["embed.token"].weight]
@@ -100,6 +91,11 @@ def table(model: "Model") -> Array:
 def dtype_of(model: "Model") -> Any:
     """Of an adapter's own parameters: the embedding's, but float32 for 16 bits."""
     return np.dtype(np.float32) if is_half(table(model).dtype) else table(model).dtype
+
+
+def outline(cfg: Virtual, model: "Model") -> Array:
+    """P [n S, d], hollow."""
+    return hollow((cfg.total, table(model).shape[1]), dtype_of(model))
 
 
 def hooks(cfg: Virtual, P: Array, pull: Pull, model: "Model", of_rows: Array | None = None) -> Hooks:
@@ -116,11 +112,16 @@ def hooks(cfg: Virtual, P: Array, pull: Pull, model: "Model", of_rows: Array | N
             raise ValueError(f"rows must name one of {m // n} prompts (0 to {m // n - 1}), found {of_rows}")
     elif m > cfg.total:
         raise ValueError(f"this adapter holds {m // n} prompts, so `rows` must say which one each row of a batch has")
-    path = model.sites["embed.token"].path
+    path, given = model.sites["embed.token"].path, unscaled(P, pull, model.config.embed_scale)
     return Hooks(
-        part=lambda part: virtual(part, P, pull) if part.path == path and part.kind == "embedding" else part,
+        part=lambda part: virtual(part, *given) if part.path == path and part.kind == "embedding" else part,
         prompt=Prompt(v + at, m, placed=cfg.placement != "after_embedding"),
     )
+
+
+def unscaled(P: Array, pull: Pull, α: float) -> tuple[Array, Pull]:
+    """P/α, for a model that multiplies what it looks up by α, which is not meant for a prompt (BART; HF peft)."""
+    return (P, pull) if α == 1 else (P / α, lambda dP, want: pull(Once(lambda: dP() / α), want))
 
 
 def virtual(part: Part, P: Array, pull: Pull) -> Part:
@@ -152,12 +153,16 @@ def virtual(part: Part, P: Array, pull: Pull) -> Part:
 
 
 def drop_encoder(adapter: "Adapter") -> "Adapter":
-    """The same function without the network that made the prompt: its output is all that is needed after training.
+    """The same function without the network that made the prompt or prefix: its output is all that is needed then.
 
     What is trained after that is the prompt itself. A head that was trained beside stays."""
     from refpeft.methods import METHODS
 
-    plain = getattr(METHODS[adapter.method], "plain", None)
+    method = METHODS[adapter.method]
+    if hasattr(method, "flat"):
+        found: Adapter = method.flat(adapter)
+        return found
+    plain = getattr(method, "plain", None)
     if plain is None:
         raise ValueError(f"{adapter.method} has no encoder that could be dropped")
     return adapter.replace(params=plain(adapter.config, adapter.params), masks={})

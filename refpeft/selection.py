@@ -33,12 +33,22 @@ def copies(select: Select) -> Init:
     """`init_model` of the method that selects these tensors: φ = θ_S, in the model's order."""
 
     def init_model(cfg: Any, model: "Model", chosen: Sequence[str], rng: np.random.Generator) -> Any:
-        names = select(cfg, model)
-        if not names:
-            raise ValueError(f"the model has none of the tensors that {cfg} selects")
-        return {name: a.copy() for name, a in model.params.items() if name in names}, {}
+        params, frozen = originals(select)(cfg, model, chosen)
+        return {name: a.copy() for name, a in params.items()}, frozen
 
     return init_model
+
+
+def originals(select: Select) -> Init:
+    """`outline_model` likewise: θ_S itself."""
+
+    def outline_model(cfg: Any, model: "Model", chosen: Sequence[str]) -> Any:
+        names = set(select(cfg, model)) - set(model.config.buffers)
+        if not names:
+            raise ValueError(f"the model has none of the tensors that {cfg} selects")
+        return {name: a for name, a in model.params.items() if name in names}, {}
+
+    return outline_model
 
 
 def hooks(adapter: "Adapter", k: int, model: "Model") -> Hooks:
@@ -81,7 +91,10 @@ def tensors(model: "Model", roles: Iterable[str], leaves: Sequence[str] = ("weig
 
 
 def inside(model: "Model", modules: Sequence[str] | None) -> list[str]:
-    """The sites at or in the modules whose path ends in one of these names (from a dot on)."""
+    """The sites at or in the modules whose path ends in one of these names (from a dot on); each must be there."""
+    for name in modules or ():
+        if not any(within(site.path, name) for site in model.sites.values()):
+            raise ValueError(f"modules_to_save names {name!r}, a module that the model does not have")
     return [role for role, site in model.sites.items() if any(within(site.path, name) for name in modules or ())]
 
 

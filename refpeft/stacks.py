@@ -3,6 +3,8 @@
 import re
 from typing import TYPE_CHECKING
 
+from refpeft.config import POOLS
+
 if TYPE_CHECKING:
     from refpeft.model import Model
 
@@ -23,12 +25,12 @@ def attentions(model: "Model") -> dict[str, dict[int, str]]:
 def task_type(model: "Model") -> str:
     """HF peft's name for what the model's head does; masked language models have none of their own, and run as this."""
     out = model.sites.get("head.out")
-    if any(role.startswith("decoder.") for role in model.sites):
-        return "SEQ_2_SEQ_LM"
     if out is None:
         return "FEATURE_EXTRACTION"
-    if {"first", "last"} & set(model.config.head):
+    if set(POOLS) & set(model.config.head):
         return "SEQ_CLS"
     if out.path == "classifier":
         return "TOKEN_CLS"
+    if model.config.encoder_decoder:
+        return "SEQ_2_SEQ_LM"
     return "CAUSAL_LM" if model.config.causal else "FEATURE_EXTRACTION"

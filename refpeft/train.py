@@ -151,7 +151,8 @@ def random(plan: Plan, turn: int, use: int) -> np.random.Generator:
 def chosen(plan: Plan, count: int, turn: int) -> list[int]:
     """The rows of batch number `turn`: the next ones of an endless row of permutations of all."""
     places = range(turn * plan.batch, (turn + 1) * plan.batch)
-    orders = {n // count: np.random.default_rng([plan.seed, 0, n // count]).permutation(count) for n in places}
+    turns = dict.fromkeys(n // count for n in places)
+    orders = {k: np.random.default_rng([plan.seed, 0, k]).permutation(count) for k in turns}
     return [int(orders[n // count][n % count]) for n in places]
 
 
@@ -160,9 +161,9 @@ def dropped(adapter: Adapter, model: Model, batch: Batch, rng: np.random.Generat
     rates = [name for name in DROPOUTS if getattr(adapter.config, name, 0)]
     if not rates:
         return adapter
-    if "decoder_input_ids" in batch:
-        raise ValueError(f"{rates[0]} must be 0 for encoder-decoder models, whose masks are not drawn here")
-    return dropout(adapter, model, batch["input_ids"].shape, seed=int(rng.integers(2**62)))
+    ids = batch["input_ids"]
+    seed = int(rng.integers(2**62))
+    return dropout(adapter, model, ids.shape, seed, batch.get("decoder_input_ids", ids).shape)  # type: ignore[union-attr]
 
 
 def trained(adapter: Adapter, state: State) -> Adapter:

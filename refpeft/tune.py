@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from refpeft.adapter import Adapter, found, replaced, substitutes
+from refpeft.config import POOLS
 from refpeft.method import DEFAULT_TARGETS, Method, Targets, excluded, targeted
 from refpeft.methods import METHODS
 from refpeft.model import Model, Site
@@ -22,13 +23,7 @@ MATRIX = (*LINEAR, "embedding")
 
 def init(method: str, config: Any, model: Model, seed: int = 0) -> Adapter:
     """A fresh adapter. `config`: the method's Config, or its fields as a dict; drawn from `seed` alone."""
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}: there are {', '.join(METHODS)}")
-    m = METHODS[method]
-    cfg = configured(m, method, config, model)
-    chosen = targets(cfg, model) if isinstance(cfg, Targets) else []
-    if hasattr(cfg, "fan_in_fan_out"):  # a fact of the layers, which HF peft wants to be told
-        cfg = replace(cfg, fan_in_fan_out=all(model.sites[role].kind == "conv1d" for role in chosen))
+    m, cfg, chosen = prepared(method, config, model)
     rng = np.random.default_rng(seed)
     params: dict[str, Array] = {}
     frozen: dict[str, Array] = {}
@@ -39,8 +34,20 @@ def init(method: str, config: Any, model: Model, seed: int = 0) -> Adapter:
         part = model.part(role)
         for name, value in m.init(cfg.at(part.path), part, rng).items():
             (frozen if name in m.FROZEN else params)[f"{part.path}.{key(m, part.kind, name)}"] = value
-    params |= {name: model.params[tensor].copy() for name, tensor in saved_whole(cfg, model).items()}
+    params |= {name: model.params[tensor].copy() for name, tensor in beside(m, cfg, model).items()}
     return Adapter(method, cfg, params, frozen)
+
+
+def prepared(method: str, config: Any, model: Model) -> tuple[Method, Any, list[str]]:
+    """The method, its config with what the model says, and the targeted sites."""
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}: there are {', '.join(METHODS)}")
+    m = METHODS[method]
+    cfg = configured(m, method, config, model)
+    chosen = targets(cfg, model) if isinstance(cfg, Targets) else []
+    if hasattr(cfg, "fan_in_fan_out"):  # a fact of the layers, which HF peft wants to be told
+        cfg = replace(cfg, fan_in_fan_out=all(model.sites[role].kind == "conv1d" for role in chosen))
+    return m, cfg, chosen
 
 
 def configured(m: Method, method: str, config: Any, model: Model) -> Any:
@@ -142,7 +149,7 @@ def targets(cfg: Targets, model: Model) -> list[str]:
 def language(model: Model) -> bool:
     """Are the outputs words, and not classes?"""
     out = model.sites.get("head.out")
-    return not {"first", "last"} & set(model.config.head) and not (out and out.path == "classifier")
+    return not set(POOLS) & set(model.config.head) and not (out and out.path == "classifier")
 
 
 def modules(model: Model) -> dict[str, str]:
@@ -150,6 +157,11 @@ def modules(model: Model) -> dict[str, str]:
     kinds = {site.path: site.kind for site in model.sites.values()}
     parts = [path.split(".") for path in kinds]
     return {".".join(p[:n]): "container" for p in parts for n in range(1, len(p))} | kinds
+
+
+def beside(m: Method, cfg: Any, model: Model) -> dict[str, str]:
+    """What a method's adapter trains whole besides its own; a method that selects tensors names these itself."""
+    return {} if hasattr(m, "merge_model") else saved_whole(cfg, model)
 
 
 def saved_whole(cfg: Any, model: Model) -> dict[str, str]:
@@ -169,31 +181,45 @@ def saved_whole(cfg: Any, model: Model) -> dict[str, str]:
             whole[site.path + ".bias"] = site.bias
         elif bias == "all" or role in chosen:
             whole[site.path + ".bias"] = site.bias
-    return {name: tensor for name, tensor in whole.items() if tensor in model.params}
+    return {name: tensor for name, tensor in whole.items() if tensor in model.params.keys() - model.config.buffers}
 
 
-def dropout(adapter: Adapter, model: Model, ids_shape: tuple[int, int], seed: int = 0) -> Adapter:
+def dropout(
+    adapter: Adapter,
+    model: Model,
+    ids_shape: tuple[int, int],
+    seed: int = 0,
+    decoder_shape: tuple[int, int] | None = None,
+) -> Adapter:
     """The adapter with masks for its `lora_dropout` p on inputs of this shape [b, s]: 0 with probability p, else
-    1/(1 − p), drawn from `seed` alone. Embeddings get none, since their inputs are ids (as in HF peft)."""
+    1/(1 − p), drawn from `seed` alone. Embeddings get none, since their inputs are ids (as in HF peft). An
+    encoder-decoder needs the `decoder_shape` too, that of decoder_input_ids."""
     own = getattr(METHODS[adapter.method], "masks", None)
     if own is not None:
-        return adapter.replace(masks=own(adapter.config, model, np.random.default_rng(seed), ids_shape))
+        return adapter.replace(masks=own(adapter.config, model, np.random.default_rng(seed), ids_shape, decoder_shape))
     rng, p = np.random.default_rng(seed), adapter.config.lora_dropout
     masks: dict[str, Array] = {}
     for role in targets(adapter.config, model) if p else ():
         part = model.part(role)
         if part.kind in LINEAR:
-            pooled = role in pooled_roles(model)
-            shape = (ids_shape[0], part.W.shape[1]) if pooled else (*ids_shape, part.W.shape[1])
+            sized = decoder_shape if model.config.encoder_decoder and decodes(role) else ids_shape
+            if sized is None:
+                raise ValueError("an encoder-decoder needs decoder_shape, the shape of decoder_input_ids")
+            shape = (*sized[: 1 if role in pooled_roles(model) else 2], part.W.shape[1])
             dtype = np.float32 if is_half(part.W.dtype) else part.W.dtype
             masks[part.path] = np.where(rng.random(shape) < p, 0, 1 / (1 - p)).astype(dtype)
     return adapter.replace(masks=masks)
 
 
+def decodes(role: str) -> bool:
+    """Does a layer of an encoder-decoder run over the decoder's tokens? Cross-attention takes keys from the encoder."""
+    return not role.startswith("encoder.") and not role.endswith(("cross.k", "cross.v"))
+
+
 def pooled_roles(model: Model) -> Sequence[str]:
     """The layers of the head that see one position only."""
     head = model.config.head
-    return head[next((n for n, step in enumerate(head) if step in ("first", "last")), len(head)) :]
+    return head[next((n for n, step in enumerate(head) if step in POOLS), len(head)) :]
 
 
 def merge(model: Model, adapter: Adapter | Sequence[Adapter]) -> Model:
@@ -217,8 +243,14 @@ def merge(model: Model, adapter: Adapter | Sequence[Adapter]) -> Model:
             params[sites[role].bias] = b
     sites = retied(model.sites, sites, params)
     used = {s.weight for s in sites.values()} | {s.bias for s in sites.values()}
-    source = model.source if sites == dict(model.sites) else {**model.source, "tie_word_embeddings": False}
+    source = model.source if sites == dict(model.sites) else untied_source(model)
     return replace(model, params={n: v for n, v in params.items() if n in used}, sites=sites, source=source)
+
+
+def untied_source(model: Model) -> dict[str, Any]:
+    """config.json of a model whose head is no longer tied; of a T5, the scale before it was said by the tie."""
+    kept = {"scale_decoder_outputs": True} if "scale" in model.config.head else {}
+    return {**model.source, "tie_word_embeddings": False, **kept}
 
 
 def mergeable(adapters: Sequence[Adapter]) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from refpeft.checkpoint.families import describe
+from refpeft.checkpoint.families import describe, plan
 from refpeft.model import Model, Site
 
 GPT2 = {"vocab_size": 29, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 24}
@@ -17,14 +17,27 @@ BERT = {
     "vocab_size": 29, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24,
     "max_position_embeddings": 24, "type_vocab_size": 2, "pad_token_id": 0,
 }  # fmt: skip
+T5 = {
+    "vocab_size": 29, "d_model": 16, "d_kv": 6, "d_ff": 24, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4,
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 10, "decoder_start_token_id": 0,
+}  # fmt: skip
+BART = {
+    "vocab_size": 29, "d_model": 16, "encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 24, "decoder_ffn_dim": 20, "max_position_embeddings": 24,
+}  # fmt: skip
 CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": GPT2,
     "llama": LLAMA,
     "qwen2": LLAMA,
     "bert": BERT,
     "roberta": BERT | {"pad_token_id": 1},
+    "t5": T5,
+    "bart": BART,
 }
-PREFIX = {"gpt2": "GPT2", "llama": "Llama", "qwen2": "Qwen2", "bert": "Bert", "roberta": "Roberta"}
+PREFIX = {
+    "gpt2": "GPT2", "llama": "Llama", "qwen2": "Qwen2", "bert": "Bert", "roberta": "Roberta", "t5": "T5",
+    "bart": "Bart",
+}  # fmt: skip
 ARCHITECTURES = [
     ("gpt2", "GPT2Model"), ("gpt2", "GPT2LMHeadModel"), ("gpt2", "GPT2ForSequenceClassification"),
     ("llama", "LlamaModel"), ("llama", "LlamaForCausalLM"), ("llama", "LlamaForSequenceClassification"),
@@ -33,6 +46,15 @@ ARCHITECTURES = [
     ("bert", "BertForTokenClassification"), ("roberta", "RobertaForTokenClassification"),
     ("roberta", "RobertaModel"), ("roberta", "RobertaForMaskedLM"), ("roberta", "RobertaForSequenceClassification"),
 ]  # fmt: skip
+ENCODER_DECODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "T5": ("t5", "ForConditionalGeneration", {}),
+    "T5 v1.1": ("t5", "ForConditionalGeneration", {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "T5Model": ("t5", "Model", {}),
+    "BART": ("bart", "ForConditionalGeneration", {}),
+    "BART, scaled": ("bart", "ForConditionalGeneration", {"scale_embedding": True, "activation_function": "relu"}),
+    "BartModel": ("bart", "Model", {}),
+    "BART classifier": ("bart", "ForSequenceClassification", {}),
+}
 DEFAULT = {"gpt2": "LMHeadModel", "llama": "ForCausalLM", "qwen2": "ForCausalLM", "bert": "Model", "roberta": "Model"}
 NORMS = ("layer_norm", "rms_norm")
 
@@ -59,6 +81,11 @@ def tiny(family: str, architecture: str | None = None, seed: int = 0, dtype: Any
     fields, sites, _ = describe(source)
     rng = np.random.default_rng(seed)
     params: dict[str, np.ndarray[Any, Any]] = {}
+    if family in ("t5", "bart"):
+        p = plan(source)
+        kinds = {site.weight: site.kind for site in p.sites.values()}
+        params = {n: weight(rng, kinds.get(n, ""), shape) for n, shape in p.shapes.items()}
+        return Model(fields, sites, {name: v.astype(dtype) for name, v in params.items()}, source)
     for role, site in sites.items():
         shape = shape_of(source, role, site)
         params.setdefault(site.weight, weight(rng, site.kind, shape))
@@ -70,6 +97,8 @@ def tiny(family: str, architecture: str | None = None, seed: int = 0, dtype: Any
 def weight(rng: np.random.Generator, kind: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
     if kind in NORMS:
         return 1 + 0.1 * rng.normal(size=shape)
+    if len(shape) == 1:
+        return 0.1 * rng.normal(size=shape)
     W = rng.normal(size=shape) / math.sqrt(shape[1])
     return np.ascontiguousarray(W.T) if kind == "conv1d" else W
 

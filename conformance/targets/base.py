@@ -22,6 +22,7 @@ class Target(Protocol):
         dtypes     of float16, bfloat16, float32, float64
         features   what it can be asked to do, see FEATURES
         without    optional: method → features that it lacks for this method
+        options    optional: method → fields of its config → the value that the target has chosen
         families   optional: of gpt2, llama, qwen2, bert, roberta, those that it can build
         linears    optional: family → the layers that it can adapt
         options    optional: method → fields of its config, with the only value that it has
@@ -55,5 +56,9 @@ FEATURES: Mapping[str, str] = {
     "modules_to_save": "train modules whole beside the adapter",
     "patterns": "rank_pattern and alpha_pattern",
     "cache": "decode with keys and values kept from before",
+    "loss": "give the loss of a language model for labels",
+    "drop": "put what a network made in its place: a prompt without its encoder",
+    "rows": "run several adapters in one batch, each for some of its rows",
+    "pull": "give the gradient of a linear function of the merged weights",
     "tied": "tied input and output embeddings",
 }

@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from refpeft.conformance import tiny
 from refpeft.conformance.case import DTYPES, Case, read
+from refpeft.conformance.targets import peft_prompts as prompts
 from refpeft.conformance.targets.base import FEATURES, Arrays, Skip
 from refpeft.conformance.targets.models import array, base_model, buildable, output, quietly, tensor, values_of
 from refpeft.conformance.targets.spec import answers, real
@@ -40,6 +41,8 @@ CLASSES = {"ln_tuning": "LNTuningConfig", "trainable_tokens": "TrainableTokensCo
 FLAG = {"rslora": "use_rslora", "dora": "use_dora"}
 NEEDED = {"bias": "lora_bias", "patterns": "alpha_pattern"}  # features that stand or fall with a config field
 
+ABSENT = ("rows", "pull")  # features that no version has
+
 
 class Peft:
     def __init__(self) -> None:
@@ -47,9 +50,11 @@ class Peft:
         self.declared = {
             "name": "peft", "version": peft.__version__, "levels": ["layer", "model", "lifecycle"],
             "methods": ["lora", *(method for method, flag in FLAG.items() if flag in FIELDS),
-                        *(method for method, name in CLASSES.items() if hasattr(peft, name))],
+                        *(method for method, name in {**CLASSES, **prompts.CLASSES}.items() if hasattr(peft, name))],
             "dtypes": list(DTYPES),
-            "features": [f for f in FEATURES if NEEDED.get(f, "r") in FIELDS and (f != "together" or together())],
+            "options": prompts.OPTIONS,
+            "features": [f for f in FEATURES if f not in ABSENT and NEEDED.get(f, "r") in FIELDS
+                         and (f != "together" or together())],
             "without": {method: ["embedding"] for method, flag in FLAG.items() if not adapts_embeddings(flag)},
             "families": [family for family in tiny.FAMILIES if buildable(family)],
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
@@ -109,6 +114,8 @@ def lora_config(fields: Mapping[str, Any], **more: Any) -> Any:
 
 def parameters(model: Any, adapter: str) -> dict[str, Any]:
     """An adapter's parameters, under the names they have in its file (without the prefix)."""
+    if prompts.prompted(model, adapter):
+        return prompts.parameters(model, adapter)
     found = {}
     for full, p in model.named_parameters():
         name = full.removeprefix(PREFIX)
@@ -246,6 +253,8 @@ def plain(kind: str, W: Array, b: Array | None) -> Any:
 
 def adapter_config(case: Case, name: str) -> Any:
     about = case.meta["adapters"][name]
+    if about["method"] in prompts.CLASSES:
+        return prompts.config(case, name)
     if about["method"] in CLASSES:
         return getattr(peft, CLASSES[about["method"]])(**about["config"])
     return lora_config(about["config"], fan_in_fan_out=case.meta["model"]["model_type"] == "gpt2")
@@ -298,9 +307,21 @@ class Whole:
         with torch.no_grad():
             return {"merged_logits": self.real(array(output(self.plain(), self.ids, self.mask)))}
 
+    def loss(self) -> Arrays:
+        with torch.no_grad():
+            out = self.model(input_ids=tensor(self.ids), labels=tensor(self.case.arrays["labels"]))
+        return {"loss": array(out.loss)}
+
+    def dropped(self) -> Arrays:
+        with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+            plain = prompts.dropped(self.model, base_model(self.case), Path(folder))
+            return {"dropped": self.real(array(output(plain, self.ids, self.mask)))}
+
     def decoded(self) -> Arrays:
         found, cache = [], None
         with torch.no_grad():
+            if prompts.prompted(self.model, self.names[0]):
+                return {"decoded": np.concatenate([array(y) for y in prompts.decoded(self.model, tensor(self.ids))], 1)}
             for t in range(self.ids.shape[1]):
                 out = self.model(input_ids=tensor(self.ids[:, t : t + 1]), past_key_values=cache, use_cache=True)
                 cache = out.past_key_values

@@ -5,6 +5,7 @@ Layer cases run one part of `refpeft.part`; model and lifecycle cases run `refpe
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 import refpeft
 from refpeft import bottleneck
 from refpeft.adapter import Adapter
+from refpeft.adapter import found as adapted
 from refpeft.checkpoint.adapters import PREFIX, contents
 from refpeft.checkpoint.families import describe
 from refpeft.conformance.case import DTYPES, Case
@@ -20,7 +22,7 @@ from refpeft.conformance.traits import known
 from refpeft.method import Phi
 from refpeft.methods import METHODS
 from refpeft.model import Model
-from refpeft.ops import Array
+from refpeft.ops import Array, cross_entropy
 from refpeft.part import BASE, Part, make, stored
 
 GREEK = {"bias": "β"}  # names in cases → names in the formulae
@@ -138,6 +140,8 @@ class Whole:
         self.base = model_of(case)
         self.inputs = {n: case.arrays[n] for n in ("attention_mask", "token_type_ids") if n in case.arrays}
         self.active = [adapter_of(case, name, self.base) for name in case.meta["active"]]
+        if "rows" in case.arrays:
+            self.active = refpeft.by_row(self.active, case.arrays["rows"])
 
     def logits(self) -> Arrays:
         return {"logits": self.real(self.base(self.case.arrays["ids"], self.active, **self.inputs)[0])}
@@ -157,6 +161,30 @@ class Whole:
             for n, grads in zip(names, vjp(self.case.arrays["dout"]), strict=True)
             for k, v in grads.items()
         }
+
+    def loss(self) -> Arrays:
+        """Of a language model: each row predicts the next token, and the last row of a prompt the first."""
+        y, labels = self.base(self.case.arrays["ids"], self.active)[0], self.case.arrays["labels"]
+        front = np.full((len(labels), y.shape[1] - labels.shape[1]), -100)
+        return {"loss": cross_entropy(y[:, :-1], np.concatenate([front, labels], axis=1)[:, 1:])[0]}
+
+    def dropped(self) -> Arrays:
+        plain = [refpeft.drop_encoder(a) for a in self.active]
+        return {"dropped": self.real(self.base(self.case.arrays["ids"], plain, **self.inputs)[0])}
+
+    def pulled(self) -> Arrays:
+        """Pᵀ g: the gradient of Σ ⟨θ′, g⟩ over the tensors of the merged model, each of them once."""
+        g, seen, found = tensors(self.case, "g/"), set[str](), dict[str, Array]()
+        for role, site in self.base.sites.items():
+            part = self.base.part(role)
+            dW = stored(part.kind, g[site.weight] * (site.weight not in seen))
+            seen.add(site.weight)
+            for adapter, φ in adapted(self.active[:1], part.path):
+                _, _, vjp = METHODS[adapter.method].merge(adapter.at(part.path), part.W, part.b, φ.values)
+                for name, d in vjp(partial(np.asarray, dW), partial(g.get, site.bias))[1].items():
+                    key = f"pulled/{self.case.meta['active'][0]}/{φ.keys[name][1]}"
+                    found[key] = found[key] + d() if key in found else d()
+        return found
 
     def merged(self) -> Arrays:
         return {f"merged/{n}": v for n, v in refpeft.merge(self.base, self.active).params.items()}

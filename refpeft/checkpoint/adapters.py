@@ -50,6 +50,7 @@ PLAIN_INITS = ("eva", "mica")  # they leave the base alone: A and B in the file 
 TWINS = {twin: name for name, twin in models.TWINS.items()}
 # of the methods that are not of LoRA's kind, each in a module of its own
 FORMATS = cast(Sequence[Format], (selection, prompts, prefix, intrinsic, bottleneck))
+HEADS = ("classifier", "score")
 METHOD_FLAGS = {"lora": (False, False), "rslora": (True, False), "dora": (False, True)}  # use_rslora, use_dora
 
 
@@ -71,10 +72,10 @@ def load_adapter(path: str | os.PathLike[str], model: Model) -> Adapter:
         method, cfg = read_config(raw, model)
         chosen = {model.sites[role].path: model.part(role) for role in tune.targets(cfg, model)}
         whole = tune.saved_whole(cfg, model)
+        own = {name: spec for part in chosen.values() for name, spec in expected(method, cfg, part).items()}
     except ValueError as e:
         raise Malformed(f"{CONFIG}: {e}") from None
     found = module_names(folder.tensors(where, "adapter_model"))
-    own = {name: spec for part in chosen.values() for name, spec in expected(method, cfg, part).items()}
     params: dict[str, Array] = {}
     for name, (shape, dtype) in own.items():
         params[name] = take(found, [name, name + ".weight"], name, shape, dtype, model)
@@ -100,19 +101,21 @@ def read_config(raw: Mapping[str, Any], model: Model) -> tuple[str, Any]:
         if name not in known and name not in IGNORED and value not in (None, False, "", [], {}):
             raise ValueError(f"{show(name)} is set to {show(value)}, which is not supported")
     fields = {n: v for n, v in raw.items() if n in known and n != "use_dora" and v is not None}
-    return method, tune.configured(METHODS[method], method, meant(fields, raw), model)
+    return method, tune.configured(METHODS[method], method, meant(fields, raw, model), model)
 
 
-def meant(fields: dict[str, Any], raw: Mapping[str, Any]) -> dict[str, Any]:
+def meant(fields: dict[str, Any], raw: Mapping[str, Any], model: Model) -> dict[str, Any]:
     """Where HF peft reads a field as something else than it says."""
     how = fields.get("init_lora_weights", True)
     if how in PLAIN_INITS:
         fields["init_lora_weights"] = True
     elif isinstance(how, str) and how not in lora.INITS:
         raise ValueError(f"init_lora_weights={show(how)} changes the base model in a way that the file does not hold")
-    if raw.get("task_type") in ("SEQ_CLS", "TOKEN_CLS"):  # HF peft trains their heads whole, named or not
+    if raw.get("task_type") in ("SEQ_CLS", "TOKEN_CLS"):  # HF peft trains their heads whole, named or not, if so called
         saved = fields.get("modules_to_save") or []
-        fields["modules_to_save"] = [*saved, *(n for n in ("classifier", "score") if n not in saved)]
+        fields["modules_to_save"] = [*saved, *(n for n in HEADS if n not in saved)]
+        if not any(path.endswith(HEADS) for path in tune.modules(model)):
+            fields["modules_to_save"] = [n for n in saved if n not in HEADS] or None
     return fields
 
 
@@ -129,14 +132,9 @@ Spec = tuple[tuple[int, ...], Any]  # shape, dtype
 
 def expected(method: str, cfg: Any, part: Part) -> dict[str, Spec]:
     """The tensors that the adapter has for one module."""
-    (o, i), r = part.W.shape, cfg.at(part.path).r
-    shapes: dict[str, tuple[int, ...]] = {"A": (r, i), "B": (o, r)}
-    if cfg.lora_bias:
-        shapes["β"] = (o,)
-    if method == "dora":
-        shapes["m"] = (o,)
-    dtype = np.float32 if is_half(part.W.dtype) else part.W.dtype
-    return {f"{part.path}.{tune.key(METHODS[method], part.kind, n)}": (s, dtype) for n, s in shapes.items()}
+    m, dtype = METHODS[method], np.float32 if is_half(part.W.dtype) else part.W.dtype
+    shapes = m.shapes(cfg.at(part.path), part)
+    return {f"{part.path}.{tune.key(m, part.kind, n)}": (s, dtype) for n, s in shapes.items() if n not in m.FROZEN}
 
 
 def take(found: dict[str, Array], aliases: list[str], name: str, shape: tuple[int, ...], dtype: Any, m: Model) -> Array:

@@ -53,6 +53,49 @@ def roberta_config(c: Json) -> dict[str, Any]:
     return bert_config(c) | {"positions": "nonpad", "pad_token_id": token(c, "pad_token_id", 1)}
 
 
+def t5_config(c: Json) -> dict[str, Any]:
+    """v1.0: a tied head, whose inputs are scaled. v1.1: a head of its own, and `tie_word_embeddings` false; but there
+    transformers 5 writes true in all cases, and says what the field meant in `scale_decoder_outputs`."""
+    require(c, is_decoder=False)
+    h = natural(c, "num_heads")
+    gate, _, act = str(c.get("feed_forward_proj") or "relu").rpartition("-")
+    name = {"gated-gelu": "gelu_new"}.get(f"{gate}-{act}", act)
+    if gate not in ("", "gated") or name not in activations:
+        fits = f"one of {', '.join(activations)}, or 'gated-' and one of them"
+        raise Malformed(f"config.json: feed_forward_proj must be {fits}, found {show(c['feed_forward_proj'])}")
+    n, longest = natural(c, "relative_attention_num_buckets", 32), natural(c, "relative_attention_max_distance", 128)
+    if n < 4 or longest <= n // 2:
+        raise Malformed(f"config.json: {n} relative_attention_num_buckets do not fit a max_distance of {longest}")
+    layers = natural(c, "num_layers")
+    return {
+        "hidden_size": natural(c, "d_model"), "num_layers": layers, "num_heads": h, "num_kv_heads": h,
+        "num_decoder_layers": natural(c, "num_decoder_layers", layers), "head_dim": natural(c, "d_kv"),
+        "activation": name, "gated": gate == "gated", "norm_first": True, "causal": True,
+        "norm_eps": positive(c, "layer_norm_epsilon", 1e-6), "attention_scale": 1.0, "relative": (n, longest),
+        "pad_token_id": token(c, "pad_token_id", 0), "eos_token_id": first_token(c, "eos_token_id", 1),
+        "decoder_start_token_id": token(c, "decoder_start_token_id"),
+        "head_scale": boolean(c, "scale_decoder_outputs", boolean(c, "tie_word_embeddings", True)),
+    }  # fmt: skip
+
+
+def bart_config(c: Json) -> dict[str, Any]:
+    require(c, is_encoder_decoder=True, is_decoder=False, normalize_before=False, normalize_embedding=True)
+    require(c, static_position_embeddings=False, add_final_layer_norm=False, extra_pos_embeddings=2)
+    h = natural(c, "encoder_attention_heads", 16)
+    require(c, decoder_attention_heads=h)
+    d = natural(c, "d_model", 1024)
+    return {
+        "hidden_size": d, "num_layers": natural(c, "encoder_layers", 12), "num_heads": h, "num_kv_heads": h,
+        "num_decoder_layers": natural(c, "decoder_layers", 12),
+        "head_dim": share({"d_model": d, "encoder_attention_heads": h}, "d_model", "encoder_attention_heads"),
+        "activation": activation(c, "activation_function", "gelu"), "gated": False, "norm_first": False,
+        "norm_eps": 1e-5, "causal": True, "position_offset": 2, "shifts_input": True,
+        "embed_scale": math.sqrt(d) if boolean(c, "scale_embedding", False) else 1.0,
+        "pad_token_id": token(c, "pad_token_id", 1), "eos_token_id": first_token(c, "eos_token_id", 2),
+        "decoder_start_token_id": token(c, "decoder_start_token_id", 2),
+    }  # fmt: skip
+
+
 def llama_bias(c: Json, role: str) -> bool:
     return bool(c.get("attention_bias" if role.startswith("attn") else "mlp_bias", False))
 
@@ -65,12 +108,24 @@ def always(c: Json, role: str) -> bool:
     return True
 
 
-def bert_width(c: Json) -> int:
+def never(c: Json, role: str) -> bool:
+    return False
+
+
+def bert_width(c: Json, stack: str) -> int:
     return int(natural(c, "intermediate_size"))
 
 
-def gpt2_width(c: Json) -> int:
+def gpt2_width(c: Json, stack: str) -> int:
     return int(natural(c, "n_inner", None) or 4 * natural(c, "n_embd"))
+
+
+def t5_width(c: Json, stack: str) -> int:
+    return int(natural(c, "d_ff"))
+
+
+def bart_width(c: Json, stack: str) -> int:
+    return int(natural(c, f"{stack}_ffn_dim", 4096))
 
 
 def frequencies(c: Json, e: int) -> np.ndarray[Any, Any]:
@@ -127,6 +182,12 @@ def natural(c: Json, name: str, default: Any = REQUIRED) -> Any:
 def token(c: Json, name: str, default: Any = None) -> Any:
     value = field_of(c, name, default, lambda v: is_number(v, int) and -1 <= v < 2**31, "a token id")
     return None if value == -1 else value
+
+
+def first_token(c: Json, name: str, default: int) -> Any:
+    """Of several, the first."""
+    several = c.get(name)
+    return token({name: several[0]} if isinstance(several, list) and several else c, name, default)
 
 
 def positive(c: Json, name: str, default: Any = REQUIRED) -> Any:

@@ -12,6 +12,8 @@ from typing import Any
 from refpeft.checkpoint.configs import (
     Json,
     always,
+    bart_config,
+    bart_width,
     bert_config,
     bert_width,
     boolean,
@@ -21,8 +23,11 @@ from refpeft.checkpoint.configs import (
     llama_bias,
     llama_config,
     natural,
+    never,
     qwen2_bias,
     roberta_config,
+    t5_config,
+    t5_width,
 )
 from refpeft.checkpoint.safetensors import Malformed, show
 from refpeft.config import Config, Site
@@ -36,23 +41,29 @@ class Head:
     sites: Mapping[str, tuple[str, str]]  # site → (module path, kind)
     tied: Mapping[str, str] = field(default_factory=dict)  # tensor of a tied layer → the tensor that it shares
     unbiased: tuple[str, ...] = ()  # its layers without a bias
+    renamed: Mapping[str, str] = field(default_factory=dict)  # tensor → its name, where that is another
+    buffers: tuple[str, ...] = ()  # its tensors that HF keeps as buffers
+    encoder_only: bool = False  # of an encoder-decoder
     unused: tuple[str, ...] = ()  # regular expressions: what HF files may hold for this head and it does not read
 
 
 @dataclass(frozen=True)
 class Family:
-    """`sites` and `layer` map sites to (module path below `base`, kind); {} is the layer's number."""
+    """`sites`, `layer` and `decoder` map sites to (module path below `base`, kind); {} is the layer's number. `layer`
+    is that of the only stack, or of the encoder where there is a `decoder`."""
 
-    base: str
+    base: str  # 'transformer.': the prefix of all that is below a head
     sites: Mapping[str, tuple[str, str]]
     layer: Mapping[str, tuple[str, str]]
     heads: Mapping[str, Head]
     config: Callable[[Json], dict[str, Any]]
     biased: Callable[[Json, str], bool]  # has this site of a layer (its name below 'layers.n.') a bias?
-    intermediate: Callable[[Json], int]
+    intermediate: Callable[[Json, str], int]
     unused: tuple[str, ...] = ()  # regular expressions for buffers that files may hold
-    final: tuple[str, ...] = ()  # steps after the layers of every architecture
     tie_by_default: bool = True
+    decoder: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    gated: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # in the place of those sites, if it is gated
+    copies: Mapping[str, str] = field(default_factory=dict)  # tensor below `base` → the tensor that it always equals
 
 
 def bert_layer(prefix: str = "encoder.layer.{}.") -> dict[str, tuple[str, str]]:
@@ -68,6 +79,57 @@ def bert_layer(prefix: str = "encoder.layer.{}.") -> dict[str, tuple[str, str]]:
     }
 
 
+def t5_layer(stack: str) -> dict[str, tuple[str, str]]:
+    """Sublayers are numbered: the decoder's have the attention to the encoder between the other two."""
+    blocks = {"attn": (0, "SelfAttention"), "cross": (1, "EncDecAttention")}
+    if stack == "encoder":
+        del blocks["cross"]
+    layer: dict[str, tuple[str, str]] = {}
+    for name, (n, module) in blocks.items():
+        layer |= {f"{name}.{x}": (f"{stack}.block.{{}}.layer.{n}.{module}.{x}", "linear") for x in "qkvo"}
+        layer[f"{name}.norm"] = (f"{stack}.block.{{}}.layer.{n}.layer_norm", "rms_norm")
+    at = f"{stack}.block.{{}}.layer.{len(blocks)}."
+    return layer | {
+        "mlp.up": (at + "DenseReluDense.wi", "linear"),
+        "mlp.down": (at + "DenseReluDense.wo", "linear"),
+        "mlp.norm": (at + "layer_norm", "rms_norm"),
+    }
+
+
+def t5_gated(stack: str, n: int) -> dict[str, tuple[str, str]]:
+    at = f"{stack}.block.{{}}.layer.{n}.DenseReluDense."
+    return {f"{stack}.mlp.gate": (at + "wi_0", "linear"), f"{stack}.mlp.up": (at + "wi_1", "linear")}
+
+
+def t5_stack(stack: str) -> dict[str, tuple[str, str]]:
+    return {
+        f"{stack}.embed.relative": (f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias", "embedding"),
+        f"{stack}.final.norm": (f"{stack}.final_layer_norm", "rms_norm"),
+    }
+
+
+def bart_layer(stack: str) -> dict[str, tuple[str, str]]:
+    at = f"{stack}.layers.{{}}."
+    blocks = {"attn": "self_attn", "cross": "encoder_attn"} if stack == "decoder" else {"attn": "self_attn"}
+    layer: dict[str, tuple[str, str]] = {}
+    for name, module in blocks.items():
+        layer |= {f"{name}.{x}": (f"{at}{module}.{x}_proj", "linear") for x in "qkv"}
+        layer[f"{name}.o"] = (f"{at}{module}.out_proj", "linear")
+        layer[f"{name}.norm"] = (f"{at}{module}_layer_norm", "layer_norm")
+    return layer | {
+        "mlp.up": (at + "fc1", "linear"),
+        "mlp.down": (at + "fc2", "linear"),
+        "mlp.norm": (at + "final_layer_norm", "layer_norm"),
+    }
+
+
+def bart_stack(stack: str) -> dict[str, tuple[str, str]]:
+    return {
+        f"{stack}.embed.position": (f"{stack}.embed_positions", "embedding"),
+        f"{stack}.embed.norm": (f"{stack}.layernorm_embedding", "layer_norm"),
+    }
+
+
 TOKENS = Head(("head.out",), {"head.out": ("classifier", "linear")})  # a class for every token
 PRETRAINING = (r"bert\.pooler\..*", r"cls\.seq_relationship\..*")  # as in bert-base-uncased
 
@@ -78,11 +140,19 @@ BERT_SITES = {
     "embed.norm": ("embeddings.LayerNorm", "layer_norm"),
 }
 
+COPIES = {"encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight"}
+T5_LM = Head(
+    ("scale", "head.out"),
+    {"head.out": ("lm_head", "linear")},
+    {"lm_head.weight": "shared.weight"},
+    unbiased=("head.out",),
+)
+
 
 # ── the tables ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 LLAMA = Family(
-    base="model",
+    base="model.",
     sites={"embed.token": ("embed_tokens", "embedding"), "final.norm": ("norm", "rms_norm")},
     layer={
         "attn.norm": ("layers.{}.input_layernorm", "rms_norm"),
@@ -111,13 +181,12 @@ LLAMA = Family(
     biased=llama_bias,
     intermediate=bert_width,
     unused=(r".*\.rotary_emb\.inv_freq",),
-    final=("final.norm",),
     tie_by_default=False,
 )
 
 FAMILIES: Mapping[str, Family] = {
     "gpt2": Family(
-        base="transformer",
+        base="transformer.",
         sites={
             "embed.token": ("wte", "embedding"),
             "embed.position": ("wpe", "embedding"),
@@ -147,12 +216,11 @@ FAMILIES: Mapping[str, Family] = {
         biased=always,
         intermediate=gpt2_width,
         unused=(r".*\.attn\.(masked_)?bias",),
-        final=("final.norm",),
     ),
     "llama": LLAMA,
     "qwen2": replace(LLAMA, biased=qwen2_bias),
     "bert": Family(
-        base="bert",
+        base="bert.",
         sites=BERT_SITES,
         layer=bert_layer(),
         heads={
@@ -182,7 +250,7 @@ FAMILIES: Mapping[str, Family] = {
         unused=(r".*\.(position|token_type)_ids",),
     ),
     "roberta": Family(
-        base="roberta",
+        base="roberta.",
         sites=BERT_SITES,
         layer=bert_layer(),
         heads={
@@ -211,6 +279,52 @@ FAMILIES: Mapping[str, Family] = {
         intermediate=bert_width,
         unused=(r".*\.(position|token_type)_ids",),
     ),
+    "t5": Family(
+        base="",
+        sites={"embed.token": ("shared", "embedding"), **t5_stack("encoder"), **t5_stack("decoder")},
+        layer=t5_layer("encoder"),
+        decoder=t5_layer("decoder"),
+        gated=t5_gated("encoder", 1) | t5_gated("decoder", 2),
+        heads={
+            "Model": Head((), {}, unused=(r"lm_head\.weight",)),
+            "EncoderModel": Head((), {}, encoder_only=True, unused=(r"lm_head\.weight", r"decoder\..*")),
+            "ForConditionalGeneration": T5_LM,
+            "WithLMHeadModel": T5_LM,  # what the class was called first
+        },
+        config=t5_config,
+        biased=never,
+        intermediate=t5_width,
+        unused=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),
+        copies=COPIES,
+    ),
+    "bart": Family(
+        base="model.",
+        sites={"embed.token": ("shared", "embedding"), **bart_stack("encoder"), **bart_stack("decoder")},
+        layer=bart_layer("encoder"),
+        decoder=bart_layer("decoder"),
+        heads={
+            "Model": Head((), {}, unused=(r"lm_head\.weight", r"final_logits_bias")),
+            "ForConditionalGeneration": Head(
+                ("head.out",),
+                {"head.out": ("lm_head", "linear")},
+                {"lm_head.weight": "model.shared.weight"},
+                renamed={"lm_head.bias": "final_logits_bias"},
+                buffers=("final_logits_bias",),
+            ),
+            "ForSequenceClassification": Head(
+                ("eos", "head.dense", "tanh", "head.out"),
+                {
+                    "head.dense": ("classification_head.dense", "linear"),
+                    "head.out": ("classification_head.out_proj", "linear"),
+                },
+            ),
+        },
+        config=bart_config,
+        biased=always,
+        intermediate=bart_width,
+        unused=(r"(.*\.)?(encoder|decoder)\.version",),
+        copies=COPIES,
+    ),
 }
 
 
@@ -224,7 +338,8 @@ class Plan:
     config: Config
     sites: Mapping[str, Site]
     shapes: Mapping[str, tuple[int, ...]]  # of the tensors that the sites name
-    tied: Mapping[str, str]
+    tied: Mapping[str, str]  # tensor → the one that it shares
+    copies: Mapping[str, str]  # those of them that do so whatever config.json says of ties
     base: str  # 'transformer.', or '' for a model without a head
     unused: tuple[str, ...]
 
@@ -235,19 +350,23 @@ def describe(c: Json) -> tuple[Config, dict[str, Site], dict[str, str]]:
     return p.config, dict(p.sites), dict(p.tied)
 
 
-def plan(c: Json) -> Plan:
-    family = family_of(c)
+def plan(c: Json, families: Mapping[str, Family] | None = None) -> Plan:
+    family = family_of(c, families or FAMILIES)
     suffix = head_of(c, family)
     head = family.heads[suffix]
-    base = "" if suffix == "Model" else family.base + "."
+    base = "" if suffix == "Model" else family.base
     fields = family.config(c)
-    steps = tuple(fields["activation"] if step == "act" else step for step in family.final + head.steps)
+    if head.encoder_only:
+        fields |= {"num_decoder_layers": None, "causal": False}
+    scale = fields.pop("head_scale", True)
+    steps = tuple(fields["activation"] if step == "act" else step for step in head.steps if step != "scale" or scale)
     tied = dict(head.tied) if boolean(c, "tie_word_embeddings", family.tie_by_default) else {}
+    names = {**tied, **head.renamed}
+    config = Config(family=c["model_type"], head=steps, buffers=head.buffers, **fields)
     sites = {
-        role: Site(path, k, tied.get(path + ".weight", path + ".weight"), tied.get(path + ".bias", path + ".bias"))
-        for role, (path, k) in places(family, head, base, fields["num_layers"]).items()
+        role: Site(path, k, names.get(path + ".weight", path + ".weight"), names.get(path + ".bias", path + ".bias"))
+        for role, (path, k) in places(family, head, base, config).items()
     }
-    config = Config(family=c["model_type"], head=steps, **fields)
     shapes: dict[str, tuple[int, ...]] = {}
     for role, site in sites.items():
         shape = site_shape(c, family, config, role)
@@ -255,14 +374,15 @@ def plan(c: Json) -> Plan:
         if has_bias(c, family, head, role, site.kind):
             shapes[site.bias] = shape[:1]
     unused = (*family.unused, *head.unused, *map(re.escape, head.tied.values() if not tied else head.tied))
-    return Plan(config, sites, shapes, tied, base, unused)
+    copies = {base + copy: base + original for copy, original in family.copies.items()}
+    return Plan(config, sites, shapes, tied | copies, copies, base, (*unused, *map(re.escape, copies)))
 
 
-def family_of(c: Json) -> Family:
+def family_of(c: Json, families: Mapping[str, Family]) -> Family:
     kind = c.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        raise Malformed(f"config.json: model_type must be one of {', '.join(FAMILIES)}, found {show(kind)}")
-    return FAMILIES[kind]
+    if not isinstance(kind, str) or kind not in families:
+        raise Malformed(f"config.json: model_type must be one of {', '.join(families)}, found {show(kind)}")
+    return families[kind]
 
 
 def head_of(c: Json, family: Family) -> str:
@@ -278,36 +398,53 @@ def head_of(c: Json, family: Family) -> str:
     return suffix
 
 
-def places(family: Family, head: Head, base: str, layers: int) -> dict[str, tuple[str, str]]:
+LAYER = re.compile(r"(?:(encoder|decoder)\.)?layers\.\d+\.(.*)")
+
+
+def places(family: Family, head: Head, base: str, config: Config) -> dict[str, tuple[str, str]]:
     """Every site's module path and kind."""
     where = {role: (base + path, k) for role, (path, k) in family.sites.items()}
-    for n in range(layers):
-        where |= {f"layers.{n}.{role}": (base + path.format(n), k) for role, (path, k) in family.layer.items()}
+    stacks = {"encoder.": config.num_layers, "decoder.": config.num_decoder_layers or 0}
+    for stack, layers in stacks.items() if family.decoder else [("", config.num_layers)]:
+        layer = dict(family.decoder if stack == "decoder." else family.layer)
+        if config.gated:
+            layer |= {r.removeprefix(stack): v for r, v in family.gated.items() if r.startswith(stack)}
+        for n in range(layers):
+            where |= {f"{stack}layers.{n}.{role}": (base + path.format(n), k) for role, (path, k) in layer.items()}
+    if head.encoder_only:  # one stack, named like one
+        where = {r.removeprefix("encoder."): v for r, v in where.items() if not r.startswith("decoder.")}
     return where | dict(head.sites)
 
 
 def has_bias(c: Json, family: Family, head: Head, role: str, kind: str) -> bool:
     if kind in ("embedding", "rms_norm") or role in head.unbiased:
         return False
-    return kind == "layer_norm" or not role.startswith("layers.") or family.biased(c, role.split(".", 2)[2])
+    in_layer = LAYER.fullmatch(role)
+    return kind == "layer_norm" or in_layer is None or family.biased(c, in_layer[2])
 
 
 def site_shape(c: Json, family: Family, config: Config, role: str) -> tuple[int, ...]:
     """The shape of a site's W [o, i], an embedding's E [v, d], or a norm's gain [d], as the config has it."""
     d, e = config.hidden_size, config.head_dim
     q, kv = config.num_heads * e, config.num_kv_heads * e
-    name = role.split(".", 2)[2] if role.startswith("layers.") else role
+    stack, name = (
+        m.groups() if (m := LAYER.fullmatch(role)) else ("", role.removeprefix("encoder.").removeprefix("decoder."))
+    )
     if name.endswith("norm"):
         return (d,)
     if name.startswith("mlp."):
-        ff = family.intermediate(c)
+        ff = family.intermediate(c, stack or "")
         return (d, ff) if name == "mlp.down" else (ff, d)
     if name in ("embed.token", "head.out"):
         classes = name == "head.out" and c["architectures"][0].endswith("Classification")
         return (labels(c) if classes else natural(c, "vocab_size"), d)
     if name == "embed.position":
-        return (natural(c, "n_positions" if "n_positions" in c else "max_position_embeddings"), d)
+        room = natural(c, "n_positions" if "n_positions" in c else "max_position_embeddings")
+        return (room + config.position_offset, d)
+    if name == "embed.relative" and config.relative:
+        return (config.relative[0], config.num_heads)
     if name == "embed.type":
         return (natural(c, "type_vocab_size"), d)
-    widths = {"attn.q": (q, d), "attn.k": (kv, d), "attn.v": (kv, d), "attn.o": (d, q), "attn.qkv": (q + 2 * kv, d)}
-    return widths.get(name, (d, d))
+    widths = {"q": (q, d), "k": (kv, d), "v": (kv, d), "o": (d, q), "qkv": (q + 2 * kv, d)}
+    where, _, last = name.partition(".")
+    return widths[last] if where in ("attn", "cross") else (d, d)

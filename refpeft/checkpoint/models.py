@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -22,17 +23,28 @@ def load(path: str | os.PathLike[str], dtype: Any = None) -> Model:
     """The model of an HF folder: config.json and safetensors files, mapped; nothing is copied unless `dtype` asks for
     another one than the files have. Every tensor is accounted for: a missing, unknown or misshapen one is an error."""
     where = folder.existing(path)
-    source = safetensors.read_json(where / "config.json")
+    source: Mapping[str, Any] = safetensors.read_json(where / "config.json")
     if source.get("quantization_config"):
         raise Malformed("config.json: quantization_config is set, and quantised checkpoints are not read")
+    tensors = folder.tensors(where, "model")
+    source = with_ties(source, tensors)
     p = plan(source)
-    params = named_as_planned(p, folder.tensors(where, "model"))
+    params = named_as_planned(p, tensors)
     params = check(p, params)
     if dtype is not None:
         to = float_dtype(dtype)
         params = {name: a.astype(to, copy=False) for name, a in params.items()}
     sites = {role: s for role, s in p.sites.items() if s.weight in params}
     return Model(p.config, sites, params, source)
+
+
+def with_ties(source: Mapping[str, Any], tensors: Mapping[str, Array]) -> Mapping[str, Any]:
+    """config.json of a T5 with a head of its own says so again, if transformers 5 wrote it, which then unties the two
+    if the file has both."""
+    a, b = tensors.get("shared.weight"), tensors.get("lm_head.weight")
+    if source.get("model_type") != "t5" or "scale_decoder_outputs" not in source or a is None or b is None:
+        return source
+    return source if np.array_equal(a, b) else {**source, "tie_word_embeddings": False}
 
 
 def float_dtype(dtype: Any) -> "np.dtype[Any]":
@@ -61,12 +73,12 @@ def named_as_planned(p: Plan, found: Mapping[str, Array]) -> dict[str, Array]:
             new = without_prefix(p, new, stray or prefix_of(p))
         if new in named:
             raise Malformed(f"tensors {show(name)} and another one both stand for {new!r}")
-        named[new] = a
+        named[new] = a[0] if new in ROWS and a.ndim == 2 and len(a) == 1 else a
     return named
 
 
 def prefix_of(p: Plan) -> str:
-    return {"gpt2": "transformer.", "llama": "model.", "qwen2": "model."}.get(p.config.family, "")
+    return {"gpt2": "transformer.", "llama": "model.", "qwen2": "model.", "bart": "model."}.get(p.config.family, "")
 
 
 def without_prefix(p: Plan, name: str, prefix: str) -> str:
@@ -75,12 +87,14 @@ def without_prefix(p: Plan, name: str, prefix: str) -> str:
 
 
 def check(p: Plan, named: Mapping[str, Array]) -> dict[str, Array]:
-    """Exactly the tensors that the plan names, each of its shape. A pooler that nothing reads may be absent."""
+    """Exactly the tensors that the plan names, each of its shape. A pooler that nothing reads may be absent, and so may
+    a buffer, which is zero then."""
     resolve_ties(p, named := dict(named))
     optional = set()
     if "pooler" in p.sites and "pooler" not in p.config.head:
         pooler = {p.sites["pooler"].weight, p.sites["pooler"].bias}
         optional = pooler if not pooler & named.keys() else set()
+    optional |= {name for name in p.config.buffers if name not in named}
     for name, shape in p.shapes.items():
         if name in optional:
             continue
@@ -112,8 +126,8 @@ def resolve_ties(p: Plan, named: dict[str, Array]) -> None:
             named[original] = named[copy]
         elif not np.array_equal(named[copy], named[original]):
             raise Malformed(
-                f"tensor {copy!r} differs from {original!r}, though config.json ties them: "
-                "set tie_word_embeddings to false"
+                f"tensor {copy!r} differs from {original!r}, "
+                + ("of which it must be a copy" if copy in p.copies else TIED)
             )
 
 
@@ -122,11 +136,20 @@ def resolve_ties(p: Plan, named: dict[str, Array]) -> None:
 
 def save(model: Model, path: str | os.PathLike[str]) -> None:
     """An HF folder that `load` and transformers read (config.json, model.safetensors), written whole or not at all."""
+    with folder.new_folder(path, needs=size(model)) as new:
+        write(model, new)
+
+
+def write(model: Model, new: Path) -> None:
+    """The files of a model, into a folder that is being made."""
     tensors = planned_tensors(model)
-    source = with_dtype(model.source, tensors)
-    with folder.new_folder(path) as new:
-        safetensors.write_json(new / "config.json", source)
-        safetensors.write(new / "model.safetensors", tensors)
+    safetensors.write_json(new / "config.json", with_dtype(model.source, tensors))
+    safetensors.write(new / "model.safetensors", tensors)
+
+
+def size(model: Model) -> int:
+    """The bytes of all tensors."""
+    return sum(a.nbytes for a in model.params.values())
 
 
 def planned_tensors(model: Model) -> dict[str, Array]:
@@ -147,9 +170,14 @@ def planned_tensors(model: Model) -> dict[str, Array]:
                 raise ValueError(f"{name!r} stands for two different tensors, since config.json ties them")
             tensors[name] = a
     check(p, tensors)
+    tensors |= {name: tensors[name][None] for name in ROWS if name in tensors}
+    if not p.tied.keys() - p.copies.keys():  # a loader that is told of no ties looks for them
+        tensors |= {copy: tensors[original] for copy, original in p.copies.items()}
     return tensors | {twin: tensors[name] for name, twin in TWINS.items() if name in tensors and not p.tied}
 
 
+TIED = "though config.json ties them: set tie_word_embeddings to false"
+ROWS = ("final_logits_bias",)  # [1, v] in files
 TWINS = {  # HF keeps the bias of an untied masked-LM head in two places
     "cls.predictions.decoder.bias": "cls.predictions.bias",
     "lm_head.decoder.bias": "lm_head.bias",

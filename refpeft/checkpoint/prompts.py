@@ -10,11 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from refpeft import tune
 from refpeft.adapter import Adapter
-from refpeft.checkpoint import models
+from refpeft.checkpoint import models, tokens
 from refpeft.checkpoint.safetensors import Malformed, show
 from refpeft.methods import METHODS as ALL
 from refpeft.methods import p_tuning
@@ -94,7 +92,7 @@ def write(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Array]]:
     if config.get("prompt_tuning_init") == "TEXT" and not (cfg.prompt_tuning_init_text and cfg.tokenizer_name_or_path):
         config["prompt_tuning_init"] = "RANDOM"  # HF peft refuses a TEXT without them, though it will not use them
     config |= {"peft_type": TYPES[adapter.method], "base_model_name_or_path": None, "inference_mode": True}
-    tensors = {name if name == P else PREFIX + name: np.ascontiguousarray(a) for name, a in params.items()}
+    tensors = {name if name == P else PREFIX + name: a for name, a in params.items()}
     twins = {PREFIX + other: params[own] for own, other in models.TWINS.items() if own in params}
     return config, tensors | twins
 
@@ -104,15 +102,7 @@ def write(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Array]]:
 
 def tokenizer(folder: str | Path) -> Any:
     """The tokenizer of a model's folder, which neither cuts nor pads."""
-    from tokenizers import Tokenizer
-
-    file = Path(folder) / "tokenizer.json"
-    if not file.is_file():
-        raise Malformed(f"{folder}: there is no tokenizer.json")
-    try:
-        found = Tokenizer.from_file(str(file))
-    except Exception as e:  # of no particular type
-        raise Malformed(f"{file}: {e}") from None
+    found = tokens.read(folder)
     found.no_truncation()
     found.no_padding()
     return found

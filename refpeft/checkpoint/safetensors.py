@@ -177,21 +177,35 @@ def view(mapped: mmap.mmap, dtype: np.dtype[Any], shape: tuple[int, ...], begin:
 
 
 def write(path: Path, tensors: Mapping[str, Array]) -> None:
-    """A file of these tensors: widest dtype first, then by name, so that every one is aligned."""
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    """A file of these tensors."""
+    with path.open("wb") as f:
+        f.write(header_of(tensors))
+        for name in in_order(tensors):
+            a = np.ascontiguousarray(tensors[name])
+            f.write(a.reshape(-1).view(np.uint8).data)
+
+
+def in_order(tensors: Mapping[str, Array]) -> list[str]:
+    """The widest dtype first, then by name, so that every one is aligned."""
+    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+
+
+def header_of(tensors: Mapping[str, Array]) -> bytes:
+    """What stands before the tensors' bytes: the length of the header, and the header."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # without it transformers 4 refuses the file
     end = 0
-    for name in order:
+    for name in in_order(tensors):
         a = tensors[name]
         begin, end = end, end + a.nbytes
         header[name] = {"dtype": dtype_name(name, a), "shape": list(a.shape), "data_offsets": [begin, end]}
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
-    with path.open("wb") as f:
-        f.write(len(raw).to_bytes(8, "little") + raw)
-        for name in order:
-            a = np.ascontiguousarray(tensors[name])
-            f.write(a.reshape(-1).view(np.uint8).data)
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def size(tensors: Mapping[str, Array]) -> int:
+    """How long the file would be."""
+    return len(header_of(tensors)) + sum(int(a.nbytes) for a in tensors.values())
 
 
 def dtype_name(name: str, a: Array) -> str:

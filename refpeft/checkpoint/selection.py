@@ -13,7 +13,9 @@ import numpy as np
 
 from refpeft import tune
 from refpeft.adapter import Adapter
+from refpeft.checkpoint.families import plan
 from refpeft.checkpoint.safetensors import Malformed, show
+from refpeft.count import outline
 from refpeft.methods import METHODS as ALL
 from refpeft.model import Model
 from refpeft.ops import Array, is_half
@@ -36,7 +38,7 @@ def read(raw: Mapping[str, Any], tensors: Mapping[str, Array], model: Model) -> 
         cfg = tune.configured(
             ALL[method], method, {n: v for n, v in raw.items() if n in known and v is not None}, model
         )
-        start = tune.init(method, cfg, model).params
+        start = outline(method, cfg, model).params
     except ValueError as e:
         raise Malformed(f"adapter_config.json: {e}") from None
     found = {name.removeprefix(PREFIX).replace(NORM, "."): a for name, a in tensors.items()}
@@ -60,8 +62,10 @@ def checked(name: str, like: Array, found: Mapping[str, Array], model: Model) ->
 
 
 def repeated(found: Mapping[str, Array], model: Model) -> set[str]:
-    """HF peft writes the rows of a tied head a second time, under the head's name."""
+    """HF peft writes the rows of a tied head a second time, under the head's name; so for other names of the table."""
     weights = {site.path: site.weight for site in model.sites.values()}
+    if model.source:
+        weights |= {copy.removesuffix(".weight"): name for copy, name in plan(model.source).copies.items()}
     rows = {n: n.removesuffix(".trainable_tokens_delta") for n in found if n.endswith(".trainable_tokens_delta")}
     return {
         n

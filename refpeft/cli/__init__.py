@@ -14,8 +14,12 @@ from refpeft.cli.errors import sentence
 COMMANDS = {  # in the order of `refpeft --help`
     "check": ("check", "replay", "targets", "mutants", "report"),
     "methods": ("methods",),
+    "count": ("count",),
     "train": ("train",),
+    "extend": ("extend",),
+    "merge": ("merge",),
     "export": ("export",),
+    "generate": ("generate",),
     "prompts": ("read-prompt",),
     "audit": ("audit",),
 }

@@ -14,19 +14,38 @@ from refpeft.cli import stop
 
 
 def export(
-    model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="The base model: an HF folder (config.json, *.safetensors).")
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="DIR", help="The folder (or file) to make. It must not exist.")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder to make. It must not exist.")],
+    model: Annotated[
+        Path | None,
+        typer.Argument(metavar="MODEL", help="The base model: an HF folder (config.json, *.safetensors)."),
+    ] = None,
     adapter: Annotated[
         list[Path] | None,
         typer.Option("--adapter", "-a", metavar="DIR", help="A PEFT adapter folder. Give several to combine them."),
     ] = None,
-    form: Annotated[str, typer.Option(help="[b]merged[/]: the adapters folded into the weights.")] = "merged",
+    form: Annotated[
+        str, typer.Option("--form", "-f", help="What is in the graph, and what comes from outside.")
+    ] = "merged",
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Keys and values as inputs and outputs, to write token by token.")
+    ] = False,
+    last_logits: Annotated[
+        bool, typer.Option("--last-logits", help="With --decode: logits of the last position only, which is faster.")
+    ] = False,
     dtype: Annotated[str, typer.Option(help="Of weights and arithmetic: [b]float32[/] or [b]float16[/].")] = "float32",
     external_data: Annotated[
         bool | None,
         typer.Option(help="Keep the weights in model.onnx.data beside the graph.", show_default="above 100 MB"),
+    ] = None,
+    adapter_only: Annotated[
+        Path | None,
+        typer.Option(
+            "--adapter-only",
+            metavar="FOLDER",
+            help="Make no model, but a file of the adapter for this folder: of the form inputs, prompt or prefix.",
+        ),
     ] = None,
     verify: Annotated[bool, typer.Option(help="Run the result on onnxruntime against the specification.")] = True,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")] = None,
@@ -40,28 +59,56 @@ def export(
     rounding explains; above 10 nothing is kept. bfloat16 checkpoints become
     float32.
 
+    [b]--form[/]
+    merged     the adapters folded into the weights: nothing to pay when it runs
+    unmerged   base weights untouched, the adapters beside them: every method
+    inputs     the adapter from outside: one session for the base model and many
+    prompt     a soft prompt from outside, its rows named by ids
+    prefix     as --decode, a prefix as the keys and values before the first token
+    multi      several adapters, another one for each row of a batch
+
     [cyan]refpeft export bert-base --out exported[/cyan]
     [cyan]refpeft export gpt2 --adapter my-lora --out exported --dtype float16[/cyan]
+    [cyan]refpeft export gpt2 --adapter my-lora --form inputs --out served[/cyan]
+    [cyan]refpeft export --adapter-only served --adapter my-other-lora --out other.onnx_adapter[/cyan]
+    [cyan]refpeft export gpt2 --adapter my-lora --decode --out writer[/cyan]
 
     Exit code 0: exported. 1: not equal to the specification, so not kept.
     2: could not run.
     """
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that nothing is left behind
+    if (model is None) == (adapter_only is None):
+        raise ValueError("give either MODEL, to export it, or --adapter-only FOLDER")
+    if model is not None:
+        result = export_model(model, adapter or [], out, form, dtype, external_data, verify, decode, last_logits)
+        show(result, Console())
+        content = result.as_json()
+    else:
+        content = export_adapter(adapter_only, adapter or [], out)
+    if json_file:
+        json_file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def export_model(model: Path, adapters: list[Path], *options: Any) -> Any:
     import refpeft
     from refpeft.export.program import export as run
 
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that nothing is left behind
+    out, form, dtype, external, verify, decode, last_logits = options
     with Console(stderr=True).status("reading the checkpoint") as status:
         base = refpeft.load(model)
-        adapters = [refpeft.load_adapter(folder, base) for folder in adapter or ()]
+        loaded = [refpeft.load_adapter(folder, base) for folder in adapters]
         try:
-            result = run(
-                base, adapters, out, form, dtype, external_data, verify=verify, source=model, report=status.update
-            )
+            return run(base, loaded, out, form, dtype, external, verify, model, status.update, decode, last_logits)
         except ArithmeticError as error:
             stop(str(error), 1)
-    if json_file:
-        json_file.write_text(json.dumps(result.as_json(), indent=2) + "\n")
-    show(result, Console())
+
+
+def export_adapter(folder: Any, adapters: list[Path], out: Path) -> dict[str, Any]:
+    from refpeft.export.readapter import adapter_only
+
+    tensors = adapter_only(folder, adapters, out)
+    Console().print(f"{out}: {len(tensors)} tensors for the graph in {folder}, {out.stat().st_size / 1e6:,.2f} MB")
+    return {"file": str(out), "tensors": tensors}
 
 
 def show(result: Any, console: Console) -> None:
@@ -72,7 +119,8 @@ def show(result: Any, console: Console) -> None:
     table.add_row("graph", f"{result.nodes} nodes, {where}")
     table.add_row("size", f"{result.bytes / 1e6:,.1f} MB")
     for case in result.cases:
-        table.add_row(f"batch {case['batch']} × length {case['length']}", f"ratio {case['ratio']:.2f}")
+        what = f"{case['what']}, " if case["what"] else ""
+        table.add_row(f"{what}batch {case['batch']} × length {case['length']}", f"ratio {case['ratio']:.2f}")
     console.print(table)
     if result.cases:
         worst = max(case["ratio"] for case in result.cases)

@@ -19,12 +19,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from refpeft.selection import copies, hooks, inside, merge_model, tensors
+from refpeft.selection import copies, hooks, inside, merge_model, originals, tensors
 
 if TYPE_CHECKING:
     from refpeft.model import Model
 
-__all__ = ["FROZEN", "KEYS", "Config", "hooks", "init_model", "merge_model"]
+__all__ = ["FROZEN", "KEYS", "Config", "hooks", "init_model", "merge_model", "outline_model"]
 
 KEYS: Mapping[str, tuple[str | None, str | None]] = {}
 FROZEN = ()
@@ -49,4 +49,4 @@ def select(cfg: Config, model: "Model") -> Collection[str]:
     return [*biases, *tensors(model, inside(model, cfg.modules_to_save))]
 
 
-init_model = copies(select)
+init_model, outline_model = copies(select), originals(select)

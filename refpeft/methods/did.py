@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from refpeft.fastfood import fastfood, length
+from refpeft.hollow import hollow
 from refpeft.method import Base, Merged, Phi, Values, as_dtype, branch, excluded, matches, weight
 from refpeft.ops import Array, is_half
 from refpeft.part import BASE, Lazy, Once, Part
@@ -90,7 +91,8 @@ def tensors(cfg: Config, model: "Model") -> Tensors:
     found: dict[str, list[str]] = {}
     for site in model.sites.values():
         for tensor, name in ((site.weight, site.path + ".weight"), (site.bias, site.path + ".bias")):
-            if tensor in model.params and not excluded(cfg, site.path) and not excluded(cfg, name):
+            there = tensor in model.params and tensor not in model.config.buffers
+            if there and not excluded(cfg, site.path) and not excluded(cfg, name):
                 found.setdefault(tensor, []).append(name)
     if cfg.target_modules is not None:
         found = {t: names for t, names in found.items() if any(targeted(cfg, name) for name in names)}
@@ -112,6 +114,27 @@ def init_model(
     return {SHARED["θ"]: np.zeros(cfg.d, wide(found, model))}, frozen
 
 
+def outline_model(cfg: Config, model: "Model", chosen: Sequence[str]) -> tuple[dict[str, Array], dict[str, Array]]:
+    """θ [d]; B, Π and G [L] of every tensor, L a power of two."""
+    found = tensors(cfg, model)
+    return {SHARED["θ"]: hollow((cfg.d,), wide(found, model))}, outlines("did", found, model, cfg.d)
+
+
+def outlines(method: str, found: Tensors, model: "Model", d: int) -> dict[str, Array]:
+    frozen: dict[str, Array] = {}
+    for tensor, names in found.items():
+        shape = (length(model.params[tensor].size, d),)
+        dtypes = {"signs": np.int8, "permutation": np.int32, "gaussian": wide(found, model)}
+        frozen |= companions(method, names, {key: hollow(shape, dtype) for key, dtype in dtypes.items()})
+    return frozen
+
+
+def companions(method: str, names: Sequence[str], own: Mapping[str, Array]) -> dict[str, Array]:
+    """'x.c_attn.bias' and 'signs' → 'x.c_attn.did_bias_signs'"""
+    places = [name.rsplit(".", 1) for name in names]
+    return {f"{path}.{method}_{leaf}_{key}": v for path, leaf in places for key, v in own.items()}
+
+
 def wide(found: Tensors, model: "Model") -> np.dtype[Any]:
     """The dtype of what is trained: the model's, float32 for 16 bits."""
     return np.result_type(np.float32, *{v.dtype for v in (model.params[t] for t in found) if not is_half(v.dtype)})
@@ -128,8 +151,7 @@ def projections(
         B, Π, G = rng.choice(np.array([-1, 1], np.int8), L), rng.permutation(L).astype(np.int32), rng.normal(size=L)
         D = sum(sizes.values()) if columns == "model" else sizes[tensor]
         own = {"signs": B, "permutation": Π, "gaussian": (G / np.sqrt(D * (G * G).sum())).astype(dtype)}
-        for path, leaf in (name.rsplit(".", 1) for name in names):
-            frozen |= {f"{path}.{method}_{leaf}_{key}": v for key, v in own.items()}
+        frozen |= companions(method, names, own)
     return frozen
 
 

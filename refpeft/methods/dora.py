@@ -33,13 +33,13 @@ import numpy as np
 
 from refpeft.method import Base, Merged, Phi, Values, as_dtype, branch, masked
 from refpeft.methods import lora
-from refpeft.methods.lora import FROZEN, ΔW, dΔW, low_rank
+from refpeft.methods.lora import FROZEN, ΔW, dΔW, kept, low_rank
 from refpeft.ops import Array, rows
 from refpeft.part import Back, Grads, Key, Lazy, Once, Part, Run, Want, join, plus
 
 KEYS = {**lora.KEYS, "m": ("lora_magnitude_vector", "lora_magnitude_vector")}
 
-__all__ = ["FROZEN", "KEYS", "Config", "init", "merge", "wrap"]
+__all__ = ["FROZEN", "KEYS", "Config", "init", "kept", "merge", "shapes", "wrap"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,11 @@ def norm(cfg: Config, V: Array) -> Array:
     V = V.real if cfg.detach_norm else V
     n = np.sqrt((V * V).sum(1))
     return n + (n.real == 0)
+
+
+def shapes(cfg: Config, part: Part) -> dict[str, tuple[int, ...]]:
+    """Those of LoRA, and m [o]."""
+    return {**lora.shapes(cfg, part), "m": part.W.shape[:1]}
 
 
 def init(cfg: Config, part: Part, rng: np.random.Generator) -> dict[str, Array]:

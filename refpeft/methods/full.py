@@ -11,12 +11,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from refpeft.selection import copies, hooks, merge_model
+from refpeft.selection import copies, hooks, merge_model, originals
 
 if TYPE_CHECKING:
     from refpeft.model import Model
 
-__all__ = ["FROZEN", "KEYS", "Config", "hooks", "init_model", "merge_model"]
+__all__ = ["FROZEN", "KEYS", "Config", "hooks", "init_model", "merge_model", "outline_model"]
 
 KEYS: Mapping[str, tuple[str | None, str | None]] = {}
 FROZEN = ()
@@ -31,4 +31,4 @@ def select(cfg: Config, model: "Model") -> Collection[str]:
     return model.params.keys()
 
 
-init_model = copies(select)
+init_model, outline_model = copies(select), originals(select)

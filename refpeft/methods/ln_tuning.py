@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from refpeft.method import matches
-from refpeft.selection import copies, hooks, merge_model, tensors
+from refpeft.selection import copies, hooks, merge_model, originals, tensors
 
 if TYPE_CHECKING:
     from refpeft.model import Model
 
-__all__ = ["FROZEN", "KEYS", "Config", "hooks", "init_model", "merge_model"]
+__all__ = ["FROZEN", "KEYS", "Config", "hooks", "init_model", "merge_model", "outline_model"]
 
 KEYS: Mapping[str, tuple[str | None, str | None]] = {
     "γ": ("ln_tuning_layers.weight", None),
@@ -49,4 +49,4 @@ def select(cfg: Config, model: "Model") -> Collection[str]:
     return tensors(model, found)
 
 
-init_model = copies(select)
+init_model, outline_model = copies(select), originals(select)

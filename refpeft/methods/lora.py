@@ -28,12 +28,17 @@ Where implementations differ:
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from refpeft.hollow import hollow
 from refpeft.method import Base, Merged, Phi, Targets, Values, as_dtype, at, branch, masked, together
 from refpeft.ops import Array, is_half, linear
 from refpeft.part import Back, Grads, Lazy, Once, Part, Run, Want, link
+
+if TYPE_CHECKING:
+    from refpeft.adapter import Adapter
 
 # name in the formulae → key in checkpoints: of a linear or Conv1D layer, of an embedding
 KEYS = {
@@ -45,6 +50,7 @@ KEYS = {
 }
 FROZEN = ("A0", "B0")
 INITS = (True, False, "gaussian", "orthogonal", "pissa", "olora")
+FACTORS = ("pissa", "olora")  # those that start from factors of W
 
 
 @dataclass(frozen=True)
@@ -84,24 +90,33 @@ class Config(Targets):
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
+def shapes(cfg: Config, part: Part) -> dict[str, tuple[int, ...]]:
+    """A [r, i], B [o, r], and β [o], A₀ and B₀ where the config wants them."""
+    (o, i), r, how = part.W.shape, cfg.r, cfg.init_lora_weights
+    if part.kind == "embedding" and cfg.lora_bias:
+        raise ValueError(f"{part.path}: lora_bias is not defined for an embedding, which has no bias")
+    if part.kind == "embedding" and how in FACTORS:
+        raise ValueError(f"{part.path}: init_lora_weights={how!r} is defined for linear layers, not for embeddings")
+    if part.kind != "embedding" and how == "orthogonal" and r % 2:
+        raise ValueError(f"{part.path}: init_lora_weights='orthogonal' needs an even rank, found {r}")
+    if how in FACTORS and r > min(o, i):
+        raise ValueError(f"{part.path}: init_lora_weights={how!r} needs r ≤ {min(o, i)}, found {r}")
+    start: dict[str, tuple[int, ...]] = {"A0": (r, i), "B0": (o, r)} if how in FACTORS else {}
+    return {"A": (r, i), "B": (o, r)} | start | ({"β": (o,)} if cfg.lora_bias else {})
+
+
 def init(cfg: Config, part: Part, rng: np.random.Generator) -> dict[str, Array]:
     """A and B (and β = 0, A₀, B₀ where the config wants them) such that W′ = W; only `False` starts elsewhere."""
-    o, i = part.W.shape
-    r, how = cfg.r, cfg.init_lora_weights
+    shape, how = shapes(cfg, part), cfg.init_lora_weights
+    (r, i), (o, _) = shape["A"], shape["B"]
     if part.kind == "embedding":
-        if cfg.lora_bias:
-            raise ValueError(f"{part.path}: lora_bias is not defined for an embedding, which has no bias")
-        if how in ("pissa", "olora"):
-            raise ValueError(f"{part.path}: init_lora_weights={how!r} is defined for linear layers, not for embeddings")
         φ = {"A": np.zeros((r, i)), "B": rng.normal(size=(o, r))}
         if how is False:
             φ["A"] = rng.normal(size=(r, i))
-    elif how in ("pissa", "olora"):
+    elif how in FACTORS:
         A, B = factors(cfg, part.W)
         φ = {"A": A, "B": B, "A0": A.copy(), "B0": B.copy()}
     elif how == "orthogonal":
-        if r % 2:
-            raise ValueError(f"{part.path}: init_lora_weights='orthogonal' needs an even rank, found {r}")
         Q, _ = np.linalg.qr(rng.normal(size=(r, r)))
         φ = {"A": (rng.normal(size=(i, r // 2)) @ Q[0::2]).T / 10, "B": rng.normal(size=(o, r // 2)) @ Q[1::2] / 10}
     else:
@@ -113,6 +128,17 @@ def init(cfg: Config, part: Part, rng: np.random.Generator) -> dict[str, Array]:
     return {name: np.ascontiguousarray(v, dtype=dtype) for name, v in φ.items()}
 
 
+def kept(adapter: "Adapter") -> "Adapter":
+    """A ← [A; A₀], B ← [B, −B₀]: no more than their shapes."""
+    params = dict(adapter.params)
+    for name, start in adapter.frozen.items():
+        full, axis = name.replace("0.weight", ".weight"), int(name.endswith("B0.weight"))
+        a = params[full]
+        shape = tuple(n + m if k == axis else n for k, (n, m) in enumerate(zip(a.shape, start.shape, strict=True)))
+        params[full] = hollow(shape, a.dtype)
+    return adapter.replace(params=params, frozen={})
+
+
 def kaiming(rng: np.random.Generator, shape: tuple[int, int]) -> Array:
     """U(−1/√i, 1/√i) for a matrix [o, i]: kaiming-uniform with a = √5."""
     return rng.uniform(-1, 1, shape) / math.sqrt(shape[1])
@@ -121,8 +147,6 @@ def kaiming(rng: np.random.Generator, shape: tuple[int, int]) -> Array:
 def factors(cfg: Config, W: Array) -> tuple[Array, Array]:
     """A₀ [r, i] and B₀ [o, r] of pissa, s B₀ A₀ = the best rank-r part of W; or of olora, B₀ A₀ = Q[:, :r] R[:r]."""
     W, r = W.astype(np.float64), cfg.r
-    if r > min(W.shape):
-        raise ValueError(f"init_lora_weights={cfg.init_lora_weights!r} needs r ≤ {min(W.shape)}, found {r}")
     if cfg.init_lora_weights == "olora":
         Q, R = np.linalg.qr(W)
         return R[:r], Q[:, :r]

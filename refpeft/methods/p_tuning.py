@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from refpeft import prompts
+from refpeft.hollow import hollow
 from refpeft.hooks import Hooks
 from refpeft.ops import Array, Vjp, linear, relu
 from refpeft.part import Lazy, Once, link
@@ -107,6 +108,18 @@ def init_model(
     return {name: a.astype(prompts.dtype_of(model)) for name, a in φ.items()}, {}
 
 
+def outline_model(cfg: Config, model: "Model", chosen: Sequence[str]) -> tuple[dict[str, Array], dict[str, Array]]:
+    """H [n S, d] and the encoder's."""
+    return {H: prompts.outline(cfg, model)} | {n: hollow(s, prompts.dtype_of(model)) for n, s, _ in shapes(cfg)}, {}
+
+
+def kept(adapter: "Adapter") -> "Adapter":
+    """P [n S, d], which is of the shape and dtype of H."""
+    encoders = {H, *(name for name, *_ in shapes(adapter.config))}
+    params = {name: a for name, a in adapter.params.items() if name not in encoders}
+    return adapter.replace(params={prompts.P: adapter.params[H]} | params)
+
+
 def encoder(
     cfg: Config, φ: Mapping[str, Array], masks: Array | None = None
 ) -> tuple[Array, Callable[[Lazy], dict[str, Lazy]]]:
@@ -159,7 +172,7 @@ def plain(cfg: Config, params: Mapping[str, Array]) -> dict[str, Array]:
     return kept if prompts.P in params else {prompts.P: encoder(cfg, params)[0], **kept}
 
 
-def masks(cfg: Config, model: "Model", rng: np.random.Generator, ids_shape: object = None) -> dict[str, Array]:
+def masks(cfg: Config, model: "Model", rng: np.random.Generator, *shapes: object) -> dict[str, Array]:
     """Of the dropout between the layers of the LSTM: [layers − 1, 1, n, 2h]."""
     p, layers = cfg.encoder_dropout, cfg.encoder_num_layers - 1
     if not p or not layers or cfg.encoder_reparameterization_type == "MLP":

@@ -27,9 +27,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from refpeft.methods import prefix_tuning
-from refpeft.methods.prefix_tuning import FROZEN, KEYS, SHARED, complete, hooks, init_model
+from refpeft.methods.prefix_tuning import FROZEN, KEYS, SHARED, complete, flat, hooks, init_model, kept, outline_model
 
-__all__ = ["FROZEN", "KEYS", "SHARED", "Config", "complete", "hooks", "init_model"]
+__all__ = ["FROZEN", "KEYS", "SHARED", "Config", "complete", "flat", "hooks", "init_model", "kept", "outline_model"]
 
 
 @dataclass(frozen=True)

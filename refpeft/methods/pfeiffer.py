@@ -28,9 +28,9 @@ Where implementations differ:
 from dataclasses import dataclass
 
 from refpeft import bottleneck
-from refpeft.bottleneck import FROZEN, KEYS, complete, hooks, init_model, masks, reads_all
+from refpeft.bottleneck import FROZEN, KEYS, complete, hooks, init_model, masks, outline_model, reads_all
 
-__all__ = ["FROZEN", "KEYS", "Config", "complete", "hooks", "init_model", "masks", "reads_all"]
+__all__ = ["FROZEN", "KEYS", "Config", "complete", "hooks", "init_model", "masks", "outline_model", "reads_all"]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@
     P = tanh(E W₁ᵀ + b₁) W₂ᵀ + b₂          with `prefix_projection`; E [n, c], W₁ [h, c], W₂ [2 L t, h]
 
 P_K gets neither position nor rotation: it stands where keys are multiplied with queries. Unless `position_shift` is
-off, the tokens stand at n, n + 1, … as if the prefix had taken the places before them.
+off, the tokens stand at n, n + 1, … as if the prefix had taken the places before them; so where positions are relative
+(T5), the bias of these places is added to q P_K, and only otherwise none.
 
 The prefix serves all rows of a batch:   dP = Σ_b [dP_K, dP_V of each layer].   With u = tanh(E W₁ᵀ + b₁):
     dW₂ = dPᵀ u,   db₂ = Σ dP,   dz = (dP W₂) ⊙ (1 − u²),   dW₁ = dzᵀ E,   db₁ = Σ dz,   dE = dz W₁.
@@ -39,6 +40,7 @@ from typing import Any
 
 import numpy as np
 
+from refpeft.hollow import hollow
 from refpeft.hooks import Hooks, Memory
 from refpeft.method import Phi, as_dtype, narrows
 from refpeft.methods.lora import kaiming
@@ -110,35 +112,62 @@ def places(cfg: Config, model: Any) -> dict[str, list[str]]:
 
 def init_model(cfg: Config, model: Any, chosen: Sequence[str], rng: Any) -> tuple[dict[str, Array], dict[str, Array]]:
     """E (or P) from N(0, 1), linear layers from U(−1/√i, 1/√i); P = 0 with init_weights='zero'."""
+    outline, _ = outline_model(cfg, model, chosen)
     params: dict[str, Array] = {}
+    nil = 0 if cfg.init_weights == "zero" else 1
+    for stack in places(cfg, model):
+        shape = {name: a.shape for name in NAMES if (a := outline.get(SHARED[stack + name])) is not None}
+        if cfg.prefix_projection:
+            first, second = shape["W1"], shape["W2"]
+            φ = {"E": rng.normal(size=shape["E"]), "W1": kaiming(rng, first), "b1": kaiming(rng, first)[:, 0]}
+            φ |= {"W2": nil * kaiming(rng, second), "b2": nil * kaiming(rng, second)[:, 0]}
+        else:
+            φ = {"P": nil * rng.normal(size=shape["P"])}
+        params |= {key: φ[name].astype(outline[key].dtype) for name in φ for key in [SHARED[stack + name]]}
+    return params, {}
+
+
+def outline_model(cfg: Config, model: Any, chosen: Sequence[str]) -> tuple[dict[str, Array], dict[str, Array]]:
+    """P [n, 2 L t], or E [n, c], W₁ [h, c], b₁ [h], W₂ [2 L t, h], b₂ [2 L t], of each stack."""
     n, t = cfg.num_virtual_tokens, model.config.num_kv_heads * model.config.head_dim
     c, h = cfg.input_size or t, cfg.encoder_hidden_size or t
-    kept = 0 if cfg.init_weights == "zero" else 1
     like = model.params[model.sites["embed.token"].weight].dtype
+    params: dict[str, Array] = {}
     for stack, ats in places(cfg, model).items():
-        width = 2 * len(ats) * t
-        φ = {"P": kept * rng.normal(size=(n, width))}
+        w = 2 * len(ats) * t
+        shapes: dict[str, tuple[int, ...]] = {"P": (n, w)}
         if cfg.prefix_projection:
-            φ = {"E": rng.normal(size=(n, c)), "W1": kaiming(rng, (h, c)), "b1": kaiming(rng, (h, c))[:, 0]}
-            φ |= {"W2": kept * kaiming(rng, (width, h)), "b2": kept * kaiming(rng, (width, h))[:, 0]}
-        params |= {SHARED[stack + name]: v.astype(np.float32 if is_half(like) else like) for name, v in φ.items()}
+            shapes = {"E": (n, c), "W1": (h, c), "b1": (h,), "W2": (w, h), "b2": (w,)}
+        dtype = np.float32 if is_half(like) else like
+        params |= {SHARED[stack + name]: hollow(shape, dtype) for name, shape in shapes.items()}
     return params, {}
+
+
+def kept(adapter: Any) -> Any:
+    """P [n, 2 L t] of each stack: n is the length of E, 2 L t that of b₂."""
+    params = dict(adapter.params)
+    for stack in STACKS:
+        if SHARED[stack + "E"] in adapter.params:
+            E, _, _, _, b2 = (params.pop(stack + key) for name, key in NAMES.items() if name != "P")
+            params[SHARED[stack + "P"]] = hollow((E.shape[0], b2.shape[0]), E.dtype)
+    return adapter.replace(config=replace(adapter.config, prefix_projection=False), params=params)
 
 
 def hooks(adapter: Any, k: int, model: Any) -> Hooks:
     """Each attention sees its part of P; the tokens make room."""
     cfg, like = adapter.config, model.params[model.sites["embed.token"].weight]
-    shape = (cfg.num_virtual_tokens, model.config.num_kv_heads, model.config.head_dim)
+    n: int = next(a.shape[0] for name, a in adapter.params.items() if name.endswith((NAMES["P"], NAMES["E"])))
+    shape = (n, model.config.num_kv_heads, model.config.head_dim)
     parts: dict[str, Callable[[], Memory]] = {}
     for stack, ats in places(cfg, model).items():
         names = {name: stack + key for name, key in NAMES.items() if stack + key in adapter.params}
         φ = Phi({name: adapter.params[full] for name, full in names.items()}, {n: (k, f) for n, f in names.items()})
         hidden = Once(mlp, φ) if cfg.prefix_projection else None
-        parts |= {at: Once(memory, φ, hidden, layer, shape, like) for layer, at in enumerate(ats)}
+        parts |= {at: Once(memory, φ, hidden, layer, shape, like, cfg.position_shift) for layer, at in enumerate(ats)}
     return Hooks(memory=lambda at: [parts[at]()] if at in parts else [], shift=shape[0] if cfg.position_shift else 0)
 
 
-def memory(φ: Phi, hidden: Lazy | None, layer: int, shape: tuple[int, int, int], like: Array) -> Memory:
+def memory(φ: Phi, hidden: Lazy | None, layer: int, shape: tuple[int, int, int], like: Array, placed: bool) -> Memory:
     """P_K and P_V of one layer, in the dtype of a 16-bit model."""
     n, t = shape[0], shape[1] * shape[2]
     P, back_P = columns(φ, hidden, 2 * layer * t, 2 * (layer + 1) * t)
@@ -151,7 +180,7 @@ def memory(φ: Phi, hidden: Lazy | None, layer: int, shape: tuple[int, int, int]
 
         return back_P(Once(dP), want)
 
-    return Memory(y[None, :, 0], y[None, :, 1], back)
+    return Memory(y[None, :, 0], y[None, :, 1], back, placed=placed)
 
 
 def columns(φ: Phi, hidden: Lazy | None, a: int, z: int) -> Columns:

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from refpeft.adapter import Adapter
     from refpeft.model import Model
 
-__all__ = ["Config", "complete", "hooks", "init_model"]
+__all__ = ["Config", "complete", "hooks", "init_model", "outline_model"]
 
 KEYS = {"P": (prompts.P, None)}
 SHARED = {"P": prompts.P}
@@ -98,6 +98,11 @@ def init_model(
             for k, label in enumerate(cfg.init_label_ids[:m]):
                 P[k] = lifted(E[known(label, f"init_label_ids[{k}]", E)]).mean(0)
     return {prompts.P: np.ascontiguousarray(P, dtype=prompts.dtype_of(model))}, {}
+
+
+def outline_model(cfg: Config, model: "Model", chosen: Sequence[str]) -> tuple[dict[str, Array], dict[str, Array]]:
+    """P [n S, d]"""
+    return {prompts.P: prompts.outline(cfg, model)}, {}
 
 
 def sampled(cfg: Config, E: Array, m: int, rng: np.random.Generator) -> Array:

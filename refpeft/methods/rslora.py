@@ -15,9 +15,9 @@ HF peft has it as `use_rslora` of LoraConfig; a reader that overlooks the flag i
 from dataclasses import dataclass
 
 from refpeft.methods import lora
-from refpeft.methods.lora import FROZEN, KEYS, init, merge, wrap
+from refpeft.methods.lora import FROZEN, KEYS, init, kept, merge, shapes, wrap
 
-__all__ = ["FROZEN", "KEYS", "Config", "init", "merge", "wrap"]
+__all__ = ["FROZEN", "KEYS", "Config", "init", "kept", "merge", "shapes", "wrap"]
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from refpeft.hollow import hollow
 from refpeft.method import Base, Merged, Phi, Values, as_dtype
 from refpeft.methods import did
 from refpeft.ops import Array
@@ -55,14 +56,31 @@ def init_model(
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """θ = 0, λ = 1, B, Π and G of every tensor, and its place in λ."""
     found = did.tensors(cfg, model)
-    d, m, dtype = cfg.d, len(found), did.wide(found, model)
-    if d <= m:
-        raise ValueError(f"d must be more than {m}, the number of adapted tensors, each of which has a λ; found {d}")
+    d, m, dtype = cfg.d, count(cfg, found), did.wide(found, model)
     frozen = did.projections("said", found, model, d - m, cfg.columns, rng)
     for i, names in enumerate(found.values()):
-        for path, leaf in (name.rsplit(".", 1) for name in names):
-            frozen[f"{path}.said_{leaf}_index"] = np.array(i, np.int32)
+        frozen |= did.companions("said", names, {"index": np.array(i, np.int32)})
     return {SHARED["θ"]: np.zeros(d - m, dtype), SHARED["λ"]: np.ones(m, dtype)}, frozen
+
+
+def outline_model(cfg: Config, model: "Model", chosen: Sequence[str]) -> tuple[dict[str, Array], dict[str, Array]]:
+    """θ [d − m], λ [m]; B, Π and G [L] of every tensor, and its place in λ."""
+    found = did.tensors(cfg, model)
+    d, m, dtype = cfg.d, count(cfg, found), did.wide(found, model)
+    frozen = did.outlines("said", found, model, d - m)
+    for names in found.values():
+        frozen |= did.companions("said", names, {"index": hollow((), np.int32)})
+    return {SHARED["θ"]: hollow((d - m,), dtype), SHARED["λ"]: hollow((m,), dtype)}, frozen
+
+
+def count(cfg: Config, found: did.Tensors) -> int:
+    """m, which is less than d."""
+    m = len(found)
+    if cfg.d <= m:
+        raise ValueError(
+            f"d must be more than {m}, the number of adapted tensors, each of which has a λ; found {cfg.d}"
+        )
+    return m
 
 
 def merge(cfg: Config, W: Array, b: Array | None, φ: Values, base: Base | None = None) -> Merged:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from refpeft.hollow import hollow
 from refpeft.hooks import Hooks
 from refpeft.method import matches
 from refpeft.ops import Array, linear, rows
@@ -47,14 +48,24 @@ class Config:
 
 def init_model(cfg: Config, model: "Model", chosen: Sequence[str], rng: np.random.Generator) -> Any:
     """R = E[t]"""
-    params = {}
+    params, _ = outline_model(cfg, model, chosen)
     for role in targets(cfg, model):
         site = model.sites[role]
         E, t = model.params[site.weight], list(cfg.token_indices)
-        if max(t) >= len(E):
-            raise ValueError(f"token_indices holds {max(t)}, but {site.path} has {len(E)} rows")
         R = E[t] if cfg.init_weights else rng.normal(size=(len(t), E.shape[1])).astype(E.dtype)
         params[f"{site.path}.trainable_tokens_delta"] = R.copy()
+    return params, {}
+
+
+def outline_model(cfg: Config, model: "Model", chosen: Sequence[str]) -> Any:
+    """R [k, d]"""
+    params = {}
+    for role in targets(cfg, model):
+        site = model.sites[role]
+        (v, d), t = model.params[site.weight].shape, cfg.token_indices
+        if max(t) >= v:
+            raise ValueError(f"token_indices holds {max(t)}, but {site.path} has {v} rows")
+        params[f"{site.path}.trainable_tokens_delta"] = hollow((len(t), d), model.params[site.weight].dtype)
     return params, {}
 
 
@@ -86,8 +97,8 @@ def tensors(adapter: "Adapter", model: "Model") -> dict[str, str]:
         path = name.removesuffix(".trainable_tokens_delta")
         if path not in weights:
             raise ValueError(f"the adapter has parameters for {path}, a module that the model does not have")
-        E = model.params[weights[path]]
-        if R.shape != (len(adapter.config.token_indices), E.shape[1]) or max(adapter.config.token_indices) >= len(E):
+        E, t = model.params[weights[path]], adapter.config.token_indices
+        if R.shape != (len(t), E.shape[1]) or max(t) >= E.shape[0]:
             raise ValueError(f"the adapter has rows {R.shape} for {path}, which is {E.shape}")
         found[weights[path]] = name
     return found

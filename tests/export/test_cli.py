@@ -75,7 +75,7 @@ def test_without_onnxruntime_it_says_which_extra(checkpoint: Path, monkeypatch: 
 
 
 def test_a_wrong_graph_ends_with_exit_code_1(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from refpeft.export import program, verification
+    from refpeft.export import verification
 
     def different(*args: object) -> None:
         raise verification.MismatchError("the exported graph differs")
@@ -86,7 +86,6 @@ def test_a_wrong_graph_ends_with_exit_code_1(checkpoint: Path, monkeypatch: pyte
     assert result.exit_code == 1
     assert "differs" in result.stderr
     assert not (checkpoint / "out").exists()
-    assert program.FORMS.keys() == {"merged"}
 
 
 def test_termination_leaves_nothing(checkpoint: Path) -> None:
@@ -114,3 +113,24 @@ def test_termination_leaves_nothing(checkpoint: Path) -> None:
     assert time.monotonic() - started < 30
     assert process.returncode != 0
     assert sorted(checkpoint.rglob("*")) == before
+
+
+def test_help_teaches_every_form() -> None:
+    from refpeft.export.forms import FORMS
+
+    lines = runner.invoke(app, ["export", "--help"]).stdout.splitlines()
+    start = next(k for k, line in enumerate(lines) if line.strip() == "--form")
+    assert [line.split()[0] for line in lines[start + 1 : start + 1 + len(FORMS)]] == list(FORMS)
+
+
+@pytest.mark.ort
+def test_an_adapter_file_for_a_folder(checkpoint: Path) -> None:
+    assert export(checkpoint, "--adapter", str(checkpoint / "lora"), "--form", "inputs").exit_code == 0
+    command = ["export", "--adapter-only", str(checkpoint / "out"), "--adapter", str(checkpoint / "lora"), "--out"]
+    result = runner.invoke(app, [*command, str(checkpoint / "other"), "--json", str(checkpoint / "other.json")])
+    assert result.exit_code == 0, result.output
+    assert "4 tensors for the graph" in result.stdout.replace("\n", "")
+    assert (checkpoint / "other").read_bytes() == (checkpoint / "out" / "adapter.onnx_adapter").read_bytes()
+    assert len(json.loads((checkpoint / "other.json").read_text())["tensors"]) == 4
+    failed(runner.invoke(app, [*command, str(checkpoint / "other")]), "exists already")
+    failed(runner.invoke(app, ["export", "--out", str(checkpoint / "none")]), "either MODEL", "--adapter-only FOLDER")

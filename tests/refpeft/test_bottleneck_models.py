@@ -14,7 +14,7 @@ from refpeft.checkpoint.families import describe
 from refpeft.methods import METHODS
 from refpeft.model import Model, Site
 from tests.models import config_json, tiny
-from tests.refpeft.necks import EXACT, FAMILIES, IDS, THREE, fresh, moved
+from tests.refpeft.necks import EXACT, FAMILIES, IDS, THREE, fresh, moved, same
 
 three = pytest.mark.parametrize("method", THREE)
 each_family = pytest.mark.parametrize("family", FAMILIES)
@@ -130,6 +130,38 @@ def test_encoders_and_decoders() -> None:
         assert [p.at for p in bottleneck.places(Config(leave_out=[0]), model)] == [
             "decoder.layers.0.attn.", "decoder.layers.0.mlp."
         ]  # fmt: skip
+
+
+DECODER_IDS = np.random.default_rng(2).integers(2, 29, (2, 4))
+
+
+@three
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_gradients_in_encoder_decoders_are_exact(family: str, method: str) -> None:
+    """In both stacks and between them, with layers left out that are numbered on from the encoder's."""
+    model = tiny(family, "ForConditionalGeneration")
+    options = {
+        "cross_adapter": True,
+        "use_gating": True,
+        "leave_out": [1, 2],
+        "reduction_factor": {"3": 2, "default": 4},
+    }
+    adapter = moved(fresh(method, model, **options))
+    found = refpeft.check_model(model, IDS, adapter, base=True, decoder_input_ids=DECODER_IDS)
+    assert set(found) == set(adapter.params) | set(model.params)
+    assert max(found.values()) <= EXACT
+
+
+@three
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_decoding_step_by_step_behind_an_encoder(family: str, method: str) -> None:
+    model = tiny(family, "ForConditionalGeneration")
+    adapter = moved(fresh(method, model, cross_adapter=True))
+    want, _ = model(IDS, adapter, decoder_input_ids=DECODER_IDS)
+    cache = None
+    for t in range(DECODER_IDS.shape[1]):
+        y, cache = model.decode(IDS, cache, adapter, decoder_input_ids=DECODER_IDS[:, t : t + 1])
+        same(y[:, 0], want[:, t])
 
 
 # ── 16 bits, together with others, bad input ─────────────────────────────────────────────────────────────────────────

@@ -92,6 +92,9 @@ CASES = [
     case("attention cached", N(2, 3, 4, 6), N(2, 7, 2, 6), N(2, 7, 2, 6), ahead),
     case("attention keys masked", N(2, 3, 4, 6), N(2, 7, 4, 6), N(2, 7, 4, 6), ahead[:, :, :1]),
     case("attention scale", N(2, 3, 4, 6), N(2, 3, 4, 6), N(2, 3, 4, 6), scale=0.3),
+    case("attention bias", N(2, 5, 4, 6), N(2, 5, 4, 6), N(2, 5, 4, 6), padded[:1], N(1, 4, 5, 5)),
+    case("attention bias grouped", N(2, 3, 4, 6), N(2, 7, 2, 6), N(2, 7, 2, 6), ahead, N(1, 4, 3, 7), scale=1.0),
+    case("attention bias empty batch", N(0, 5, 4, 6), N(0, 5, 2, 6), N(0, 5, 2, 6), padded[:1], N(1, 4, 5, 5)),
     case("attention one token", N(1, 1, 2, 4), N(1, 1, 2, 4), N(1, 1, 2, 4), np.ones((1, 1, 1, 1), bool)),
     case("attention empty batch", N(0, 5, 4, 6), N(0, 5, 2, 6), N(0, 5, 2, 6), padded[:1]),
     case("pick", N(3, 5, 4), np.array([0, 4, 2])),
@@ -241,7 +244,9 @@ def test_the_largest_float16_overflows_nowhere(op: Callable[..., Any]) -> None:
 # ── values, against other ways of saying the same ────────────────────────────────────────────────────────────────────
 
 
-def naive_attention(q: Array, k: Array, v: Array, mask: Array | None = None, scale: float | None = None) -> Array:
+def naive_attention(
+    q: Array, k: Array, v: Array, mask: Array | None = None, bias: Array | None = None, scale: float | None = None
+) -> Array:
     """One query at a time."""
     b, s, h, e = q.shape
     t, g = k.shape[1:3]
@@ -252,6 +257,7 @@ def naive_attention(q: Array, k: Array, v: Array, mask: Array | None = None, sca
         if seen.any():
             head = n[2] // (h // g)
             score = k[n[0], seen, head] @ q[n] * (e**-0.5 if scale is None else scale)
+            score = score if bias is None else score + bias[0, n[2], n[1], seen]
             y[n] = special.softmax(score) @ v[n[0], seen, head]
     return y
 
@@ -312,7 +318,7 @@ def test_value(case: Case) -> None:
 def test_a_query_that_sees_nothing_gives_zeros_and_gets_no_gradient() -> None:
     q, k, v = N(2, 5, 4, 6), N(2, 5, 2, 6), N(2, 5, 2, 6)
     y, vjp = ops.attention(q, k, v, hidden)
-    dq, dk, dv, _ = vjp(N(*y.shape))
+    dq, dk, dv, *_ = vjp(N(*y.shape))
     assert not y[0, 2].any()
     assert not dq()[0, 2].any()
     assert dq()[0, 1].any()
@@ -370,9 +376,10 @@ def torch_op(name: str) -> Callable[..., Any]:
 
     F = torch.nn.functional
 
-    def attention(q: Any, k: Any, v: Any, mask: Any = None, scale: float | None = None) -> Any:
+    def attention(q: Any, k: Any, v: Any, mask: Any = None, bias: Any = None, scale: float | None = None) -> Any:
         n = q.shape[2] // k.shape[2]
         q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(n, 2), v.repeat_interleave(n, 2)))
+        mask = mask if bias is None else torch.where(mask, bias, -torch.inf)
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2)
 
     table: dict[str, Callable[..., Any]] = {

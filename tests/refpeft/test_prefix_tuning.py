@@ -107,7 +107,7 @@ def test_the_mlp_can_be_dropped(family: str, architecture: str | None, form: str
     """PX4: outputs are the same; and P is tanh(E W₁ᵀ + b₁) W₂ᵀ + b₂."""
     model = tiny(family, architecture)
     adapter = fresh(model, **FORMS[form])
-    plain = flat(adapter)
+    plain = refpeft.drop_encoder(adapter)
     assert set(plain.params) == {P}
     assert not plain.config.prefix_projection
     same(model(IDS, plain)[0], model(IDS, adapter)[0])

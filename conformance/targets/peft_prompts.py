@@ -1,0 +1,90 @@
+"""What is peculiar to HF peft's prompt learning: configs, where the parameters are, decoding, dropping the encoder.
+
+The prompt belongs to the PeftModel and not to a layer, `task_type` decides how it is put in, and HF peft has one
+choice only where the specification has several.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+
+from refpeft.conformance import tiny
+from refpeft.conformance.case import Case
+from refpeft.conformance.targets.base import Skip
+from refpeft.methods.prefix_tuning import NAMES
+
+CLASSES: Mapping[str, str] = {
+    "prompt_tuning": "PromptTuningConfig",
+    "p_tuning": "PromptEncoderConfig",
+    "prefix_tuning": "PrefixTuningConfig",
+    "p_tuning_v2": "PrefixTuningConfig",
+}
+OPTIONS: Mapping[str, Mapping[str, Any]] = {  # what HF peft has chosen
+    "prompt_tuning": {"placement": "before"},
+    "p_tuning": {"placement": "before"},
+    "prefix_tuning": {"position_shift": True},
+    "p_tuning_v2": {"position_shift": True},
+}
+
+
+def prompted(model: Any, adapter: str) -> bool:
+    return bool(model.peft_config[adapter].is_prompt_learning)
+
+
+def config(case: Case, name: str) -> Any:
+    """HF peft's config, told what the model's head is for."""
+    about = case.meta["adapters"][name]
+    fields = dict(about["config"])
+    for field, value in OPTIONS[about["method"]].items():
+        if fields.pop(field, value) != value:
+            raise Skip(f"HF peft has no {field} other than {value!r}")
+    fields["modules_to_save"] = list(fields.get("modules_to_save") or ()) or None  # which HF peft appends to
+    return getattr(peft, CLASSES[about["method"]])(task_type=task_type(case.meta["model"]), **fields)
+
+
+def task_type(source: Mapping[str, Any]) -> str:
+    (architecture,) = source["architectures"]
+    if architecture.endswith(tiny.CLASSIFIER):
+        return "SEQ_CLS"
+    language = source["model_type"] in tiny.CAUSAL and architecture.endswith(tiny.LM[source["model_type"]])
+    return "CAUSAL_LM" if language else "FEATURE_EXTRACTION"
+
+
+def parameters(model: Any, adapter: str) -> dict[str, Any]:
+    """An adapter's parameters by the specification's names."""
+    about = model.peft_config[adapter]
+    own = dict(model.prompt_encoder[adapter].named_parameters())
+    if about.peft_type == "P_TUNING":
+        found = own
+    elif getattr(about, "prefix_projection", False):
+        found = {"prompt_encoder." + n: p for n, p in own.items()}
+        assert found.keys() <= set(NAMES.values())
+    else:
+        found = {"prompt_embeddings": own.pop("embedding.weight")} | own
+    marker = f".modules_to_save.{adapter}."
+    whole = {n.replace(marker, "."): p for n, p in model.base_model.named_parameters() if marker in n}
+    return found | whole
+
+
+def decoded(model: Any, ids: Any) -> list[Any]:
+    """The logits of one position after the other, as `generate` goes on: the prompt is in the cache after the first."""
+    out = model(input_ids=ids[:, :1], use_cache=True)
+    found = [out.logits]
+    for t in range(1, ids.shape[1]):
+        out = model.base_model(input_ids=ids[:, t : t + 1], past_key_values=out.past_key_values, use_cache=True)
+        found.append(out.logits)
+    return found
+
+
+def dropped(model: Any, base: Any, folder: Path) -> Any:
+    """What HF peft loads from its own folder, which holds no encoder. (Loading rounds to float32; that is undone here,
+    since it is asked for elsewhere.)"""
+    (name,) = model.peft_config
+    P = model.get_prompt_embedding_to_save(name).detach()
+    model.save_pretrained(str(folder))
+    loaded = peft.PeftModel.from_pretrained(base, str(folder), adapter_name=name)
+    weight = loaded.prompt_encoder[name].get_parameter("embedding.weight")
+    weight.data = P.reshape(weight.shape)
+    return loaded.eval()

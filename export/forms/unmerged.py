@@ -1,0 +1,58 @@
+"""unmerged: base weights untouched, the adapters beside them as they run in training.
+
+For every method, those that cannot be merged too, and for what must stay apart: the base weights are those of the
+checkpoint, to the bit, and can be shared with other models or quantised. Networks that only training needs (the encoder
+of P-tuning, the MLP of prefix tuning) are replaced by what they give.
+"""
+
+from refpeft.export import verification
+from refpeft.export.form import (
+    Check,
+    Made,
+    Store,
+    Subject,
+    base_tensors,
+    dtypes,
+    hooks_of,
+    named,
+    needed,
+    symbolic,
+    symbols,
+    trained,
+    with_values,
+)  # fmt: skip
+from refpeft.export.signature import run
+from refpeft.export.symbols import Graph
+
+FOLDS = False
+
+
+def check(subject: Subject) -> None:
+    if subject.decode:
+        no_prompts(subject)
+
+
+def no_prompts(subject: Subject) -> None:
+    """A graph that decodes is run once per token, and a prompt or prefix belongs before the first one only."""
+    hooks = [(a, hooks_of([a], subject.model)) for a in subject.adapters]
+    for a, h in hooks:
+        if h.prompt is not None:
+            raise ValueError(
+                f"{a.method} brings a prompt, which a graph that decodes takes from outside: --form prompt"
+            )
+        if any(h.memory(f"layers.{n}.attn.") for n in range(subject.model.config.num_layers)):
+            raise ValueError(f"{a.method} is a prefix, which a graph that decodes takes from outside: --form prefix")
+
+
+def make(subject: Subject, graph: Graph, store: Store) -> Made:
+    adapters = [trained(a) for a in subject.adapters]
+    values, types = named(adapters), dtypes(subject, adapters)
+    model = symbolic(graph, subject.model, subject.dtype)
+    hooks = hooks_of(with_values(adapters, symbols(graph, values, types)), model)
+    inputs, outputs = run(graph, model, hooks, subject)
+    own = [(name, a, types[name]) for name, a in values.items()]
+    return Made(inputs, outputs, store(needed(graph, outputs, [*base_tensors(subject), *own])), subject.model)
+
+
+def checks(subject: Subject) -> list[Check]:
+    return verification.checks(subject)

@@ -1,0 +1,255 @@
+"""Writing with a graph that decodes: greedy or sampled, several rows at once, token by token.
+
+    writer = open_writer("exported")
+    for tokens in write(writer, [[3, 1, 4], [1, 5]], Options(max_new_tokens=20)):
+        …                                           # of each row its next token, None where it has ended
+
+Rows are padded on the left. The keys and values stay with the runtime from one step to the next; only the last logits
+are looked at. A row draws its numbers from `seed` and its own number, so it does not depend on its neighbours.
+
+    p = softmax(logits/temperature);   top_k: the k likeliest;   then top_p: the fewest of these, likeliest first, whose
+    probabilities add up to at least top_p;   of what is left one is drawn. Temperature 0: the likeliest.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refpeft.checkpoint.families import Plan, plan
+from refpeft.checkpoint.safetensors import read_json, show
+from refpeft.export import adapters as files
+from refpeft.export import runtime
+from refpeft.export.forms.inputs import FILE
+from refpeft.export.forms.multi import IDS
+from refpeft.export.program import CARD
+from refpeft.export.runtime import Runner
+
+Array = np.ndarray[Any, Any]
+PAST = "past_key_values."
+
+
+@dataclass(frozen=True)
+class Options:
+    """As in transformers' GenerationConfig; temperature 0 is greedy."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    stop: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, found {self.max_new_tokens}")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature must be at least 0, found {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, found {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], found {self.top_p}")
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A graph that decodes, with its adapter. `front`: the ids of a soft prompt. `past`: of a prefix, one row."""
+
+    runner: Runner
+    plan: Plan
+    stop: Sequence[int] = ()
+    front: Sequence[int] = ()
+    past: Mapping[str, Array] = field(default_factory=dict, repr=False)
+    shift: int = 0
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.plan.shapes[self.plan.sites["embed.token"].weight][0])
+
+    @property
+    def room(self) -> int | None:
+        """How many positions there are, if they are learned."""
+        site = self.plan.sites.get("embed.position")
+        return None if site is None else int(self.plan.shapes[site.weight][0])
+
+
+def open_writer(
+    folder: str | os.PathLike[str],
+    adapter: str | os.PathLike[str] | None = None,
+    bare: bool = False,
+    device: str | None = None,
+    adapter_ids: Sequence[int] | None = None,
+) -> Writer:
+    """A folder that `refpeft export --decode` made. `adapter`: a file in place of the folder's own; `bare`: none;
+    `adapter_ids`: of the form multi, which adapter each row has."""
+    folder = Path(folder)
+    card = read_json(folder / CARD)
+    if not card.get("decode"):
+        raise ValueError(f"{folder}: its graph does not decode: export it with --decode")
+    runner = runtime.open_folder(folder, device)
+    source = plan(read_json(folder / "config.json"))
+    stop = ends(folder)
+    if card["form"] == "multi":
+        which = np.asarray([] if adapter_ids is None else adapter_ids, np.int64)
+        if not which.size or which.min() < -1 or which.max() >= len(card["adapters"]):
+            raise ValueError(
+                f"this graph has {len(card['adapters'])} adapters: adapter_ids must say which one each row has, "
+                f"from -1 to {len(card['adapters']) - 1}, found {adapter_ids}"
+            )
+        return Writer(runner.feeding({IDS: which}), source, stop)
+    if adapter_ids is not None:
+        raise ValueError(f"{folder}: its form is {card['form']}, which has no adapter_ids")
+    file = folder / FILE if adapter is None else Path(adapter)
+    if bare or not (adapter is not None or file.is_file()):
+        return Writer(runner, source, stop)
+    if card["form"] == "prefix":
+        past = files.read(file)
+        check_past(file, past, runner)
+        moved = all(facts["position_shift"] for facts in card["facts"])
+        return Writer(runner, source, stop, past=past, shift=next(iter(past.values())).shape[2] if moved else 0)
+    loaded = runner.load(file)
+    n = files.read(file)[card["prompt"]].shape[0] if card["form"] == "prompt" else 0
+    front = range(card.get("vocabulary", 0), card.get("vocabulary", 0) + n)
+    return Writer(runner.using(loaded), source, stop, front)
+
+
+def check_past(file: Path, past: Mapping[str, Array], runner: Runner) -> None:
+    wanted = {i.name: i for i in runner.session.get_inputs() if i.name.startswith(PAST)}
+    if wanted.keys() != past.keys():
+        raise ValueError(f"{file}: it must hold {', '.join(wanted)}, found {', '.join(past)}")
+    for name, a in past.items():
+        runtime.fits(file, name, a, wanted[name])
+
+
+def ends(folder: Path) -> list[int]:
+    """The ids with which a text ends."""
+    for name in ("generation_config.json", "config.json"):
+        ids = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
+        if isinstance(ids, int):
+            return [ids]
+        if isinstance(ids, list) and all(isinstance(i, int) for i in ids):
+            return ids
+        if ids is not None:
+            raise ValueError(f"{folder / name}: eos_token_id must be an integer or a list of them, found {show(ids)}")
+    return []
+
+
+# ── step by step ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def write(writer: Writer, prompts: Sequence[Sequence[int]], options: Options) -> Iterator[list[int | None]]:
+    """Of each row its next token, as long as one goes on; the token that ends a row is its last."""
+    rows = [[*writer.front, *ids] for ids in prompts]
+    check_prompts(writer, prompts)
+    steps = min(options.max_new_tokens, left(writer, rows))
+    ids, mask = padded(rows)
+    places = np.maximum(mask.cumsum(1) - 1, 0) + writer.shift
+    past = first(writer, len(rows))
+    mask = np.concatenate([np.ones((len(rows), seen(past)), np.int64), mask], axis=1)
+    draws = [np.random.default_rng([options.seed, k]) for k in range(len(rows))]
+    stop, ended = {*writer.stop, *options.stop}, np.zeros(len(rows), bool)
+    for _ in range(steps):
+        logits, past = step(writer, ids, mask, places, past)
+        chosen = pick(logits, options, draws)
+        yield [None if done else int(t) for t, done in zip(chosen, ended, strict=True)]
+        ended = ended | np.isin(chosen, list(stop))
+        if ended.all():
+            return
+        ids, places = chosen[:, None], places[:, -1:] + 1
+        mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
+
+
+def check_prompts(writer: Writer, prompts: Sequence[Sequence[int]]) -> None:
+    ids = writer.runner.fixed.get(IDS)
+    if ids is not None and len(ids) != len(prompts):
+        raise ValueError(f"adapter_ids must be given for each of {len(prompts)} prompts, found {len(ids)}")
+    if not prompts or any(not ids and not writer.front for ids in prompts):
+        raise ValueError("there is nothing to go on from: a prompt must have at least one token")
+    top = max((max(ids, default=0) for ids in prompts), default=0)
+    if top >= writer.vocabulary + len(writer.front):
+        raise ValueError(
+            f"a prompt has the token {top}, and the model {writer.vocabulary} tokens: wrong tokenizer.json?"
+        )
+
+
+def left(writer: Writer, rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens there is room for."""
+    longest = max(map(len, rows)) + writer.shift
+    if writer.room is None:
+        return 1 << 30
+    if longest > writer.room:
+        raise ValueError(f"a prompt of {longest} positions does not fit the model, which has {writer.room}")
+    return writer.room - longest + 1
+
+
+def padded(rows: Sequence[Sequence[int]]) -> tuple[Array, Array]:
+    """ids and mask [b, s], padded on the left."""
+    s = max(map(len, rows))
+    ids, mask = np.zeros((2, len(rows), s), np.int64)
+    for k, row in enumerate(rows):
+        ids[k, s - len(row) :], mask[k, s - len(row) :] = row, 1
+    return ids, mask
+
+
+def first(writer: Writer, b: int) -> dict[str, Any]:
+    """The keys and values before the first token."""
+    ort = runtime.require()
+    found = {}
+    for i in writer.runner.session.get_inputs():
+        if i.name.startswith(PAST):
+            _, g, _, e = i.shape
+            none = np.zeros((1, g, 0, e), np.float16 if "float16" in i.type else np.float32)
+            a = np.repeat(writer.past.get(i.name, none), b, axis=0)
+            found[i.name] = ort.OrtValue.ortvalue_from_numpy(a)
+    return found
+
+
+def seen(past: Mapping[str, Any]) -> int:
+    return int(next(iter(past.values())).shape()[2])
+
+
+def step(
+    writer: Writer, ids: Array, mask: Array, places: Array, past: Mapping[str, Any]
+) -> tuple[Array, dict[str, Any]]:
+    """The logits of the last place of each row [b, v], and keys and values with the new ones."""
+    ort = runtime.require()
+    new = {"input_ids": ids, "attention_mask": mask, "position_ids": places}
+    feeds = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in new.items()}
+    wanted = ["logits", *(name.replace(PAST, "present.") for name in past)]
+    logits, *present = writer.runner.run_values({**feeds, **past}, wanted)
+    last: Array = logits.numpy()[:, -1].astype(np.float64)
+    return last, dict(zip(past, present, strict=True))
+
+
+# ── which token ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def pick(logits: Array, options: Options, draws: Sequence[np.random.Generator]) -> Array:
+    """[b, v] → [b]"""
+    if options.temperature == 0:
+        return np.asarray(logits.argmax(-1))
+    p = probabilities(logits, options)
+    u = np.array([draw.random() for draw in draws])[:, None]
+    below = (p.cumsum(-1) / p.sum(-1, keepdims=True) <= u).sum(-1)
+    last = p.shape[-1] - 1 - (p[:, ::-1] > 0).argmax(-1)  # rounding must not lead past the last that is possible
+    return np.asarray(np.minimum(below, last))
+
+
+def probabilities(logits: Array, options: Options) -> Array:
+    """What is left after temperature, top_k and top_p, in this order; the rest is 0.      [b, v]"""
+    z = logits / options.temperature
+    if options.top_k is not None and options.top_k < z.shape[-1]:
+        z = np.where(z < np.partition(z, -options.top_k)[:, -options.top_k, None], -np.inf, z)
+    p = np.exp(z - z.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    if options.top_p is not None and options.top_p < 1:
+        order = np.argsort(-p, axis=-1, kind="stable")
+        sorted_p = np.take_along_axis(p, order, -1)
+        before = sorted_p.cumsum(-1) - sorted_p  # of all that are likelier
+        kept = np.zeros_like(p, bool)
+        np.put_along_axis(kept, order, before < options.top_p, -1)
+        p = np.where(kept, p, 0)
+    return np.asarray(p / p.sum(-1, keepdims=True))
