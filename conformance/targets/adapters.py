@@ -45,7 +45,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {  # what of a method's options Adapt
 SETTINGS = {"attention": ["sdpa", "eager"]}  # of transformers; the first is its default
 FEATURES = (
     "forward", "grads", "frozen", "change", "merge", "unmerge", "disable", "several", "delete", "save", "conv1d",
-    "cache", "together",
+    "cache", "together", "weighted",
 )  # fmt: skip
 SUMS = ("lora", "dora", "prompt_tuning")  # whose adapters do not add up in a Stack, or of which there can be one
 
@@ -100,6 +100,7 @@ def add(case: Case, model: Any, name: str) -> None:
 
 @contextlib.contextmanager
 def default_dtype(name: str) -> Iterator[None]:
+    """In which AdapterHub makes new parameters, whatever the model and the file have."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, name))
     try:
@@ -235,6 +236,16 @@ class Session:
     def enable(self) -> None:
         self.activate(self.active)
 
+    def weighted(self, adapter: str, of: Sequence[str], weights: Sequence[float], how: str) -> None:
+        """By SVD, the only one of its ways that sums ΔW; with all the rank that the sum can have."""
+        if not getattr(self.model.base_model, "support_lora_delta_w_svd", True):
+            raise Skip(f"AdapterHub cannot sum ΔW for {self.model.config.model_type}")
+        rank = len(of) * self.model.adapters_config.get(of[0]).r
+        by_svd = "lora_delta_w_svd"
+        with default_dtype(self.case.meta["dtype"]):
+            self.model.average_adapter(adapter, list(of), list(weights), by_svd, normalize_weights=False, svd_rank=rank)
+        self.activate([adapter])
+
     def delete(self, adapter: str) -> None:
         self.model.delete_adapter(adapter)
 
@@ -249,7 +260,7 @@ class Session:
 
     def load(self, adapters: Sequence[str]) -> None:
         self.model = adaptable(self.case)
-        with default_dtype(self.case.meta["dtype"]):  # in which load_adapter makes parameters, whatever the file has
+        with default_dtype(self.case.meta["dtype"]):
             for name in adapters:
                 self.model.load_adapter(str(self.folder / name), load_as=name, use_safetensors=True, with_head=False)
         self.model.eval()
