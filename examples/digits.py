@@ -33,23 +33,24 @@ LAYERS = ("layers.0", "layers.1", "layers.2")
 
 @dataclass(frozen=True)
 class Way:
-    """A method, its config, and its learning rate: of 0.001, 0.003, 0.01, 0.03 and 0.1 that which reads 5 to 9 best."""
+    """A method, its config, and its rate: of 0.001, 0.003, 0.01, … the smallest that is as good as any, within 0.01, on
+    digits 5 to 9 that were held out of those for training. Greater ones forget more."""
 
     method: str
     config: Mapping[str, Any]
     lr: float
 
 
-def lora(r: int) -> Way:
-    return Way("lora", {"r": r, "lora_alpha": r, "target_modules": LAYERS}, 0.01)
+def lora(r: int, lr: float) -> Way:
+    return Way("lora", {"r": r, "lora_alpha": r, "target_modules": LAYERS}, lr)
 
 
 WAYS = {
-    "full": Way("full", {}, 0.003),
-    "BitFit": Way("bitfit", {}, 0.1),
-    "LoRA, r = 1": lora(1),
-    "LoRA, r = 4": lora(4),
-    "LoRA, r = 16": lora(16),
+    "full": Way("full", {}, 0.001),
+    "BitFit": Way("bitfit", {}, 0.3),
+    "LoRA, r = 1": lora(1, 0.01),
+    "LoRA, r = 4": lora(4, 0.01),
+    "LoRA, r = 16": lora(16, 0.003),
 }
 
 
@@ -122,8 +123,8 @@ def show(results: Mapping[str, Result], bare: Sequence[float], total: int, seeds
 def say(results: Mapping[str, Result]) -> None:
     new, _, old = (results["LoRA, r = 4"].last - results["full"].last).tolist()
     console.print(
-        f"Beside full fine-tuning, LoRA of rank 4 reads {new:+.3f} of the new digits, and tells {old:+.3f} of the old ones "
-        "apart. Without its adapter every network reads those as before."
+        f"Beside full fine-tuning, LoRA of rank 4 reads {new:+.3f} of the new digits, and tells {old:+.3f} of the old "
+        "ones apart. Without its adapter every network reads those as before."
     )
 
 

@@ -89,7 +89,7 @@ def show(t: Task, results: Mapping[str, Result], before: tuple[float, float], st
 
 def plot(file: Path, t: Task, results: Mapping[str, Result], before: float) -> None:
     names = sorted(results, key=lambda name: results[name].accuracy)
-    above = {"frameon": False, "loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2}
+    above = {"frameon": False, "loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2, "fontsize": 9}
     with figure(file, 2, height=5) as (right, size):
         right.axvline(before, color="black", linewidth=1, label="before training")
         reached = [results[name].accuracy for name in names]
