@@ -34,7 +34,7 @@ def adapter_only(
     model = base(Path(folder), card)
     loaded = [load_adapter(path, model) for path in adapters]
     tensors = fitting(card, loaded, model)
-    part = Path(out).with_name(f".{Path(out).name}.{uuid.uuid4().hex[:8]}.part")
+    part = Path(out).with_name(f".{uuid.uuid4().hex[:8]}.{Path(out).name}")
     try:
         files.write(part, tensors)
         part.rename(out)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import refpeft
+from refpeft.checkpoint import safetensors
 from refpeft.export import adapters as files
 from refpeft.export import verification
 from refpeft.export.program import export
@@ -154,6 +155,18 @@ def test_the_traps_of_adapter_files(tmp_path: Path) -> None:
             runner.load(tmp_path / name)
     with pytest.raises(ValueError, match=r"there is no model\.onnx"):
         open_folder(tmp_path)
+
+
+@pytest.mark.ort
+def test_tensors_to_be_fed_by_hand(tmp_path: Path) -> None:
+    model, adapter = made("dora", "gpt2")
+    export(model, adapter, tmp_path / "out", "inputs", verify=False)
+    refpeft.save_adapter(adapter, tmp_path / "adapter")
+    adapter_only(tmp_path / "out", [tmp_path / "adapter"], tmp_path / "out.safetensors")
+    fed = safetensors.read(tmp_path / "out.safetensors")
+    inputs, runner = example(model, 2, 5), open_folder(tmp_path / "out")
+    using = runner.using(runner.load(tmp_path / "out" / "adapter.onnx_adapter"))
+    assert np.array_equal(answer(runner, inputs, **fed), answer(using, inputs))
 
 
 @pytest.mark.ort
