@@ -13,7 +13,7 @@ are looked at. A row draws its numbers from `seed` and its own number, so it doe
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ from refpeft.checkpoint.families import Plan, plan
 from refpeft.checkpoint.safetensors import read_json, show
 from refpeft.export import adapters as files
 from refpeft.export import runtime
+from refpeft.export.card import needed, read_card
 from refpeft.export.forms.inputs import FILE
 from refpeft.export.forms.multi import IDS
-from refpeft.export.program import CARD
 from refpeft.export.runtime import Runner
 
 Array = np.ndarray[Any, Any]
@@ -86,8 +86,8 @@ def open_writer(
     """A folder that `refpeft export --decode` made. `adapter`: a file in place of the folder's own; `bare`: none;
     `adapter_ids`: of the form multi, which adapter each row has."""
     folder = Path(folder)
-    card = read_json(folder / CARD)
-    if not card.get("decode"):
+    card = read_card(folder)
+    if not card["decode"]:
         raise ValueError(f"{folder}: its graph does not decode: export it with --decode")
     runner = runtime.open_folder(folder, device)
     source = plan(read_json(folder / "config.json"))
@@ -108,12 +108,16 @@ def open_writer(
     if card["form"] == "prefix":
         past = files.read(file)
         check_past(file, past, runner)
-        moved = all(facts["position_shift"] for facts in card["facts"])
+        (facts,) = needed(folder, card, "facts")
+        moved = all(isinstance(fact, dict) and fact.get("position_shift") for fact in facts)
         return Writer(runner, source, stop, past=past, shift=next(iter(past.values())).shape[2] if moved else 0)
     loaded = runner.load(file)
-    n = files.read(file)[card["prompt"]].shape[0] if card["form"] == "prompt" else 0
-    front = range(card.get("vocabulary", 0), card.get("vocabulary", 0) + n)
-    return Writer(runner.using(loaded), source, stop, front)
+    writer = Writer(runner.using(loaded), source, stop)
+    if card["form"] != "prompt":
+        return writer
+    (name,) = needed(folder, card, "prompt")
+    rows = files.read(file).get(name, np.zeros((0, 0)))
+    return replace(writer, front=range(writer.vocabulary, writer.vocabulary + len(rows)))
 
 
 def check_past(file: Path, past: Mapping[str, Array], runner: Runner) -> None:

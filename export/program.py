@@ -9,7 +9,6 @@ export is written into a hidden folder beside its place and moved there when it 
 either all of it or none.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from refpeft.adapter import Adapter, fits
 from refpeft.checkpoint import tokens
 from refpeft.checkpoint.folder import new_folder
 from refpeft.export import runtime, signature, verification, weights
+from refpeft.export.card import CARD, write_json
 from refpeft.export.form import Form, Made, Subject, Tensor
 from refpeft.export.forms import FORMS
 from refpeft.export.lowering import RULES
@@ -34,7 +34,6 @@ from refpeft.model import Model, adapter_list
 DTYPES: Mapping[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16)}
 INLINE_LIMIT = 100_000_000  # bytes; inline weights are held in memory twice here, and once more by whoever loads them
 PROTOBUF_LIMIT = 2_000_000_000
-CARD = "refpeft.json"
 Report = Callable[[str], None]
 
 
@@ -213,7 +212,3 @@ def write_card(folder: Path, made: Made, subject: Subject, result: Exported) -> 
         **made.card,
     }
     write_json(folder / CARD, card)
-
-
-def write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, default=list) + "\n", "utf-8")

@@ -74,7 +74,10 @@ def session(path: Path, device: str | None = None) -> Any:
         ort.preload_dlls()  # CUDA's libraries from the nvidia wheels, where those are installed
     options = ort.SessionOptions()
     options.log_severity_level = 3 if device else 4  # falling back is no error unless CUDA was asked for
-    made = ort.InferenceSession(str(path), options, [(CUDA, {"use_tf32": "0"}), CPU] if cuda else [CPU])
+    try:
+        made = ort.InferenceSession(str(path), options, [(CUDA, {"use_tf32": "0"}), CPU] if cuda else [CPU])
+    except Exception as error:  # of types of its own
+        raise ValueError(f"{path}: onnxruntime cannot load it: {' '.join(str(error).split())[:300]}") from None
     if device == "cuda" and provider(made) != CUDA:
         raise ValueError(f"CUDA was asked for, and onnxruntime fell back to {provider(made)}")
     return made
@@ -168,8 +171,8 @@ def fits(path: Any, name: str, a: Array, wanted: Any) -> None:
     shape = list(wanted.shape)
     if a.ndim != len(shape) or any(isinstance(d, int) and d != n for d, n in zip(shape, a.shape, strict=True)):
         raise ValueError(f"{path}: {name} must have the shape {shape}, found {list(a.shape)}")
-    if a.dtype != kinds[wanted.type]:
-        raise ValueError(f"{path}: {name} must be {np.dtype(kinds[wanted.type])}, found {a.dtype}")
+    if a.dtype != kinds.get(wanted.type):
+        raise ValueError(f"{path}: {name} must be a {wanted.type}, found {a.dtype}")
 
 
 def open_folder(folder: str | os.PathLike[str], device: str | None = None) -> Runner:

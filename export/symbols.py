@@ -239,9 +239,15 @@ UFUNCS: Mapping[np.ufunc, str] = {
 }  # fmt: skip
 
 
+NEUTRAL: Mapping[np.ufunc, int] = {np.add: 0, np.multiply: 1}
+
+
 def elementwise(g: Graph, ufunc: np.ufunc, inputs: Sequence[Any]) -> Symbol:
-    """The node of a ufunc (or matmul), its inputs cast as NumPy casts them."""
+    """The node of a ufunc (or matmul), its inputs cast as NumPy casts them. x + 0 and 1 x are x."""
     types = ufunc.resolve_dtypes((*map(kind, inputs), None))
+    for x, other in (inputs, inputs[::-1]) if ufunc in NEUTRAL else ():
+        if isinstance(other, int | float) and other == NEUTRAL[ufunc] and x.dtype == types[-1]:
+            return Symbol(g, x.node)
     args = [operand(g, x, t) for x, t in zip(inputs, types, strict=False)]
     shape = product_shape(args[0].shape, args[1].shape) if ufunc is np.matmul else broadcast(a.shape for a in args)
     y = g.emit(UFUNCS[ufunc], args, types[-1], shape)

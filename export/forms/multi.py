@@ -99,7 +99,7 @@ def stackable(subject: Subject) -> bool:
 
 def stacked(subject: Subject) -> dict[str, Array]:
     """A [K + 1, r, i] and s B [K + 1, o, r] of every module that any adapter has."""
-    fed = slots.slots(subject.adapters, subject.model)
+    fed = slots.slots(subject.adapters, subject.model, subject.dtype)
     found: dict[str, Array] = {}
     for name in dict.fromkeys(n.removeprefix(at) for at in prefixes(subject.adapters) for n in fed if n.startswith(at)):
         each = [fed[at + name].value if at + name in fed else None for at in prefixes(subject.adapters)]

@@ -1,5 +1,6 @@
 """Writing with an exported graph: the tokens of transformers and peft, and draws that are what they say."""
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -176,3 +177,27 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=f"^{next(iter(wrong))} must be"):
             Options(**wrong)
+
+
+@pytest.mark.ort
+def test_a_folder_that_is_not_what_it_says(tmp_path: Path) -> None:
+    """What a folder claims is checked, and what is wrong is named."""
+    model, adapter = made("prefix_tuning", "gpt2")
+    export(model, adapter, tmp_path / "out", "prefix", verify=False)
+    whole = json.loads((tmp_path / "out" / "refpeft.json").read_text())
+
+    def changed(message: str, **fields: Any) -> None:
+        card = {n: v for n, v in (whole | fields).items() if v is not None}
+        (tmp_path / "out" / "refpeft.json").write_text(json.dumps(card))
+        with pytest.raises(ValueError, match=message):
+            open_writer(tmp_path / "out")
+
+    changed("format must be 'refpeft export', found 'other'", format="other")
+    changed("decode must be a bool, found 'yes'", decode="yes")
+    changed("adapters must be a list, found None", adapters=None)
+    changed("facts is missing, which the form prefix has", facts=None)
+    (tmp_path / "out" / "model.onnx").write_bytes(b"no graph")
+    changed(r"model\.onnx: onnxruntime cannot load it")
+    (tmp_path / "out" / "refpeft.json").write_text("{")
+    with pytest.raises(ValueError, match=r"refpeft\.json: not JSON"):
+        open_writer(tmp_path / "out")
