@@ -191,3 +191,27 @@ def test_dropout_masks_are_for_the_tokens_that_a_layer_sees() -> None:
     fresh = refpeft.init("lora", {"r": 2, "target_modules": "all-linear", "lora_dropout": 0.4}, classifier)
     masks = refpeft.dropout(fresh, classifier, IDS.shape, 1, IDS.shape).masks
     assert masks["classification_head.dense"].shape == masks["classification_head.out_proj"].shape == (2, 16)
+
+
+def test_a_prefix_has_places_where_positions_are_relative_unless_it_is_told_not_to() -> None:
+    """PX5: its n places may be exchanged, but not where they are at different distances from the tokens."""
+    for case, ordered in (("prefix_tuning", True), ("prefix_tuning, unplaced", False)):
+        model, adapter = made("T5", case)
+        turned = adapter.replace(params={n: P[::-1] for n, P in adapter.params.items()})
+        out, other = model(IDS, adapter, **GIVEN)[0], model(IDS, turned, **GIVEN)[0]
+        assert (np.abs(out - other).max() > 1e-3) == ordered
+        if not ordered:
+            same(out, other)
+        tables = [n for n in model.params if "relative" in n]
+        found = refpeft.check_model(model, IDS, adapter, base=tables, **GIVEN)
+        assert found.keys() == adapter.params.keys() | set(tables)
+        assert max(found.values()) <= 1e-12
+
+
+def test_barts_positions_begin_in_the_third_row_of_their_table() -> None:
+    model = model_of("BART")
+    out, vjp = model(IDS, **GIVEN)
+    for stack, length in (("encoder", 6), ("decoder", 5)):
+        name = f"model.{stack}.embed_positions.weight"
+        used = vjp(out, base=[name])[1][name].any(1)
+        assert np.flatnonzero(used).tolist() == list(range(2, 2 + length))
