@@ -174,5 +174,6 @@ METHODS: Mapping[str, tuple[Callable[[Config, Any], Any], Callable[[Any, str], I
     "dora": (lora_config, lora_places),
     "prompt_tuning": (prompt_config, prompt_places),
     "prefix_tuning": (prefix_config, prefix_places),
+    "p_tuning_v2": (prefix_config, prefix_places),
     **{name: (partial(bottleneck_config, name), bottleneck_places) for name in ("houlsby", "pfeiffer", "parallel")},
 }

@@ -40,6 +40,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {  # what of a method's options Adapt
     "dora": {"detach_norm": False},
     "prompt_tuning": {"placement": "after_embedding"},
     "houlsby": {"train_norms": False},
+    "p_tuning_v2": {"position_shift": False},
     "prefix_tuning": {"position_shift": False, "input_size": tiny.WIDE["hidden_size"]},
 }
 SETTINGS = {"attention": ["sdpa", "eager"]}  # of transformers; the first is its default
@@ -48,6 +49,7 @@ FEATURES = (
     "cache", "together", "weighted", "loss", "drop",
 )  # fmt: skip
 SUMS = ("lora", "dora", "prompt_tuning")  # whose adapters do not add up in a Stack, or of which there can be one
+HEADS = ("disable", "several", "delete", "save")  # for the head, which the method trains, belongs to no adapter there
 
 
 class AdapterHub:
@@ -58,7 +60,7 @@ class AdapterHub:
             "methods": list(METHODS), "dtypes": ["float32", "float64"], "features": list(FEATURES),
             "families": [family for family in LINEARS if buildable(family)],
             "linears": LINEARS, "options": OPTIONS, "settings": SETTINGS,
-            "without": {method: ["together"] for method in SUMS},
+            "without": {**{method: ["together"] for method in SUMS}, "p_tuning_v2": HEADS},
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }  # fmt: skip
 
