@@ -23,7 +23,7 @@ import transformers
 
 from refpeft.conformance import tiny
 from refpeft.conformance.case import Case, read
-from refpeft.conformance.targets.adapterhub import METHODS, Place
+from refpeft.conformance.targets.adapterhub import METHODS, Place, head_places
 from refpeft.conformance.targets.base import Arrays, Skip
 from refpeft.conformance.targets.models import array, base_model, buildable, output, quietly, tensor, values_of
 from refpeft.conformance.targets.spec import answers, real
@@ -40,14 +40,16 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {  # what of a method's options Adapt
     "dora": {"detach_norm": False},
     "prompt_tuning": {"placement": "after_embedding"},
     "houlsby": {"train_norms": False},
+    "p_tuning_v2": {"position_shift": False},
     "prefix_tuning": {"position_shift": False, "input_size": tiny.WIDE["hidden_size"]},
 }
 SETTINGS = {"attention": ["sdpa", "eager"]}  # of transformers; the first is its default
 FEATURES = (
     "forward", "grads", "frozen", "change", "merge", "unmerge", "disable", "several", "delete", "save", "conv1d",
-    "cache", "together", "weighted",
+    "cache", "together", "weighted", "loss", "drop",
 )  # fmt: skip
 SUMS = ("lora", "dora", "prompt_tuning")  # whose adapters do not add up in a Stack, or of which there can be one
+HEADS = ("disable", "several", "delete", "save")  # for the head, which the method trains, belongs to no adapter there
 
 
 class AdapterHub:
@@ -58,7 +60,7 @@ class AdapterHub:
             "methods": list(METHODS), "dtypes": ["float32", "float64"], "features": list(FEATURES),
             "families": [family for family in LINEARS if buildable(family)],
             "linears": LINEARS, "options": OPTIONS, "settings": SETTINGS,
-            "without": {method: ["together"] for method in SUMS},
+            "without": {**{method: ["together"] for method in SUMS}, "p_tuning_v2": HEADS},
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }  # fmt: skip
 
@@ -114,8 +116,10 @@ def activate(model: Any, names: Sequence[str]) -> None:
 
 
 def places(case: Case, model: Any, name: str) -> dict[str, Place]:
-    _, find = METHODS[case.meta["adapters"][name]["method"]]
-    return {p.name: p for p in find(model, name)}
+    about = case.meta["adapters"][name]
+    _, find = METHODS[about["method"]]
+    found = [*find(model, name), *head_places(about["config"].get("modules_to_save"), model)]
+    return {p.name: p for p in found}
 
 
 def write(case: Case, model: Any, name: str, values: Mapping[str, Array]) -> None:
@@ -175,6 +179,15 @@ class Whole:
         self.model.merge_adapter(self.names[0])
         return {"merged_logits": self.said(self.ids, self.mask)}
 
+    def loss(self) -> Arrays:
+        with torch.no_grad():
+            out = self.model(input_ids=tensor(self.ids), labels=tensor(self.case.arrays["labels"]))
+        return {"loss": array(out.loss)}
+
+    def dropped(self) -> Arrays:
+        self.model.eject_prefix_tuning(self.names[0])
+        return {"dropped": self.said(self.ids, self.mask)}
+
     def decoded(self) -> Arrays:
         found, cache = [], None
         with torch.no_grad():
@@ -185,11 +198,13 @@ class Whole:
         return {"decoded": np.concatenate(found, axis=1)}
 
     def count(self) -> Arrays:
-        """Without the head of the task, which AdapterHub always trains."""
+        """Without the head of the task, which AdapterHub always trains, unless the adapter has it too."""
         self.train()
-        if any(p.copies > 1 for name in self.names for p in places(self.case, self.model, name).values()):
+        own = [p for name in self.names for p in places(self.case, self.model, name).values()]
+        if any(p.copies > 1 for p in own):
             raise Skip("AdapterHub has an A for each of Q, K and V")
-        return {"count": np.array(sum(p.numel() for p in self.model.base_model.parameters() if p.requires_grad))}
+        asked = {*self.model.base_model.parameters(), *(p.param for p in own)}
+        return {"count": np.array(sum(p.numel() for p in asked if p.requires_grad))}
 
 
 # ── a life ───────────────────────────────────────────────────────────────────────────────────────────────────────────
