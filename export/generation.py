@@ -56,7 +56,8 @@ class Options:
 
 @dataclass(frozen=True)
 class Writer:
-    """A graph that decodes, with its adapter. `front`: the ids of a soft prompt. `past`: of a prefix, one row."""
+    """A graph that decodes, with its adapter. `front`: the ids of a soft prompt that stands before the text; with
+    `template` it stands among the ids that are given. `past`: of a prefix, one row."""
 
     runner: Runner
     plan: Plan
@@ -64,6 +65,7 @@ class Writer:
     front: Sequence[int] = ()
     past: Mapping[str, Array] = field(default_factory=dict, repr=False)
     shift: int = 0
+    template: bool = False
 
     @property
     def vocabulary(self) -> int:
@@ -115,7 +117,9 @@ def open_writer(
     writer = Writer(runner.using(loaded), source, stop)
     if card["form"] != "prompt":
         return writer
-    (name,) = needed(folder, card, "prompt")
+    name, facts = needed(folder, card, "prompt", "facts")
+    if any(isinstance(fact, dict) and fact.get("placement") == "template" for fact in facts):
+        return replace(writer, template=True)
     rows = files.read(file).get(name, np.zeros((0, 0)))
     return replace(writer, front=range(writer.vocabulary, writer.vocabulary + len(rows)))
 
@@ -173,7 +177,7 @@ def check_prompts(writer: Writer, prompts: Sequence[Sequence[int]]) -> None:
     if not prompts or any(not ids and not writer.front for ids in prompts):
         raise ValueError("there is nothing to go on from: a prompt must have at least one token")
     top = max((max(ids, default=0) for ids in prompts), default=0)
-    if top >= writer.vocabulary + len(writer.front):
+    if top >= writer.vocabulary and not writer.template:
         raise ValueError(
             f"a prompt has the token {top}, and the model {writer.vocabulary} tokens: wrong tokenizer.json?"
         )

@@ -5,7 +5,7 @@
 LoRA and rsLoRA on linear layers are stacked, A [k, r, i] and s B [k, o, r], ranks filled up with zeros: each row
 fetches its own, so the cost does not grow with the number of adapters.
 
-    y = y₀ + x A_kᵀ (s B_k)ᵀ           k = adapter_ids of the row; a stack's last is of zeros, for none
+    y = y₀ + x A_kᵀ (s B_k)ᵀ           k = adapter_ids of the row; a stack's first is of zeros, for none
 
 Anything else is computed for every row by every adapter, and each row keeps its own, as the specification has it
 (`refpeft.by_row`): a task per row with prompts and a head of its own (P-tuning v2), DoRA, trained heads. A soft prompt
@@ -73,13 +73,19 @@ def make(subject: Subject, graph: Graph, store: Store) -> Made:
     return Made([*inputs, IDS], outputs, kept, subject.model, card={"stacked": stacks is not None})
 
 
+def place(ids: Any) -> Any:
+    """Of each row's adapter, behind the first, which is none."""
+    return np.where(ids < 0, 0, ids + 1)
+
+
 # ── every adapter for every row ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def chosen(subject: Subject, graph: Graph, model: Model, ids: Any) -> tuple[Hooks, list[Tensor]]:
     adapters = [trained(a) for a in subject.adapters]
     values, types = named(adapters), dtypes(subject, adapters)
-    rows = by_row(with_values(adapters, symbols(graph, values, types)), ids)
+    known = graph.constant([-1, *range(len(adapters))], INT)  # a number that there is not is an error, as in a stack
+    rows = by_row(with_values(adapters, symbols(graph, values, types)), known[place(ids)])
     return hooks_of(rows, model), [(name, a, types[name]) for name, a in values.items()]
 
 
@@ -98,7 +104,7 @@ def stackable(subject: Subject) -> bool:
 
 
 def stacked(subject: Subject) -> dict[str, Array]:
-    """A [K + 1, r, i] and s B [K + 1, o, r] of every module that any adapter has."""
+    """A [1 + K, r, i] and s B [1 + K, o, r] of every module that any adapter has."""
     fed = slots.slots(subject.adapters, subject.model, subject.dtype)
     found: dict[str, Array] = {}
     for name in dict.fromkeys(n.removeprefix(at) for at in prefixes(subject.adapters) for n in fed if n.startswith(at)):
@@ -107,7 +113,7 @@ def stacked(subject: Subject) -> dict[str, Array]:
         stack = np.zeros((len(each) + 1, *largest), np.float32)
         for k, a in enumerate(each):
             if a is not None:
-                stack[k, : a.shape[0], : a.shape[1]] = a
+                stack[k + 1, : a.shape[0], : a.shape[1]] = a
         found[name] = stack
     return found
 
@@ -116,8 +122,7 @@ def fetched(stacks: Mapping[str, Array], graph: Graph, ids: Any) -> tuple[Hooks,
     f32 = np.dtype(np.float32)
     tensors = {f"adapters.{name}": a for name, a in stacks.items()}
     values = symbols(graph, tensors, dict.fromkeys(tensors, f32))
-    none = next(iter(stacks.values())).shape[0] - 1
-    row = np.where(ids < 0, none, ids)
+    row = place(ids)
     A, B = (f"adapters.{{}}.{slots.INPUT[n]}" for n in "AB")
 
     def part(p: Part) -> Part:

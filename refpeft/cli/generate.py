@@ -51,6 +51,8 @@ def generate(
     if adapter is not None and bare:
         raise ValueError("--adapter and --bare exclude each other")
     writer = open_writer(folder, adapter, bare, device, adapter_id or None)
+    if writer.template:
+        raise ValueError(f"{folder}: its prompt stands in a template, which text cannot show: use it from Python")
     read = [words.encode(prompt).ids for prompt in prompts]
     written: list[list[int]] = [[] for _ in prompts]
     shown = ""

@@ -103,6 +103,18 @@ def test_adapters_by_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.ort
+def test_a_prompt_in_a_template(tmp_path: Path) -> None:
+    """(P₁, x, P₂): the ids of the virtual tokens stand where the template has them."""
+    model, adapter = made("p_tuning", "llama", placement="template")
+    export(model, adapter, tmp_path / "out", "prompt", decode=True, verify=False)
+    template = [29, 30, 3, 1, 4, 31]
+    ids = list(template)
+    for _ in range(8):
+        ids.append(int(model(np.array([ids]), adapter)[0][0, -1].argmax()))
+    assert written(tmp_path / "out", [template]) == [ids[len(template) :]]
+
+
+@pytest.mark.ort
 def test_rows_end_on_their_own(tmp_path: Path) -> None:
     model = tiny("gpt2", dtype=F32, eos_token_id=7)
     export(model, None, tmp_path / "out", decode=True, verify=False)

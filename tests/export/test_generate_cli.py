@@ -85,6 +85,15 @@ def test_each_mistake_is_one_sentence(folder: Path) -> None:
     assert "there is no tokenizer.json" in generate(folder, "abc").stderr
 
 
+@pytest.mark.ort
+def test_a_template_has_no_text(folder: Path) -> None:
+    model, adapter = made("p_tuning", "gpt2", placement="template")
+    export(model, adapter, folder / "t", "prompt", verify=False, source=folder / "model", decode=True)
+    result = runner.invoke(app, ["generate", str(folder / "t"), "abc"])
+    assert result.exit_code == 2
+    assert "its prompt stands in a template" in result.stderr
+
+
 def test_text_is_shown_when_it_is_whole() -> None:
     """A character of four tokens comes with the last of them; a space at the beginning is kept."""
     tokens = words()

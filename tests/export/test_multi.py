@@ -109,6 +109,15 @@ def test_writing(methods: list[tuple[str, dict[str, Any]]], tmp_path: Path) -> N
             next(write(open_writer(tmp_path / "out", adapter_ids=wrong), prompts, Options()))
 
 
+@pytest.mark.ort
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_an_adapter_that_is_not_there_is_an_error(method: str, tmp_path: Path) -> None:
+    model = tiny("gpt2", dtype=F32)
+    export(model, adapters_of(model, [(method, {"r": 2})] * 2), tmp_path / "out", "multi", verify=False)
+    with pytest.raises(Exception, match="out of data bounds"):
+        answer(tmp_path / "out", example(model, 2, 5), [0, 2])
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     model = tiny("gpt2", dtype=F32)
     with pytest.raises(ValueError, match="the form multi needs adapters"):
