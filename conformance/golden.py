@@ -54,7 +54,7 @@ class Question:
         id = f"{method}/{self.level}/{self.name}"
         seed = zlib.crc32(id.encode()) % 2**31  # so that no vector's numbers depend on which others there are
         cases = [found(self.level, name).case(method, dict(self.structure), seed) for name in self.properties]
-        meta = dict(cases[0].meta)
+        meta = {k: v for k, v in cases[0].meta.items() if k != "structure"}
         asked = dict.fromkeys(w for c in cases for w in c.meta["want"] if self.wants is None or w in self.wants)
         claims = dict.fromkeys(label for c in cases for label in c.meta["claims"])
         meta |= {"id": id, "property": self.name, "want": list(asked), "claims": list(claims), "hunts": self.hunts}
@@ -71,7 +71,8 @@ def numbered(case: Case) -> Case:
         return case.map(lambda name, a: short(a.astype(np.float64)).astype(a.dtype))
     if case.level == "layer":
         return case
-    return case.map(lambda name, a: integers(case.meta["seed"], name, a.shape, -3, 3).astype(a.dtype))
+    first = {a.tobytes(): name for name, a in reversed(case.arrays.items())}  # what is stored twice must stay the same
+    return case.map(lambda _, a: integers(case.meta["seed"], first[a.tobytes()], a.shape, -3, 3).astype(a.dtype))
 
 
 def short(a: Array) -> Array:
