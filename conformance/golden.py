@@ -5,8 +5,8 @@ metadata the kind of bug that it hunts, and how far another answer may be off. W
 `golden_layers` and `golden_models`; nothing is computed here but by the specification.
 
     exact   answers must be equal as numbers
-    float   ‖got − expect‖ ≤ limit · unit,   unit ≥ max(dither, ‖spec − ref‖, u ‖ref‖) as in `yardstick`, a power of two;
-            expect is ref in the dtype of the answer.                    Arrays without a unit must be equal as numbers
+    float   ‖got − expect‖ ≤ limit · unit,   unit ≥ max(dither, ‖spec − ref‖, u ‖ref‖), as in `yardstick`, rounded up to
+            a power of two; expect is ref in the dtype of the answer. Without a unit, answers must be equal as numbers
 """
 
 import hashlib
@@ -24,16 +24,15 @@ import numpy as np
 from refpeft import SPEC_VERSION
 from refpeft.checkpoint import folder as folders
 from refpeft.checkpoint.safetensors import Malformed, parse_json
-from refpeft.conformance.case import Case, is_float
+from refpeft.conformance.case import EXPECT, Case, is_float
 from refpeft.conformance.numbers import integers
 from refpeft.conformance.properties import PROPERTIES, Property
-from refpeft.conformance.targets.base import Arrays
 from refpeft.conformance.yardstick import LIMIT, SAME, Verdict, Yardstick, distance, norm, unit, wrong
 from refpeft.ops import Array
 
-EXPECT = "expect/"
 INDEX = "index.json"
 BITS = 12  # of the significand of numbers that are drawn, so that no platform's last bit of log or exp is in them
+ABOUT = ("spec_version", "claims", "hunts")  # said of a question, and no part of it
 SLACK = 4.0  # by which units of another machine may differ
 Progress = Callable[[str], None]
 
@@ -71,7 +70,9 @@ def numbered(case: Case) -> Case:
         return case.map(lambda name, a: short(a.astype(np.float64)).astype(a.dtype))
     if case.level == "layer":
         return case
-    first = {a.tobytes(): name for name, a in reversed(case.arrays.items())}  # what is stored twice must stay the same
+    first = {
+        a.tobytes(): name for name, a in reversed(list(case.arrays.items()))
+    }  # what is stored twice must stay the same
     return case.map(lambda _, a: integers(case.meta["seed"], first[a.tobytes()], a.shape, -3, 3).astype(a.dtype))
 
 
@@ -108,19 +109,9 @@ def spread(y: Yardstick, name: str) -> float:
     return math.ldexp(1.0, e - (m == 0.5)) if own else 0.0
 
 
-def expected(case: Case) -> Arrays:
-    return {n.removeprefix(EXPECT): a for n, a in case.arrays.items() if n.startswith(EXPECT)}
-
-
-def asked(case: Case) -> Case:
-    """The question alone."""
-    meta = {k: v for k, v in case.meta.items() if k not in ("limit", "units")}
-    return Case(meta, {n: a for n, a in case.arrays.items() if not n.startswith(EXPECT)})
-
-
 def judge(case: Case, got: Mapping[str, Array]) -> Verdict:
     """Is `got` all that is expected, and near enough?"""
-    expect = expected(case)
+    expect = case.expected
     if names := sorted(expect.keys() ^ got.keys()):
         return Verdict("names", None, f"{names[0]} is {'missing' if names[0] in expect else 'not expected'}")
     worst = SAME
@@ -169,8 +160,9 @@ def entry(case: Case) -> dict[str, Any]:
 
 
 def digest(case: Case) -> str:
-    q = asked(case)
-    h = hashlib.sha256(json.dumps(q.meta, sort_keys=True, ensure_ascii=False).encode())
+    q = case.question
+    meta = {k: v for k, v in q.meta.items() if k not in ABOUT}
+    h = hashlib.sha256(json.dumps(meta, sort_keys=True, ensure_ascii=False).encode())
     for name, a in sorted(q.arrays.items()):
         h.update(f"\n{name} {a.dtype.name} {list(a.shape)}\n".encode() + little(a))
     return h.hexdigest()
@@ -200,7 +192,8 @@ def fill(new: Path, methods: Sequence[str], progress: Progress) -> int:
 def index_text(entries: Sequence[Mapping[str, Any]]) -> str:
     """A line for each vector, so that a change shows as one."""
     lines = ",\n    ".join(json.dumps(e, ensure_ascii=False) for e in entries)
-    return f'{{\n  "format": "refpeft vectors",\n  "spec_version": "{SPEC_VERSION}",\n  "vectors": [\n    {lines}\n  ]\n}}\n'
+    head = f'"format": "refpeft vectors",\n  "spec_version": "{SPEC_VERSION}"'
+    return f'{{\n  {head},\n  "vectors": [\n    {lines}\n  ]\n}}\n'
 
 
 def read_index(folder: Path) -> list[dict[str, Any]]:
@@ -256,7 +249,7 @@ def again(case: Case, listed: Mapping[str, Any] | None, folder: Path, scratch: P
     if listed is None:
         return Checked(id, "differs", detail=f"it is not in {INDEX}")
     if listed["question"] != digest(case):
-        return Checked(id, "differs", detail="it asks something else now: an id keeps its meaning, so give it a new one")
+        return Checked(id, "differs", detail="it asks something else now, but an id keeps its meaning: take a new one")
     if dict(listed) != entry(case):
         return Checked(id, "differs", detail=f"{INDEX} says something else of it")
     if not (folder / file).is_file():
@@ -274,11 +267,13 @@ def near(id: str, stored: Case, made: Case) -> Checked:
     """The same question, and answers within a unit of each other, as they are on machines that round otherwise."""
     if "units" not in stored.meta or digest(stored) != digest(made):
         return Checked(id, "differs", detail="the file asks something else than the index says")
+    if {**stored.meta, "units": {}} != {**made.meta, "units": {}}:
+        return Checked(id, "differs", detail="what the file says of the question is something else")
     old, new = stored.meta["units"], made.meta["units"]
     if old.keys() != new.keys() or any(not 1 / SLACK <= old[n] / new[n] <= SLACK for n in new):
         return Checked(id, "differs", detail="its units are others")
     strict = Case({**stored.meta, "limit": 1.0}, stored.arrays)
-    verdict = judge(strict, expected(made))
+    verdict = judge(strict, made.expected)
     if verdict.kind:
         return Checked(id, "differs", detail=f"the specification now answers something else: {verdict.detail}")
     return Checked(id, "rounding", verdict.ratio or 0.0)

@@ -6,8 +6,9 @@ from typing import Any
 from refpeft.conformance import tiny
 from refpeft.conformance.golden import Question
 from refpeft.conformance.strategies import FLAGS
-from refpeft.conformance.traits import BIASED, LORA, POSITIONED, TRAITS
+from refpeft.conformance.traits import LORA, TRAITS
 
+Fields = dict[str, Any]
 HEAD = tiny.CLASSIFIER
 RUN = ("logits", "param-grads", "count")
 
@@ -53,7 +54,8 @@ def matrices(m: str) -> list[Question]:
               ["merge"], m, "llama"),
         model("padding", "What stands at padded positions has an influence on the others.", ["padding"], m, "bert",
               padded=True),
-        model("decoding", "Positions counted from 0 again where keys and values are kept.", ["incremental"], m, "qwen2"),
+        model("decoding", "Positions counted from 0 again where keys and values are kept.", ["incremental"], m,
+              "qwen2"),
         model("two", "Two adapters, where the second is run with the first one's scale or before it.", ["order"], m,
               "llama", swap=True),
         model("two-merged", "Two adapters, of which one is merged.", ["two-merged"], m, "gpt2"),
@@ -66,14 +68,9 @@ def matrices(m: str) -> list[Question]:
     ]  # fmt: skip
 
 
-def families(m: str) -> list[str]:
-    """Those that the method is checked on: first one that is a decoder."""
-    return [f for f in ("gpt2", "llama", "qwen2", "bert", "roberta") if f in TRAITS[m].families]
-
-
 def selections(m: str) -> list[Question]:
     causal, other = ("gpt2", "qwen2") if m == "bitfit" else ("gpt2", "llama")
-    merge = {"wants": ["merged"], "regime": "exact"}
+    merge: Fields = {"wants": ["merged"], "regime": "exact"}
     return [
         model("exact", "Merged tensors that are not, bit for bit, those that were trained or the base's.",
               ["merge"], m, causal, **merge),
@@ -106,13 +103,13 @@ def variants(m: str) -> list[Question]:
         return [model("some", "Biases of queries and of the first MLP matrix only, where all are trained.", RUN, m,
                       "bert", config={"biases": "query_and_intermediate"})]  # fmt: skip
     if m == "trainable_tokens":
-        ids = {"config": {"token_indices": [12, 3, 4]}}
+        ids: Fields = {"config": {"token_indices": [12, 3, 4]}}
         return [model("order", "Indices that are not sorted, with rows in their order.", RUN, m, "llama", **ids)]
     return [model("two-layers", "The first layer taken for all.", RUN, m, "bert", layers=2)]
 
 
 def bottlenecks(m: str) -> list[Question]:
-    option = {"batch": [2, 3], "layers": 1}
+    option: Fields = {"batch": [2, 3], "layers": 1}
     return [
         model("count", "Norms, biases or scales that are trained and not counted.", ["count"], m, "bert",
               regime="exact"),
@@ -143,7 +140,7 @@ def bottlenecks(m: str) -> list[Question]:
 
 
 def prompts(m: str) -> list[Question]:
-    head = {"config": {"placement": "after_embedding"}} if m == "prompt_tuning" else {}
+    head: Fields = {"config": {"placement": "after_embedding"}} if m == "prompt_tuning" else {}
     found = [
         model("count", "What is not trained counted, or part of what is trained forgotten.", ["count"], m, "gpt2",
               regime="exact"),
@@ -178,7 +175,7 @@ def encoders(m: str) -> list[Question]:
 
 
 def prefixes(m: str) -> list[Question]:
-    made = {"prefix_projection": True}
+    made: Fields = {"prefix_projection": True}
     return [
         model("count", "What is not trained counted, or part of what is trained forgotten.", ["count"], m, "gpt2",
               regime="exact"),
@@ -209,7 +206,7 @@ def prefixes(m: str) -> list[Question]:
 
 
 def tasks(m: str) -> list[Question]:
-    rows = {"batch": [3, 3]}
+    rows: Fields = {"batch": [3, 3]}
     return [
         model("count", "A head that is trained and not counted.", ["count"], m, "bert", HEAD, regime="exact"),
         model("bert", "Keys and values swapped, tokens that are not shifted, a frozen head, gradients averaged.",
@@ -236,7 +233,7 @@ def tasks(m: str) -> list[Question]:
 
 
 def subspaces(m: str) -> list[Question]:
-    wants = {"wants": ["merged"], "regime": "exact"}
+    wants: Fields = {"wants": ["merged"], "regime": "exact"}
     return [
         model("exact", "The projection: a permutation inverted, signs forgotten, a matrix filled along the wrong side, "
               "biases forgotten, a tied tensor moved twice.", ["merge"], m, "gpt2", **wants),
