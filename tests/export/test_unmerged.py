@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -106,3 +107,16 @@ def test_methods_without_a_merge_say_so(tmp_path: Path) -> None:
     model, adapter = made("prefix_tuning", "gpt2")
     with pytest.raises(ValueError, match=r"prefix_tuning has no merge.*--form unmerged"):
         export(model, adapter, tmp_path / "out", verify=False)
+
+
+@pytest.mark.ort
+@pytest.mark.parametrize("stored_as", [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("form", ["unmerged", "inputs", "multi", "prefix", "prompt"])
+def test_half_checkpoints(form: str, stored_as: Any, tmp_path: Path) -> None:
+    """Adapters of a model of 16 bits are float32, and the base weights are what the checkpoint has."""
+    model = tiny("llama", dtype=stored_as)
+    method = {"prefix": "prefix_tuning", "prompt": "prompt_tuning"}.get(form, "dora")
+    adapter = moved(refpeft.init(method, {} if form in ("prefix", "prompt") else {"r": 2}, model))
+    for dtype in ("float32", "float16"):
+        result = export(model, adapter, tmp_path / dtype, form, dtype, decode=True)
+        assert max(c["ratio"] for c in result.cases) <= LIMIT
