@@ -92,3 +92,9 @@ def figure(file: Path, panels: int, width: float = 5.2, height: float = 4.2) -> 
     yield axes[0] if panels > 1 else axes[0, 0]
     drawn.savefig(file, dpi=150)
     pyplot.close(drawn)
+
+
+def legend_above(axes: Any, side: str) -> None:
+    """Where it hides nothing: on the left or the right above all panels."""
+    handles, names = axes.get_legend_handles_labels()
+    axes.figure.legend(handles, names, loc=f"outside upper {side}", ncols=4, frameon=False, fontsize=9)

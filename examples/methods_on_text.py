@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import bytes_of, console, figure, fit, on_disk, options, table, trainable
+from common import bytes_of, console, figure, fit, legend_above, on_disk, options, table, trainable
 from stdlib import Task, encoder, error, judged, task
 
 import refpeft
@@ -45,7 +45,7 @@ def ways(t: Task) -> Ways:
         "dora": (low_rank, 3e-3),
         "houlsby": ({}, 1e-2),
         "pfeiffer": ({}, 1e-2),
-        "parallel": ({}, 1e-2),
+        "parallel": ({}, 3e-3),
         "prompt_tuning": ({"num_virtual_tokens": N, "prompt_tuning_init": "SAMPLE_VOCAB"}, 3e-2),
         "p_tuning": ({"num_virtual_tokens": N, "encoder_reparameterization_type": "LSTM"}, 1e-3),
         "prefix_tuning": ({"num_virtual_tokens": N, "prefix_projection": True}, 1e-3),
@@ -89,17 +89,16 @@ def show(t: Task, results: Mapping[str, Result], before: tuple[float, float], st
 
 def plot(file: Path, t: Task, results: Mapping[str, Result], before: float) -> None:
     names = sorted(results, key=lambda name: results[name].accuracy)
-    above = {"frameon": False, "loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2, "fontsize": 9}
     with figure(file, 2, height=5) as (right, size):
         right.axvline(before, color="black", linewidth=1, label="before training")
         reached = [results[name].accuracy for name in names]
         right.errorbar(reached, names, xerr=error(t), fmt="o", elinewidth=1, label="after it, ± one standard error")
         right.set(xlabel="accuracy on sentences held out")
-        right.legend(**above)
+        legend_above(right, "left")
         size.plot([results[name].parameters for name in names], names, "o", label="trainable parameters")
         size.plot([results[name].bytes for name in names], names, "x", color="C1", label="bytes of the saved adapter")
         size.set(xscale="log", yticklabels=[])
-        size.legend(**above)
+        legend_above(size, "right")
 
 
 def check(t: Task, results: Mapping[str, Result], before: tuple[float, float], quick: bool) -> None:

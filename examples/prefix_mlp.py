@@ -82,8 +82,9 @@ def say(grid: Grid, bare: float) -> None:
     """Was it the MLP that made training stable?"""
     for way in WAYS:
         better = [lr for (w, lr), r in grid.items() if w == way and r.after[1] < bare]
-        console.print(f"{way:6} helps at the rates {', '.join(f'{lr:g}' for lr in better) or 'none'}", end="; ")
-        console.print(f"where the loss in training is lowest, the other is {best(grid, way).after[1]:.2f}.")
+        rates = ", ".join(f"{lr:g}" for lr in better) or "none"
+        last = f"{best(grid, way).after[1]:.2f} at the rate that is best in training"
+        console.print(f"{way}: better than no prefix at {rates}; {last}.")
 
 
 def plot(file: Path, grid: Grid, bare: float) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import Array, console, figure, fit, options, table
+from common import Array, console, figure, fit, legend_above, options, table
 from stdlib import PARTS, Task, batches, encoder, error, judged, labels, pooled, task
 
 import refpeft
@@ -116,7 +116,7 @@ def plot(file: Path, t: Task, grid: Grid, bare: tuple[float, float], each: Array
             axes.minorticks_off()
         accuracy.set(title=f"accuracy (± {error(t):.2f})")
         loss.set(title="loss")
-        loss.legend(frameon=False)
+        legend_above(accuracy, "left")
         names = [f"{k + 1}" for k in range(len(each))]
         ensemble.bar(names, each, color="0.75")
         ensemble.bar(["mean", "vote"], [each.mean(), vote], color=["C0", "C1"])
