@@ -34,7 +34,6 @@ from refpeft.prompts import P, dtype_of
 
 Raw = Mapping[str, Any]
 Tensors = dict[str, Array]
-ARCHITECTURES = ("lora", "prompt_tuning", "prefix_tuning")
 IGNORED = {  # without influence on what is computed where the tensors are given
     "architecture", "init_weights", "init_weights_seed", "dtype", "prompt_init", "prompt_init_text", "encoder_prefix",
     "cross_prefix", "shared_gating",
@@ -54,9 +53,8 @@ PREFIX = {"E": "wte.weight", "W1": "control_trans.0.weight", "b1": "control_tran
 
 
 def recognises(raw: Raw) -> bool:
-    """Is this the adapter_config.json of an adapter of AdapterHub's, of one of these kinds?"""
-    config = raw.get("config")
-    return "peft_type" not in raw and isinstance(config, Mapping) and config.get("architecture") in ARCHITECTURES
+    """Is this the adapter_config.json of an adapter of AdapterHub's?"""
+    return "peft_type" not in raw and isinstance(raw.get("config"), Mapping)
 
 
 def read_folder(where: Path, raw: Raw, model: Model) -> Adapter:
@@ -66,7 +64,10 @@ def read_folder(where: Path, raw: Raw, model: Model) -> Adapter:
 
 def read(raw: Raw, tensors: Mapping[str, Array], model: Model) -> Adapter:
     """The adapter, every tensor of it accounted for."""
-    architecture, name = raw["config"]["architecture"], bottleneck.named(raw)
+    architecture, name = raw["config"].get("architecture"), bottleneck.named(raw)
+    if architecture not in tuple(READERS):
+        kinds = ", ".join(READERS)
+        raise Malformed(f"{CONFIG}: config.architecture must be null or one of {kinds}, found {show(architecture)}")
     base = bottleneck.base_of(model)
     rest = {unnamed(n, name).removeprefix(base): a for n, a in tensors.items()}
     whole = bottleneck.heads_in(tensors, model, {}) or None
@@ -125,6 +126,8 @@ def left_out(config: Raw) -> Sequence[int]:
 def lora(config: Raw, model: Model) -> tuple[dict[str, Any], Any]:
     """The fields of our config, and how to read the parameters."""
     r, α = positive(config, "r"), config.get("alpha", 8)
+    if not isinstance(α, int | float) or isinstance(α, bool):
+        raise ValueError(f"config.alpha must be a number, found {show(α)}")
     keys = config.get("attn_matrices", ["q", "v"]) if config.get("selfattn_lora", True) else []
     if not isinstance(keys, list) or any(key not in ("q", "k", "v") for key in keys):
         raise ValueError(f"config.attn_matrices must name q, k or v, found {show(keys)}")

@@ -80,7 +80,10 @@ def test_a_prefix_is_the_same_under_all_its_names(tmp_path: Path) -> None:
     ("change", "says"),
     [
         ({"r": 0}, "config.r must be a positive integer, found 0"),
-        ({"alpha": "8"}, "lora_alpha must be"),
+        ({"r": True}, "config.r must be a positive integer, found"),
+        ({"alpha": {}}, "config.alpha must be a number, found"),
+        ({"dropout": "x"}, "lora_dropout must be"),
+        ({"init_weights": "bert", "architecture": []}, "config.architecture must be null or one of"),
         ({"attn_matrices": ["o"]}, "config.attn_matrices must name q, k or v"),
         ({"composition_mode": "scale"}, "config.composition_mode must be 'add', found 'scale'"),
         ({"use_dora": True}, "'use_dora' is set to"),
