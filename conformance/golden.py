@@ -5,8 +5,8 @@ metadata the kind of bug that it hunts, and how far another answer may be off. W
 `golden_layers` and `golden_models`; nothing is computed here but by the specification.
 
     exact   answers must be equal as numbers
-    float   ‖got − expect‖ ≤ limit · unit;   expect is ref in the dtype of the answer, unit = max(dither, u ‖ref‖), as in
-            `yardstick`, rounded up to a power of two. Without a unit, answers must be equal as numbers
+    float   ‖got − expect‖ ≤ limit · unit, with expect = ref in the dtype of the answer and unit = max(dither, u ‖ref‖)
+            as in `yardstick`, rounded up to a power of two; answers without a unit must be equal as numbers
 
 Of a model's gradients the unit is at least u times the largest of them: some are sums that cancel (that of a bias of
 keys is zero) and are left with the rounding of others. What the specification answers in the case's own dtype, which

@@ -61,7 +61,7 @@ def numbers(m: str) -> list[Question]:
         layer("rows", "A row of the batch that has an influence on the others.", ["batch"], m, batch=[3, 2]),
         layer("bfloat16", "An output or a merged weight that leaves the layer's dtype, or loses more than it must.",
               ["dtype"], m, dtype="bfloat16"),
-        layer("float16", "The same in float16: α and parameters that are rounded before they are used.",
+        layer("float16", "An output in float16 that is float32; parameters rounded to 16 bits before they are used.",
               ["dtype"], m, dtype="float16", kind="conv1d"),
     ]  # fmt: skip
 
