@@ -19,6 +19,8 @@ from safetensors.numpy import save_file
 from refpeft.ops import Array
 
 HEADER = "refpeft"
+EXPECT = "expect/"  # before the names of answers
+ANSWERS = ("limit", "units")  # fields about answers
 DTYPES: Mapping[str, Any] = {
     "float16": np.float16,
     "bfloat16": ml_dtypes.bfloat16,
@@ -39,6 +41,17 @@ class Case:
     @property
     def method(self) -> str:
         return str(self.meta["method"])
+
+    @property
+    def expected(self) -> dict[str, Array]:
+        """The answers in a golden vector."""
+        return {n.removeprefix(EXPECT): a for n, a in self.arrays.items() if n.startswith(EXPECT)}
+
+    @property
+    def question(self) -> "Case":
+        """Without the answers."""
+        meta = {k: v for k, v in self.meta.items() if k not in ANSWERS}
+        return Case(meta, {n: a for n, a in self.arrays.items() if not n.startswith(EXPECT)})
 
     def map(self, f: Callable[[str, Array], Array]) -> "Case":
         """The same question about other numbers: f(name, array) for every floating array."""

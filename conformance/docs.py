@@ -18,7 +18,7 @@ from inspect import cleandoc
 from refpeft.methods import METHODS
 
 CLAIM = re.compile(r"^    ([A-Z]+\d+)  (.*)$")
-HEADING = re.compile(r"^(\S.*):$")
+HEADING = re.compile(r"^((?!.*(?:=|   ))\S.*):$")  # words, and no formula
 
 
 @dataclass(frozen=True)
@@ -40,18 +40,21 @@ def doc(method: str) -> Doc:
 
 
 def split(body: str) -> dict[str, str]:
-    """The text under each heading; under "" what comes before the first. A heading stands alone on its line, ends in a
+    """The text under each heading; under "" what stands at the margin. A heading stands alone on its line, ends in a
     colon, and what follows it is indented."""
     blocks: dict[str, list[str]] = {"": []}
     lines = body.splitlines()
-    name = ""
+    name, before = "", ""
     for line, after in zip(lines, [*lines[1:], ""], strict=True):
         heading = HEADING.match(line)
-        if heading and after.startswith("    "):
+        if heading and not before.strip() and after.startswith("    "):
             name = heading[1]
             blocks[name] = []
         else:
+            if name and line.strip() and not line.startswith(" "):
+                name = ""  # prose again, as before the first heading
             blocks[name].append(line)
+        before = line
     return {name: "\n".join(lines).rstrip() for name, lines in blocks.items()}
 
 

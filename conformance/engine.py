@@ -107,7 +107,7 @@ def check(
     info = dict(opened(target).info())
     options = Options(seed, examples, text(model), str(folder), known=text(known))
     units = chosen(info, methods, ["model"] if model else levels, properties)
-    units = [u for u in units if not model or find(u).fits(about(str(model)))][shard[0] - 1 :: shard[1]]
+    units = [u for u in units if not model or find(u).fits(u.method, about(str(model)))][shard[0] - 1 :: shard[1]]
     knowledge.load(info, options.known)  # better to hear of a mistake in it now
     began, counts, seconds = time.perf_counter(), Counter[str](), dict.fromkeys(PARTS, 0.0)
 
@@ -339,5 +339,5 @@ def examine(target: Target, case: Case, clock: Clock | None = None) -> Outcome:
 
 
 def replay(path: str | Path, target: str) -> Outcome:
-    """One stored case again."""
-    return examine(opened(target), Case.read(path))
+    """One stored case again; of a golden vector the question."""
+    return examine(opened(target), Case.read(path).question)

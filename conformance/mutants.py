@@ -2,7 +2,8 @@
 
 They test the suite: `mutants()` must find every one of them wrong, on every seed. A mutant is a change to the `Spec`
 target (what its layers, models or sessions answer) or to a function of the specification, which is replaced only while
-the mutant runs; the reference is the specification as it is. The mistakes themselves are in `mistakes`.
+the mutant runs; the reference is the specification as it is. The mistakes themselves are in `mistakes` and its
+neighbours.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,11 +14,17 @@ from typing import Any
 from unittest.mock import patch
 
 import refpeft.tune
+from refpeft import hooks, inputs, recurrent, selection
 from refpeft.conformance import mistakes as m
+from refpeft.conformance import mistakes_intrinsic as mi
+from refpeft.conformance import mistakes_prompts as mp
+from refpeft.conformance import mistakes_selection as ms
 from refpeft.conformance.case import Case
+from refpeft.conformance.mistakes_bottleneck import BOTTLENECK
 from refpeft.conformance.targets.base import Arrays
 from refpeft.conformance.targets.spec import Layer, Session, Spec, Whole, answers
-from refpeft.methods import dora, lora, rslora
+from refpeft.methods import did, dora, lora, p_tuning_v2, prefix_tuning, rslora, said, trainable_tokens
+from refpeft.ops import relu
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ class Mutant(Spec):
 LORA = (lora, rslora)
 FORWARD, GRADS, MERGE = ("layer", "forward"), ("layer", "param-grads"), ("layer", "merge")
 WEIGHTED, SUMS = ("lifecycle", "weighted"), ("lora", "rslora")
-MUTANTS: Mapping[str, Mutant] = {
+MATRIX: Mapping[str, Mutant] = {  # of LoRA and its kin
     "transposed-merge-on-square": Mutant(MERGE, m.merges(m.transposed_merge)),
     "scale-forgotten-in-merge": Mutant(MERGE, m.merges(lambda f, cfg, W, b, φ: f(m.unscaled(cfg), W, b, φ))),
     "scale-forgotten-in-forward": Mutant(FORWARD, m.wraps(lambda f, cfg, φ, part: f(m.unscaled(cfg), φ, part))),
@@ -108,7 +115,90 @@ MUTANTS: Mapping[str, Mutant] = {
     "prefix-names-lose-tensors": Mutant(("lifecycle", "saved-modules"), of_session=m.LosesByName),
     "saved-patterns-sorted": Mutant(("lifecycle", "saved-patterns"), of_session=m.SortsPatterns),
     "changed-parameters-unseen": Mutant(("lifecycle", "change"), of_session=m.StaleSession),
+    **{name: Mutant(("model", prop), patches, methods=which) for name, (prop, patches, which) in BOTTLENECK.items()},
 }
+
+
+# ── soft prompts, prefixes ───────────────────────────────────────────────────────────────────────────────────────────
+
+LOGITS, PARAMS = ("model", "logits"), ("model", "param-grads")
+DROPPED, RECURRENT, LAYERS = ("model", "dropped"), ("model", "recurrent"), ("model", "layers")
+SOFT, PREFIX, INTRINSIC = ("prompt_tuning", "p_tuning"), ("prefix_tuning", "p_tuning_v2"), ("did", "said")
+SELECTION = ("full", "partial", "bitfit", "ln_tuning", "trainable_tokens")
+
+
+def each(methods: Sequence[str], name: str, first: tuple[str, str], **wrong: Any) -> dict[str, Mutant]:
+    """The same mistake in several methods, each of which must be found out."""
+    return {f"{method.replace('_', '-')}-{name}": Mutant(first, **wrong, methods=(method,)) for method in methods}
+
+
+PROMPTS: Mapping[str, Mutant] = {
+    **each(SOFT, "after-the-tokens", LOGITS, patches=mp.instead(inputs, prefixed=mp.after_the_tokens)),
+    **each(SOFT, "positions-from-zero-again", LOGITS,
+           patches=mp.instead(inputs, prefixed=mp.from_zero_again)),
+    **each(SOFT, "masked-with-padding", ("model", "padding"),
+           patches=mp.instead(inputs, extended=mp.hidden)),
+    **each(SOFT, "gradient-averaged", PARAMS, of_model=mp.AveragesOverTheBatch),
+    **each(SOFT, "inserted-at-every-step", ("model", "incremental"), of_model=mp.InsertsAtEveryStep),
+    **each(SOFT, "first-token-not-predicted", ("model", "loss"), of_model=mp.PredictsFromTheTokensOnly),
+    **each(("p_tuning",), "dropped-before-the-encoder", DROPPED, of_model=mp.DropsTooMuch),
+    **each(("p_tuning",), "saves-its-encoder", ("lifecycle", "saved-keys"), of_session=mp.SavesTheEncoder),
+    **each(("p_tuning",), "reads-forwards-only", RECURRENT,
+           patches=mp.instead(recurrent, direction=mp.forwards_only)),
+    **each(("p_tuning",), "gates-in-another-order", RECURRENT,
+           patches=mp.instead(recurrent, step=mp.gates_in_another_order)),
+    **each(("p_tuning",), "one-bias-frozen", RECURRENT, of_model=mp.frozen("bias_hh")),
+    **each(PREFIX, "keys-and-values-swapped", LOGITS, patches=mp.instead(prefix_tuning, memory=mp.values_for_keys)),
+    **each(PREFIX, "first-layer-for-all", LAYERS, patches=mp.instead(prefix_tuning, memory=mp.first_for_all)),
+    **each(PREFIX, "keys-of-all-layers-first", LAYERS,
+           patches=mp.instead(prefix_tuning, memory=mp.keys_of_all_layers_first)),
+    **each(("prefix_tuning",), "tokens-not-shifted", LOGITS, patches=mp.instead(prefix_tuning, hooks=mp.unshifted)),
+    **each(("p_tuning_v2",), "tokens-not-shifted", LOGITS, patches=mp.instead(p_tuning_v2, hooks=mp.unshifted)),
+    **each(("prefix_tuning",), "behind-the-causal-mask", LOGITS,
+           patches=mp.instead(hooks, columns=mp.behind_the_causal_mask)),
+    **each(PREFIX, "masked-with-padding", ("model", "padding"),
+           patches=mp.instead(hooks, columns=mp.behind_the_causal_mask)),
+    **each(PREFIX, "gradient-averaged", PARAMS, of_model=mp.AveragesOverTheBatch),
+    **each(("prefix_tuning",), "relu-for-tanh", DROPPED, patches=mp.instead(prefix_tuning, tanh=relu)),
+    **each(PREFIX, "first-task-for-all", ("model", "rows"), of_model=mp.FirstTaskForAll),
+    **each(("p_tuning_v2",), "head-frozen", PARAMS, of_model=mp.frozen("score", "classifier")),
+    **each(("p_tuning_v2",), "head-not-counted", ("model", "count"), of_model=mp.ForgetsTheHead),
+    **each((*SOFT, *PREFIX), "stays-enabled", ("lifecycle", "disable"), of_session=ms.StaysEnabled),
+}  # fmt: skip
+
+# ── tensors of the model's own, and intrinsic dimension ──────────────────────────────────────────────────────────────
+
+OWN: Mapping[str, Mutant] = {
+    **each(SELECTION, "added-to-the-base", LOGITS, of_model=ms.AddsToTheBase),
+    **each(SELECTION, "one-forgotten-in-merge", ("model", "merge"), of_model=ms.ForgetsOneInMerging),
+    **each((*SELECTION, *INTRINSIC), "stays-enabled", ("lifecycle", "disable"), of_session=ms.StaysEnabled),
+    **each((*SELECTION, *INTRINSIC), "unmerge-loses-the-adapter", ("lifecycle", "unmerge"),
+           of_session=ms.LosesTheAdapter),
+    **each(("full",), "gradient-of-one-use-only", PARAMS, patches=mp.instead(selection, replaced=ms.one_use_only)),
+    **each(("partial",), "leaves-out-the-mlp", LOGITS, of_model=ms.leaves_out(ms.in_mlp)),
+    **each(("bitfit",), "leaves-out-norms", LOGITS, of_model=ms.leaves_out(ms.norm)),
+    **each(("ln_tuning",), "leaves-out-shifts", LOGITS, of_model=ms.leaves_out(ms.bias)),
+    **each(("trainable_tokens",), "tied-head-keeps-old-rows", LOGITS,
+           patches=mp.instead(trainable_tokens, hooks=ms.embedding_only)),
+    **each(("trainable_tokens",), "tied-head-loses-its-bias", LOGITS,
+           patches=mp.instead(trainable_tokens, multiplied=ms.without_bias)),
+    **each(("trainable_tokens",), "next-tokens-too", LOGITS,
+           patches=mp.instead(trainable_tokens, looked_up=ms.next_tokens_too)),
+    **each(INTRINSIC, "permutation-inverted", LOGITS, patches=mp.instead(did, fastfood=mi.permutation_inverted)),
+    **each(INTRINSIC, "signs-forgotten", LOGITS, patches=mp.instead(did, fastfood=mi.signs_forgotten)),
+    **each(INTRINSIC, "not-transposed", ("model", "transpose"), patches=mp.instead(did, fastfood=mi.not_transposed)),
+    **each(INTRINSIC, "never-turned", LOGITS, patches=mp.instead(did, project=mi.never_turned)),
+    **each(("did",), "biases-forgotten", LOGITS, patches=mp.instead(did, merge=mi.biases_forgotten(did))),
+    **each(("said",), "biases-forgotten", LOGITS, patches=mp.instead(said, merge=mi.biases_forgotten(said))),
+    **each(("said",), "one-lambda-for-all", LOGITS, patches=mp.instead(said, merge=mi.one_lambda)),
+    **each(("said",), "lambda-forgotten-in-gradient", ("model", "transpose"),
+           patches=mp.instead(said, merge=mi.lambda_forgotten_in_gradient)),
+    **each(("said",), "lambda-not-trained", PARAMS, of_model=mi.TrainsNoLambda),
+    **each(INTRINSIC, "projection-counted", ("model", "count"), of_model=mi.CountsTheProjection),
+    **each(INTRINSIC, "tied-tensors-moved-twice", ("model", "merge"), of_model=mi.MovesTiedTensorsTwice),
+    **each(INTRINSIC, "projection-drawn-again", ("lifecycle", "save-load"), of_session=mi.DrawsAgain),
+}  # fmt: skip
+MUTANTS: Mapping[str, Mutant] = {**MATRIX, **PROMPTS, **OWN}
 
 
 def target(name: str) -> Mutant:

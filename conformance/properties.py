@@ -1,14 +1,17 @@
 """The properties: each one sentence that must be true of an implementation, and the cases that could show it is not.
 
-To add one, add it to a table below.
+To add one, add it to a table below; those that some methods only have are in `properties_own`.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from refpeft.conformance import strategies, tiny
-from refpeft.conformance.property import Property, Steps, do, layer, life, two, whole
+from refpeft.conformance.properties_own import OWN
+from refpeft.conformance.property import PADDED, Property, Steps, do, layer, life, two, whole
 from refpeft.conformance.strategies import Structure
+from refpeft.conformance.traits import TRAITS
+from refpeft.methods import METHODS
 
 __all__ = ["PROPERTIES", "Property"]
 
@@ -89,7 +92,6 @@ LAYER = [
 # ── a whole model ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 CAUSAL = tiny.CAUSAL
-SOFT = ("prompt_tuning", "p_tuning", "prefix_tuning")
 
 
 def patterns(s: Structure) -> Structure:
@@ -98,12 +100,18 @@ def patterns(s: Structure) -> Structure:
     return {"rank_pattern": {names[0]: 3}, "alpha_pattern": {s["key"].format(names[0]): 5.0, names[-1]: 7.0}}
 
 
+def variant(s: Structure) -> Structure:
+    """One group of options, and none of the others."""
+    groups = TRAITS[s["method"]].variants
+    plain = {name: getattr(METHODS[s["method"]].Config(), name) for group in groups for name in group}
+    return plain | groups[s["variant"]]
+
+
 def swapped(s: Structure) -> Mapping[str, Any]:
     both = two(s)
     return {name: both[name] for name in sorted(both, reverse=s["swap"])}
 
 
-PADDED: Mapping[str, Sequence[Any]] = {"padded": [True], "batch": [[2, 3], [2, 5], [3, 4]]}
 MODEL = [
     whole("logits", "The model's output is that of the formula.", ["logits"], ["forward"], ["L3"]),
     whole(
@@ -135,54 +143,6 @@ MODEL = [
         ["logits"],
         ["forward"],
         also=PADDED,
-    ),
-    whole(
-        "left-padding",
-        "Padding on the left changes nothing but the places of what follows, behind a prompt or prefix too.",
-        ["logits"],
-        ["forward"],
-        ["PT5"],
-        families=CAUSAL,
-        architectures=("",),
-        also={**PADDED, "left": [True]},
-        methods=SOFT,
-    ),
-    whole(
-        "loss",
-        "The loss of a language model is that of the tokens, the first of which the end of a prompt predicts.",
-        ["loss"],
-        ["forward", "loss"],
-        families=CAUSAL,
-        architectures=("",),
-        also={"dtype": ["float32"], "batch": [[2, 3], [1, 4]]},
-        methods=SOFT,
-    ),
-    whole(
-        "dropped",
-        "Without the network that made it, a prompt or prefix computes the same.",
-        ["logits", "dropped"],
-        ["forward", "drop"],
-        ["PU1", "PX4"],
-        configs=lambda s: {"prefix_projection": True} if s["method"] == "prefix_tuning" else {},
-        methods=SOFT,
-    ),
-    whole(
-        "rows",
-        "In one batch each row has the prefix of its own task, or none, and tasks get the gradients of their rows.",
-        ["logits", "grads"],
-        ["forward", "grads", "rows"],
-        ["PV2", "PV3"],
-        adapters=two,
-        also={"rows": [[1, 0, -1], [0, 0, 1], [-1, 1, 1]], "batch": [[3, 3], [3, 2]]},
-        methods=("prefix_tuning", "p_tuning_v2"),
-    ),
-    whole(
-        "transpose",
-        "The gradient of any linear function of the merged weights is the transpose: ⟨P θ, g⟩ = ⟨θ, Pᵀ g⟩.",
-        ["pulled"],
-        ["merge", "pull"],
-        ["ID5", "SA5"],
-        methods=("did", "said"),
     ),
     whole(
         "order",
@@ -219,6 +179,26 @@ MODEL = [
         architectures=("",),
     ),
     whole("count", "The number of trained parameters.", ["count"], ["frozen"]),
+    whole(
+        "options",
+        "Scales, gates and norms that the adapter has of its own are those of the formula, and so are their gradients.",
+        ["logits", "grads"],
+        ["forward", "grads"],
+        ["H5", "PA3"],
+        configs=variant,
+        also={"variant": [1, 2, 3, 4, 5], "batch": [[2, 3], [3, 4]]},
+        methods=["houlsby", "pfeiffer", "parallel"],
+    ),
+    whole(
+        "left-out",
+        "Of two layers, the one in `leave_out` has no adapter and runs as the base does.",
+        ["logits", "count"],
+        ["forward", "frozen"],
+        ["H3", "PF4", "PA5"],
+        configs=lambda s: {"leave_out": [s["without"]]},
+        also={"without": [0, 1], "layers": [2]},
+        methods=["houlsby", "pfeiffer", "parallel"],
+    ),
     whole(
         "embedding",
         "An adapted embedding of ids that repeat: output, gradients and merge.",
@@ -428,4 +408,4 @@ EXPORT = [
     ),
 ]
 
-PROPERTIES: Sequence[Property] = (*LAYER, *MODEL, *LIFE, *EXPORT)
+PROPERTIES: Sequence[Property] = (*LAYER, *MODEL, *OWN, *LIFE, *EXPORT)

@@ -15,6 +15,7 @@ from refpeft.conformance.strategies import Strategy, Structure
 from refpeft.conformance.traits import TRAITS
 
 Info = Mapping[str, Any]
+PADDED: Mapping[str, Sequence[Any]] = {"padded": [True], "batch": [[2, 3], [2, 5], [3, 4]]}
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,15 @@ class Property:
     def claims_of(self, method: str) -> Sequence[str]:
         return [c for c in self.claims if c.rstrip("0123456789") == TRAITS[method].letter]
 
-    def fits(self, about: Mapping[str, Any]) -> bool:
-        """Can it be asked of the model in a folder, which is of one family and architecture?"""
-        causal = about["architecture"].endswith(tiny.LM[about["family"]])
-        return self.families is None or (about["family"] in self.families and (causal or self.any_head))
+    def fits(self, method: str, about: Mapping[str, Any]) -> bool:
+        """Can it be asked, and of this method, about the model in a folder, which is of one family and architecture?"""
+        family, traits = about["family"], TRAITS[method]
+        head = about["architecture"].removeprefix(tiny.PREFIX[family])
+        language = head == tiny.LM[family]
+        if traits.architectures is not None and ("" if language else head) not in traits.architectures:
+            return False
+        there = self.families is None or (family in self.families and (language or self.any_head))
+        return there and family in traits.families
 
     def structure(self, method: str, info: Info) -> Strategy:
         return self.draw(method, info)

@@ -4,9 +4,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from refpeft.checkpoint.families import describe
+from refpeft.checkpoint.families import plan
 from refpeft.conformance.numbers import normal
-from refpeft.model import Model, Site
+from refpeft.model import Model
 
 VOCAB = 13
 WIDE = {
@@ -63,40 +63,13 @@ def config_json(family: str, architecture: str, layers: int, **more: Any) -> dic
 
 
 def model(source: dict[str, Any], seed: int, dtype: Any) -> Model:
-    fields, sites, _ = describe(source)
+    p = plan(source)
     params: dict[str, Any] = {}
-    for role, site in sites.items():
-        shape = shape_of(source, fields, role, site)
+    for site in p.sites.values():
+        shape = p.shapes[site.weight][:: -1 if site.kind == "conv1d" else 1]
         noise = normal(seed, site.weight, shape)
         W = 1 + 0.1 * noise if site.kind.endswith("norm") else noise / math.sqrt(shape[-1])
         params.setdefault(site.weight, W.T.copy() if site.kind == "conv1d" else W)
-        if has_bias(source["model_type"], role, site):
-            params.setdefault(site.bias, 0.1 * normal(seed, site.bias, shape[:1]))
-    return Model(fields, sites, {name: v.astype(dtype) for name, v in params.items()}, source)
-
-
-def shape_of(c: dict[str, Any], fields: Any, role: str, site: Site) -> tuple[int, ...]:
-    """[o, i] of a matrix, [v, d] of an embedding, [d] of a norm."""
-    d, e = fields.hidden_size, fields.head_dim
-    wide, narrow = fields.num_heads * e, fields.num_kv_heads * e
-    inner = c.get("intermediate_size") or 4 * d
-    if site.kind.endswith("norm"):
-        return (d,)
-    sizes: dict[str, tuple[int, ...]] = {
-        "embed.token": (VOCAB, d), "embed.position": (12, d), "embed.type": (2, d),
-        "qkv": (wide + 2 * narrow, d), "q": (wide, d), "k": (narrow, d), "v": (narrow, d), "o": (d, wide),
-        "up": (inner, d), "gate": (inner, d), "down": (d, inner),
-        "pooler": (d, d), "head.dense": (d, d), "head.out": (c.get("num_labels", VOCAB), d),
-    }  # fmt: skip
-    return sizes.get(role) or sizes[role.rpartition(".")[2]]
-
-
-def has_bias(family: str, role: str, site: Site) -> bool:
-    """Which layers HF gives a bias."""
-    if site.kind in ("embedding", "rms_norm"):
-        return False
-    if family in ("bert", "roberta"):
-        return True
-    return (
-        role != "head.out" if family == "gpt2" else family == "qwen2" and role.endswith(("attn.q", "attn.k", "attn.v"))
-    )
+        if site.bias in p.shapes:
+            params.setdefault(site.bias, 0.1 * normal(seed, site.bias, p.shapes[site.bias]))
+    return Model(p.config, p.sites, {name: v.astype(dtype) for name, v in params.items()}, source)

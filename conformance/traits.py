@@ -88,7 +88,8 @@ OPTIONS: Sequence[Structure] = (  # a norm after the adapter takes away what a n
     {"ln_after": True, "adapter_residual_before_ln": True, "use_gating": True},
 )
 PFEIFFER = {**BOTTLENECK, "residual_before_ln": [True, False, "post_add"]}
-BOTTLENECKS = (*RUNS, "model/causal", "model/padding", *LIVES)
+TOGETHER = ("model/order", "lifecycle/two-active")
+BOTTLENECKS = (*RUNS, "model/causal", "model/padding", "model/options", "model/left-out", *LIVES, *TOGETHER)
 
 
 def wider(first: Structure) -> Structure:
@@ -102,7 +103,7 @@ ENCODER: Mapping[str, Sequence[Any]] = {
 }
 SOFT = (*RUNS, *TOKENS, "model/left-padding", "model/loss", *LIVES)
 DROPS = ("model/dropped",)
-ROWS = ("model/rows",)
+LAYERS = ("model/layers", "model/rows")
 INTRINSIC = (*SELECTION, "model/transpose", "model/two-merged", "lifecycle/two-active", "lifecycle/two-merged")
 
 
@@ -135,11 +136,11 @@ TRAITS: Mapping[str, Traits] = {
     "pfeiffer": Traits("PF", BOTTLENECKS, PFEIFFER, OPTIONS, second=wider),
     "parallel": Traits("PA", BOTTLENECKS, BOTTLENECK, OPTIONS, second=wider),
     "prompt_tuning": Traits("PT", SOFT, PROMPT, fixed=placed, second=longer),
-    "p_tuning": Traits("PU", (*SOFT, *DROPS), ENCODER, fixed=head, second=longer),
-    "prefix_tuning": Traits("PX", (*SOFT, *DROPS, *ROWS), PREFIX, fixed=head, second=longer),
+    "p_tuning": Traits("PU", (*SOFT, *DROPS, "model/recurrent"), ENCODER, fixed=head, second=longer),
+    "prefix_tuning": Traits("PX", (*SOFT, *DROPS, *LAYERS, *TOGETHER), PREFIX, second=longer, architectures=("",)),
     "p_tuning_v2": Traits(
         "PV",
-        (*RUNS, "model/padding", *ROWS, *LIVES),
+        (*RUNS, "model/padding", *LAYERS, *LIVES),
         {"num_virtual_tokens": [2, 1, 3]},
         fixed=head,
         second=longer,

@@ -15,12 +15,16 @@ The same stages without new tokens are run beside it. A minute or two; the folde
 
 import argparse
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices as small as these gain nothing from two threads of BLAS
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 from rich.console import Console
@@ -34,8 +38,8 @@ from refpeft.checkpoint.families import plan as planned
 
 END = 0  # <|end|>: begins and ends every text
 CONFIG = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 96, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 256, "max_position_embeddings": 256,
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 176, "max_position_embeddings": 256,
     "bos_token_id": END, "eos_token_id": END, "pad_token_id": END, "tie_word_embeddings": False,
 }  # fmt: skip
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -55,7 +59,7 @@ GOAL = objectives.make("causal", objectives.Setting(pad_id=END))
 class Size:
     """How much of everything."""
 
-    pretraining: int = 400
+    pretraining: int = 500
     vocabulary: int = 640
     pieces: int = 560
     steps: Mapping[str, int] = field(default_factory=lambda: {"embedding": 100, "attention": 100, "instructions": 100})
@@ -254,13 +258,14 @@ def plot(file: Path, lengths: Lengths, scores: Scores) -> None:
         left.bar_label(bars, fmt="%.2f", padding=2)
     left.set_xticks(places, list(lengths))
     left.set(title="Length of texts", ylabel="tokens per character")
-    left.margins(y=0.15)
+    left.margins(y=0.3)
     left.legend()
     for which, style in (("new", "o-"), ("old", "s--")):
         found = scores[which]
         for language, colour in (("russian", "tab:blue"), ("english", "tab:orange")):
             values = [getattr(s, language) for s in found]
             right.plot(range(len(found)), values, style, color=colour, label=f"{language.title()}, {which} tokens")
+    right.margins(x=0.09)
     right.set_xticks(range(len(scores["new"])), [s.stage for s in scores["new"]])
     right.set(title="Loss after each stage", ylabel="bits per character", yscale="log")
     right.yaxis.set_major_locator(ticker.FixedLocator([1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30]))

@@ -1,6 +1,7 @@
 """ONNX: the specification evaluated on symbols, which is the exported graph.
 
-`export` writes a folder; read `program` for what is in it, `symbols` for how NumPy code becomes a graph.
+`export` writes a folder; read `program` for what is in it, `forms` for what of a model and its adapters may come from
+outside, `symbols` for how NumPy code becomes a graph, `runtime` and `generation` for how it is run.
 """
 
 from typing import Any

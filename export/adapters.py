@@ -10,12 +10,17 @@ from typing import Any
 
 import numpy as np
 
+from refpeft.checkpoint import safetensors
 from refpeft.export import runtime
 
 Array = np.ndarray[Any, Any]
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Array]) -> None:
+    """onnxruntime's format; or safetensors, if the name says so, for runtimes that are fed the tensors themselves."""
+    if str(path).endswith(".safetensors"):
+        safetensors.write(Path(path), tensors)
+        return
     ort = runtime.require()
     file = ort.AdapterFormat()
     file.set_adapter_version(1)

@@ -30,17 +30,20 @@ from refpeft.prompts import drop_encoder
 Array = np.ndarray[Any, Any]
 Outputs = Mapping[str, Symbol]
 Tensor = tuple[str, Array, np.dtype[Any]]  # name, numbers, dtype to store them in
+Spec = Callable[[Model, Sequence[Adapter]], Array]
 Store = Callable[[Iterable[Tensor]], dict[str, TensorProto]]
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is exported: a model with adapters, in a dtype; `decode`: with keys and values as inputs and outputs."""
+    """What is exported: a model with adapters, in a dtype; `decode`: with keys and values as inputs and outputs;
+    `last_logits`: of the last position only."""
 
     model: Model
     adapters: Sequence[Adapter]
     dtype: np.dtype[Any]
     decode: bool = False
+    last_logits: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Check:
 
     batch: int
     length: int
-    spec: Callable[[Model, Sequence[Adapter]], Array]
+    spec: Spec
     ask: Callable[[Runner], Array]
     what: str = ""
 

@@ -13,7 +13,7 @@ are looked at. A row draws its numbers from `seed` and its own number, so it doe
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ from refpeft.checkpoint.families import Plan, plan
 from refpeft.checkpoint.safetensors import read_json, show
 from refpeft.export import adapters as files
 from refpeft.export import runtime
+from refpeft.export.card import needed, read_card
 from refpeft.export.forms.inputs import FILE
-from refpeft.export.program import CARD
+from refpeft.export.forms.multi import IDS
 from refpeft.export.runtime import Runner
 
 Array = np.ndarray[Any, Any]
@@ -55,7 +56,8 @@ class Options:
 
 @dataclass(frozen=True)
 class Writer:
-    """A graph that decodes, with its adapter. `front`: the ids of a soft prompt. `past`: of a prefix, one row."""
+    """A graph that decodes, with its adapter. `front`: the ids of a soft prompt that stands before the text; with
+    `template` it stands among the ids that are given. `past`: of a prefix, one row."""
 
     runner: Runner
     plan: Plan
@@ -63,6 +65,7 @@ class Writer:
     front: Sequence[int] = ()
     past: Mapping[str, Array] = field(default_factory=dict, repr=False)
     shift: int = 0
+    template: bool = False
 
     @property
     def vocabulary(self) -> int:
@@ -80,27 +83,45 @@ def open_writer(
     adapter: str | os.PathLike[str] | None = None,
     bare: bool = False,
     device: str | None = None,
+    adapter_ids: Sequence[int] | None = None,
 ) -> Writer:
-    """A folder that `refpeft export --decode` made. `adapter`: a file in place of the folder's own; `bare`: none."""
+    """A folder that `refpeft export --decode` made. `adapter`: a file in place of the folder's own; `bare`: none;
+    `adapter_ids`: of the form multi, which adapter each row has."""
     folder = Path(folder)
-    card = read_json(folder / CARD)
-    if not card.get("decode"):
+    card = read_card(folder)
+    if not card["decode"]:
         raise ValueError(f"{folder}: its graph does not decode: export it with --decode")
     runner = runtime.open_folder(folder, device)
     source = plan(read_json(folder / "config.json"))
     stop = ends(folder)
+    if card["form"] == "multi":
+        which = np.asarray([] if adapter_ids is None else adapter_ids, np.int64)
+        if not which.size or which.min() < -1 or which.max() >= len(card["adapters"]):
+            raise ValueError(
+                f"this graph has {len(card['adapters'])} adapters: adapter_ids must say which one each row has, "
+                f"from -1 to {len(card['adapters']) - 1}, found {adapter_ids}"
+            )
+        return Writer(runner.feeding({IDS: which}), source, stop)
+    if adapter_ids is not None:
+        raise ValueError(f"{folder}: its form is {card['form']}, which has no adapter_ids")
     file = folder / FILE if adapter is None else Path(adapter)
     if bare or not (adapter is not None or file.is_file()):
         return Writer(runner, source, stop)
     if card["form"] == "prefix":
         past = files.read(file)
         check_past(file, past, runner)
-        moved = all(facts["position_shift"] for facts in card["facts"])
+        (facts,) = needed(folder, card, "facts")
+        moved = all(isinstance(fact, dict) and fact.get("position_shift") for fact in facts)
         return Writer(runner, source, stop, past=past, shift=next(iter(past.values())).shape[2] if moved else 0)
     loaded = runner.load(file)
-    n = files.read(file)[card["prompt"]].shape[0] if card["form"] == "prompt" else 0
-    front = range(card.get("vocabulary", 0), card.get("vocabulary", 0) + n)
-    return Writer(runner.using(loaded), source, stop, front)
+    writer = Writer(runner.using(loaded), source, stop)
+    if card["form"] != "prompt":
+        return writer
+    name, facts = needed(folder, card, "prompt", "facts")
+    if any(isinstance(fact, dict) and fact.get("placement") == "template" for fact in facts):
+        return replace(writer, template=True)
+    rows = files.read(file).get(name, np.zeros((0, 0)))
+    return replace(writer, front=range(writer.vocabulary, writer.vocabulary + len(rows)))
 
 
 def check_past(file: Path, past: Mapping[str, Array], runner: Runner) -> None:
@@ -150,10 +171,13 @@ def write(writer: Writer, prompts: Sequence[Sequence[int]], options: Options) ->
 
 
 def check_prompts(writer: Writer, prompts: Sequence[Sequence[int]]) -> None:
+    ids = writer.runner.fixed.get(IDS)
+    if ids is not None and len(ids) != len(prompts):
+        raise ValueError(f"adapter_ids must be given for each of {len(prompts)} prompts, found {len(ids)}")
     if not prompts or any(not ids and not writer.front for ids in prompts):
         raise ValueError("there is nothing to go on from: a prompt must have at least one token")
     top = max((max(ids, default=0) for ids in prompts), default=0)
-    if top >= writer.vocabulary + len(writer.front):
+    if top >= writer.vocabulary and not writer.template:
         raise ValueError(
             f"a prompt has the token {top}, and the model {writer.vocabulary} tokens: wrong tokenizer.json?"
         )

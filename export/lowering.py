@@ -8,10 +8,11 @@ gives zeros in the specification and NaN in ONNX.
 Every rule is compared with the formula on onnxruntime in tests/export/test_lowering.py.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from refpeft.export.symbols import Symbol
+from refpeft.export.symbols import Symbol, where
 
 
 def linear(x: Symbol, W: Symbol, b: Symbol | None = None, frozen: bool = False) -> Symbol:
@@ -56,16 +57,17 @@ def pick(x: Symbol, index: Symbol) -> Symbol:
 
 def attention(
     q: Symbol, k: Symbol, v: Symbol, mask: Symbol | None = None, bias: Symbol | None = None, scale: float | None = None
-) -> Symbol | None:
+) -> Symbol:
     """Attention-23 on [b, s, h·e]; on [b, h, s, e] where keys are kept like that from one run to the next. onnxruntime
-    does not broadcast its mask, which is therefore expanded, once for all layers. Rows that may see nothing give zeros
-    in both. None with a bias, which would have to hold the mask as −∞."""
-    if bias is not None:
-        return None
+    does not broadcast its mask, which is therefore expanded, once for all layers. A bias takes the mask's place, −∞
+    where that is false. Rows that may see nothing give zeros in both."""
     b, s, h, e = q.shape
     t, g = k.shape[1:3]
     more = {} if scale is None else {"scale": scale}
     masks = [] if mask is None else [mask.expand(b, 1, s, t)]
+    if bias is not None:
+        seen = bias if mask is None else where(q.graph, mask, bias, -math.inf)
+        masks = [seen.astype(q.dtype).expand(b, h, s, t)]
     if k.swapaxes(1, 2).node.op == "Concat":
         args = [x.swapaxes(1, 2) for x in (q, k, v)]
         y = q.graph.emit("Attention", [*args, *masks], q.dtype, (b, h, s, v.shape[3]), **more)

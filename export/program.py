@@ -9,7 +9,6 @@ export is written into a hidden folder beside its place and moved there when it 
 either all of it or none.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +22,8 @@ import refpeft
 from refpeft.adapter import Adapter, fits
 from refpeft.checkpoint import tokens
 from refpeft.checkpoint.folder import new_folder
-from refpeft.export import signature, weights
+from refpeft.export import runtime, signature, verification, weights
+from refpeft.export.card import CARD, write_json
 from refpeft.export.form import Form, Made, Subject, Tensor
 from refpeft.export.forms import FORMS
 from refpeft.export.lowering import RULES
@@ -34,7 +34,6 @@ from refpeft.model import Model, adapter_list
 DTYPES: Mapping[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16)}
 INLINE_LIMIT = 100_000_000  # bytes; inline weights are held in memory twice here, and once more by whoever loads them
 PROTOBUF_LIMIT = 2_000_000_000
-CARD = "refpeft.json"
 Report = Callable[[str], None]
 
 
@@ -46,6 +45,7 @@ class Exported:
     form: str
     dtype: str
     decode: bool
+    last_logits: bool
     inputs: Mapping[str, Sequence[int | str]]
     optional_inputs: Mapping[str, Sequence[int | str]]
     outputs: Mapping[str, Sequence[int | str]]
@@ -70,23 +70,25 @@ def export(
     source: str | os.PathLike[str] | None = None,
     report: Report = lambda step: None,
     decode: bool = False,
+    last_logits: bool = False,
 ) -> Exported:
     """Write the model with its adapters as an ONNX folder at `out`, which must not exist.
 
     `external`: keep the weights in a file beside the graph (default: above 100 MB, so that neither the export nor
     whoever loads it needs them in memory). `source`: the checkpoint's folder, whose tokenizer is carried over.
     `verify`: run it on onnxruntime against the specification; a graph that is not equal to rounding is not kept.
-    `report` is told each step. `decode`: a graph with keys and values as inputs and outputs, to write token by token.
+    `report` is told each step. `decode`: a graph with keys and values as inputs and outputs, to write token by token;
+    `last_logits`: with the logits of the last position only.
     """
     chosen(form, FORMS, "form")
     chosen(dtype, DTYPES, "dtype")
     if verify:
-        from refpeft.export import verification
-
         verification.ready()
+    elif hasattr(FORMS[form], "complete"):
+        runtime.require()  # which writes the adapter's file
     adapters = adapter_list(adapter)
     representable(model, adapters)
-    subject = Subject(model, adapters, DTYPES[dtype], decode or getattr(FORMS[form], "DECODES", False))
+    subject = Subject(model, adapters, DTYPES[dtype], decode or getattr(FORMS[form], "DECODES", False), last_logits)
     checked(FORMS[form], subject)
     if os.path.lexists(out):
         raise FileExistsError(f"{out} exists already: an export never overwrites anything")
@@ -129,6 +131,8 @@ def representable(model: Model, adapters: Sequence[Adapter]) -> None:
 def checked(form: Form, subject: Subject) -> None:
     if subject.decode:
         signature.decodes(subject.model)
+    elif subject.last_logits:
+        raise ValueError("last_logits is for graphs that decode, and this one does not")
     form.check(subject)
 
 
@@ -181,10 +185,10 @@ def described(
 
     inputs = shapes(proto.graph.input)
     optional = {name: inputs.pop(name) for name in made.optional}
+    size = sum(f.stat().st_size for f in folder.iterdir())
     return Exported(
-        out, form, str(subject.dtype), subject.decode, inputs, optional, shapes(proto.graph.output),
-        len(proto.graph.node), sum(f.stat().st_size for f in folder.iterdir()), (folder / weights.DATA).exists(),
-        provider, cases,
+        out, form, str(subject.dtype), subject.decode, subject.last_logits, inputs, optional,
+        shapes(proto.graph.output), len(proto.graph.node), size, (folder / weights.DATA).exists(), provider, cases,
     )  # fmt: skip
 
 
@@ -208,7 +212,3 @@ def write_card(folder: Path, made: Made, subject: Subject, result: Exported) -> 
         **made.card,
     }
     write_json(folder / CARD, card)
-
-
-def write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, default=list) + "\n", "utf-8")

@@ -17,9 +17,10 @@ from refpeft.checkpoint.families import plan
 from refpeft.checkpoint.safetensors import read_json, show
 from refpeft.export import adapters as files
 from refpeft.export import initialisers
+from refpeft.export.card import needed, read_card
 from refpeft.export.form import Array, Subject, prefixes
 from refpeft.export.forms import FORMS
-from refpeft.export.program import CARD, DTYPES
+from refpeft.export.program import DTYPES, chosen
 from refpeft.model import Model
 
 
@@ -33,7 +34,7 @@ def adapter_only(
     model = base(Path(folder), card)
     loaded = [load_adapter(path, model) for path in adapters]
     tensors = fitting(card, loaded, model)
-    part = Path(out).with_name(f".{Path(out).name}.{uuid.uuid4().hex[:8]}.part")
+    part = Path(out).with_name(f".{uuid.uuid4().hex[:8]}.{Path(out).name}")
     try:
         files.write(part, tensors)
         part.rename(out)
@@ -44,9 +45,11 @@ def adapter_only(
 
 def described(folder: Path) -> dict[str, Any]:
     """What refpeft.json says of a folder whose graph takes its adapter from outside."""
-    card = read_json(folder / CARD)
-    if not hasattr(FORMS.get(str(card.get("form"))), "values"):
-        raise ValueError(f"{folder}: its form is {show(card.get('form'))}, which takes no adapter from outside")
+    card = read_card(folder)
+    if not hasattr(FORMS.get(card["form"]), "values"):
+        raise ValueError(f"{folder}: its form is {show(card['form'])}, which takes no adapter from outside")
+    chosen(card["dtype"], DTYPES, f"{folder}: dtype")
+    needed(folder, card, "facts", "unread")
     return card
 
 

@@ -74,7 +74,10 @@ def session(path: Path, device: str | None = None) -> Any:
         ort.preload_dlls()  # CUDA's libraries from the nvidia wheels, where those are installed
     options = ort.SessionOptions()
     options.log_severity_level = 3 if device else 4  # falling back is no error unless CUDA was asked for
-    made = ort.InferenceSession(str(path), options, [(CUDA, {"use_tf32": "0"}), CPU] if cuda else [CPU])
+    try:
+        made = ort.InferenceSession(str(path), options, [(CUDA, {"use_tf32": "0"}), CPU] if cuda else [CPU])
+    except Exception as error:  # of types of its own
+        raise ValueError(f"{path}: onnxruntime cannot load it: {' '.join(str(error).split())[:300]}") from None
     if device == "cuda" and provider(made) != CUDA:
         raise ValueError(f"CUDA was asked for, and onnxruntime fell back to {provider(made)}")
     return made
@@ -98,11 +101,12 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Runner:
-    """A session, and the adapters that are active in its runs."""
+    """A session, the adapters that are active in its runs, and inputs that all its runs get."""
 
     folder: Path
     session: Any
     active: Sequence[Loaded] = ()
+    fixed: Mapping[str, Array] = field(default_factory=dict, repr=False)
 
     def load(self, path: str | os.PathLike[str]) -> Loaded:
         """An adapter file, for `using`. Every tensor in it must be an optional input of this graph."""
@@ -128,14 +132,20 @@ class Runner:
                 seen[name] = a.path
         return replace(self, active=adapters)
 
+    def feeding(self, fixed: Mapping[str, Array]) -> "Runner":
+        """The same session, these inputs in all its runs."""
+        return replace(self, fixed=fixed)
+
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """All outputs by name."""
-        values = self.session.run(None, dict(feeds), self.options(feeds))
+        values = self.session.run(None, {**self.fixed, **feeds}, self.options(feeds))
         return dict(zip(self.outputs, values, strict=True))
 
     def run_values(self, feeds: Mapping[str, Any], wanted: Sequence[str]) -> list[Any]:
         """The same with values that stay where they are, on the device too."""
-        found: list[Any] = self.session.run_with_ort_values(list(wanted), dict(feeds), self.options(feeds))
+        fixed = {name: require().OrtValue.ortvalue_from_numpy(a) for name, a in self.fixed.items()}
+        values = {**fixed, **feeds}
+        found: list[Any] = self.session.run_with_ort_values(list(wanted), values, self.options(feeds))
         return found
 
     def options(self, feeds: Mapping[str, Any]) -> Any:
@@ -149,7 +159,7 @@ class Runner:
     @property
     def inputs(self) -> list[str]:
         """Those that every run needs."""
-        return [i.name for i in self.session.get_inputs()]
+        return [i.name for i in self.session.get_inputs() if i.name not in self.fixed]
 
     @property
     def outputs(self) -> list[str]:
@@ -161,8 +171,8 @@ def fits(path: Any, name: str, a: Array, wanted: Any) -> None:
     shape = list(wanted.shape)
     if a.ndim != len(shape) or any(isinstance(d, int) and d != n for d, n in zip(shape, a.shape, strict=True)):
         raise ValueError(f"{path}: {name} must have the shape {shape}, found {list(a.shape)}")
-    if a.dtype != kinds[wanted.type]:
-        raise ValueError(f"{path}: {name} must be {np.dtype(kinds[wanted.type])}, found {a.dtype}")
+    if a.dtype != kinds.get(wanted.type):
+        raise ValueError(f"{path}: {name} must be a {wanted.type}, found {a.dtype}")
 
 
 def open_folder(folder: str | os.PathLike[str], device: str | None = None) -> Runner:

@@ -56,19 +56,19 @@ def facts(adapters: Sequence[Adapter]) -> list[dict[str, Any]]:
     return [{n: list(v) if isinstance(v, tuple) else v for n, v in f.items()} for f in found]
 
 
-def slots(adapters: Sequence[Adapter], model: Model) -> dict[str, Slot]:
-    """All inputs of these adapters by name; `model` has the weights that the graph has."""
+def slots(adapters: Sequence[Adapter], model: Model, dtype: Any) -> dict[str, Slot]:
+    """All inputs of these adapters by name, for a graph of the model in this dtype."""
     found: dict[str, Slot] = {}
     for adapter, at in zip(map(trained, adapters), prefixes(adapters), strict=True):
-        found |= {at + name: slot for name, slot in of_one(adapter, model).items()}
+        found |= {at + name: slot for name, slot in of_one(adapter, model, dtype).items()}
     return found
 
 
-def of_one(adapter: Adapter, model: Model) -> dict[str, Slot]:
+def of_one(adapter: Adapter, model: Model, dtype: Any) -> dict[str, Slot]:
     whole = {n: a for n, a in adapter.params.items() if not own(adapter, n)}
     found = {n: Slot(a.shape, a, original(adapter, n, model), own=False) for n, a in whole.items()}
     if adapter.method in LORA:
-        found |= low_rank(adapter, model)
+        found |= low_rank(adapter, model, dtype)
     elif adapter.method in PROMPTS + PREFIXES:
         n = adapter.config.num_virtual_tokens
         rows = adapter.params[P][:n]
@@ -86,13 +86,13 @@ def original(adapter: Adapter, name: str, model: Model) -> Array:
     return np.asarray(model.params[tensor_of(model, name) or name])
 
 
-def low_rank(adapter: Adapter, model: Model) -> dict[str, Slot]:
+def low_rank(adapter: Adapter, model: Model, dtype: Any) -> dict[str, Slot]:
     found: dict[str, Slot] = {}
     parts = {site.path: role for role, site in model.sites.items()}
     for path, (names, _) in adapter.by_module.items():
         if names:
             part, cfg = model.part(parts[path]), adapter.at(path)
-            fed = scaled(cfg, {n: adapter.value(full) for n, full in names.items()}, part)
+            fed = scaled(cfg, {n: adapter.value(full) for n, full in names.items()}, part, dtype)
             i, o = fed["A"].shape[1], fed["B"].shape[0]
             rank = f"rank of {path}"
             shapes = {"A": (rank, i), "B": (o, rank), "β": (o,), "g": (o,)}
@@ -102,7 +102,7 @@ def low_rank(adapter: Adapter, model: Model) -> dict[str, Slot]:
     return found
 
 
-def scaled(cfg: lora.Config, φ: Values, part: Part) -> dict[str, Array]:
+def scaled(cfg: lora.Config, φ: Values, part: Part, dtype: Any) -> dict[str, Array]:
     """A, s B, s β and g, in float64 until the end."""
     wide = {n: a.astype(np.float64) for n, a in φ.items()}
     A, B, s = wide["A"], wide["B"], cfg.scale
@@ -112,7 +112,7 @@ def scaled(cfg: lora.Config, φ: Values, part: Part) -> dict[str, Array]:
     if "β" in wide:
         fed["β"] = s * wide["β"]
     if isinstance(cfg, dora.Config):
-        V = part.W.astype(np.float64) + fed["B"] @ A
+        V = part.W.astype(dtype).astype(np.float64) + fed["B"] @ A
         fed["g"] = wide["m"] / dora.norm(cfg, V)
     return {n: np.ascontiguousarray(a, np.float32) for n, a in fed.items()}
 

@@ -119,11 +119,9 @@ class Symbol(NDArrayOperatorsMixin):
         return f"Symbol({self.node.name}, {self.dtype}, [{', '.join(map(str, self.shape))}])"
 
     def __op__(self, name: str, args: Sequence[Any], options: Mapping[str, Any], y: "Symbol") -> "Symbol":
-        """The answer to an op of the specification: its own node if there is a rule and it has one, else the formula as
-        traced."""
+        """The answer to an op of the specification: its own node if there is a rule, else the formula as traced."""
         rule = self.graph.rules.get(name)
-        own: Symbol | None = None if rule is None else rule(*args, **options)
-        return y if own is None else own
+        return y if rule is None else rule(*args, **options)
 
     def source(self, op: str) -> "Symbol | None":
         """What this is the Transpose, Reshape, … of, if it is one."""
@@ -241,9 +239,15 @@ UFUNCS: Mapping[np.ufunc, str] = {
 }  # fmt: skip
 
 
+NEUTRAL: Mapping[np.ufunc, int] = {np.add: 0, np.multiply: 1}
+
+
 def elementwise(g: Graph, ufunc: np.ufunc, inputs: Sequence[Any]) -> Symbol:
-    """The node of a ufunc (or matmul), its inputs cast as NumPy casts them."""
+    """The node of a ufunc (or matmul), its inputs cast as NumPy casts them. x + 0 and 1 x are x."""
     types = ufunc.resolve_dtypes((*map(kind, inputs), None))
+    for x, other in (inputs, inputs[::-1]) if ufunc in NEUTRAL else ():
+        if isinstance(other, int | float) and other == NEUTRAL[ufunc] and x.dtype == types[-1]:
+            return Symbol(g, x.node)
     args = [operand(g, x, t) for x, t in zip(inputs, types, strict=False)]
     shape = product_shape(args[0].shape, args[1].shape) if ufunc is np.matmul else broadcast(a.shape for a in args)
     y = g.emit(UFUNCS[ufunc], args, types[-1], shape)

@@ -8,7 +8,7 @@ are, merging included; a float16 graph with the specification on the same rounde
 weights.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 
 from refpeft.adapter import Adapter
 from refpeft.export import runtime
-from refpeft.export.form import Check, Form, Subject, dtypes, named, trained, with_values
+from refpeft.export.form import Check, Form, Spec, Subject, dtypes, named, trained, with_values
 from refpeft.export.runtime import Runner
 from refpeft.export.signature import caches
 from refpeft.model import Model
@@ -85,17 +85,34 @@ def checks(subject: Subject) -> list[Check]:
     return [make(subject, batch, length) for batch in BATCHES for length in LENGTHS]
 
 
-def run(subject: Subject, batch: int, length: int) -> Check:
+def alone(answer: Callable[[Model, Sequence[Adapter], slice], Array], which: Array | None) -> Spec:
+    """The answer for all rows of a batch; or for each row by itself, with the one adapter that is its."""
+    if which is None:
+        return lambda model, adapters: answer(model, adapters, slice(None))
+
+    def spec(model: Model, adapters: Sequence[Adapter]) -> Array:
+        own = [[] if k < 0 else [adapters[k]] for k in which]
+        return np.concatenate([answer(model, a, slice(k, k + 1)) for k, a in enumerate(own)])
+
+    return spec
+
+
+def run(subject: Subject, batch: int, length: int, which: Array | None = None) -> Check:
     inputs = example(subject.model, batch, length, virtual_ids(subject))
-    ids, *rest = inputs.values()
+    ids, rest = inputs["input_ids"], {name: a for name, a in inputs.items() if name != "input_ids"}
 
     def ask(runner: Runner) -> Array:
         return runner.run({name: inputs[name] for name in runner.inputs})[runner.outputs[0]]
 
-    return Check(batch, ids.shape[1], lambda model, adapters: model(ids, adapters, *rest)[0], ask)
+    def answer(model: Model, adapters: Sequence[Adapter], rows: slice) -> Array:
+        return np.asarray(model(ids[rows], adapters, **{name: a[rows] for name, a in rest.items()})[0])
+
+    return Check(batch, ids.shape[1], alone(answer, which), ask)
 
 
-def decoded(subject: Subject, batch: int, length: int, first: Past | None = None, shift: int = 0) -> Check:
+def decoded(
+    subject: Subject, batch: int, length: int, which: Array | None = None, first: Past | None = None, shift: int = 0
+) -> Check:
     """Read in two steps, the second with the keys and values that the first one left. `first`: those of a prefix,
     [1, g, n, e] each, by which the positions are moved if `shift` says so."""
     inputs = example(subject.model, batch, length, virtual_ids(subject))
@@ -103,11 +120,11 @@ def decoded(subject: Subject, batch: int, length: int, first: Past | None = None
     places = np.maximum(mask.cumsum(1) - 1, 0)
     steps = ((0, ids.shape[1] - 2), (ids.shape[1] - 2, ids.shape[1]))
 
-    def spec(model: Model, adapters: Sequence[Adapter]) -> Array:
+    def answer(model: Model, adapters: Sequence[Adapter], rows: slice) -> Array:
         cache, found = None, []
         for a, z in steps:
-            out, cache = model.decode(ids[:, a:z], cache, adapters, mask[:, :z], places[:, a:z])
-            found.append(out)
+            out, cache = model.decode(ids[rows, a:z], cache, adapters, mask[rows, :z], places[rows, a:z])
+            found.append(out[:, -1:] if subject.last_logits else out)
         return np.concatenate(found, axis=1)
 
     def ask(runner: Runner) -> Array:
@@ -125,7 +142,7 @@ def decoded(subject: Subject, batch: int, length: int, first: Past | None = None
             found.append(out)
         return np.concatenate(found, axis=1)
 
-    return Check(batch, ids.shape[1], spec, ask, "decoding")
+    return Check(batch, ids.shape[1], alone(answer, which), ask, "decoding")
 
 
 def start(model: Model, dtype: Any, batch: int, first: Past | None = None) -> dict[str, Array]:
@@ -168,6 +185,12 @@ def example(model: Model, batch: int, length: int, virtual: int = 0) -> Mapping[
     if "embed.type" in model.sites:
         kinds = model.params[model.sites["embed.type"].weight].shape[0]
         inputs["token_type_ids"] = rng.integers(0, kinds, ids.shape)
+    if "eos" in c.head and c.eos_token_id is not None:  # read at the place of the end of text
+        ids[mask == 1] = np.where(ids[mask == 1] == c.eos_token_id, 0, ids[mask == 1])
+        ids[:, length // 2] = c.eos_token_id
+    if c.encoder_decoder:
+        other = rng.integers(0, vocabulary(model), (batch, length // 2 + 1))
+        inputs["decoder_input_ids"] = ids if "eos" in c.head else other
     return inputs
 
 
@@ -176,10 +199,11 @@ def vocabulary(model: Model) -> int:
 
 
 def longest(model: Model) -> int:
-    if "embed.position" not in model.sites:
+    c = model.config
+    n = model.sizes("encoder." if c.encoder_decoder else "")[1]
+    if n is None:
         return 1 << 30
-    n = model.params[model.sites["embed.position"].weight].shape[0]
-    return int(n if model.config.positions == "index" else n - (model.config.pad_token_id or 0) - 1)
+    return n - (c.position_offset if c.positions == "index" else (c.pad_token_id or 0) + 1)
 
 
 def ratio(got: Array, ref: Array, spec: Array, dtype: np.dtype[Any]) -> float:

@@ -35,6 +35,9 @@ def store(tensors: Iterable[tuple[str, Array, np.dtype[Any]]], data: Path | None
     protos = {}
     with data.open("wb", buffering=0) as file:
         for name, array, dtype in tensors:
+            if not array.size:  # a rank of 0: there is nothing to point at
+                protos[name] = tensor(name, np.asarray(array, dtype))
+                continue
             file.seek(-file.tell() % ALIGN, 1)
             offset = file.tell()
             for block in blocks(array, dtype):

@@ -25,7 +25,7 @@ def _σ(x: Array) -> Array:
 
 
 @op
-def linear(x: Array) -> tuple[Array, Vjp]:
+def identity(x: Array) -> tuple[Array, Vjp]:
     """y = x."""
     return x, lambda dy: (lambda: dy,)
 
@@ -72,7 +72,7 @@ def mish(x: Array) -> tuple[Array, Vjp]:
 
 ACTIVATIONS: Mapping[str, Op] = {
     "relu": relu, "gelu": gelu, "gelu_new": gelu_new, "silu": silu, "swish": silu, "tanh": tanh,
-    "leaky_relu": leaky_relu, "leakyrelu": leaky_relu, "sigmoid": sigmoid, "linear": linear, "relu2": relu2,
+    "leaky_relu": leaky_relu, "leakyrelu": leaky_relu, "sigmoid": sigmoid, "linear": identity, "relu2": relu2,
     "relu6": relu6, "quick_gelu": quick_gelu, "mish": mish, "gelu_python": gelu, "gelu_pytorch_tanh": gelu_new,
     "gelu_python_tanh": gelu_new,
 }  # fmt: skip

@@ -62,12 +62,10 @@ FROZEN = ()
 INITS = ("houlsby", "bert", "mam_adapter")
 LOCATIONS = {"attn": "mh_adapter", "cross": "cross_adapter", "mlp": "output_adapter"}
 CONTAINERS = {"attn": "attention_adapters", "cross": "cross_attention_adapters", "mlp": "output_adapters"}
-INSIDE = {
-    "bert": 1,
-    "roberta": 1,
-    "t5": 2,
-}  # families that have adapters so many modules above the sublayer's last layer
+# families that have adapters so many modules above the sublayer's last layer
+INSIDE = {"bert": 1, "roberta": 1, "t5": 2}
 Φ = Mapping[str, Array]
+Shape = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -263,14 +261,19 @@ def reads_all(cfg: Config) -> str | None:
     return "use_gating" if cfg.use_gating else None
 
 
-def masks(cfg: Config, model: "Model", rng: np.random.Generator, ids_shape: tuple[int, int]) -> dict[str, Array]:
+def masks(
+    cfg: Config, model: "Model", rng: np.random.Generator, ids_shape: Shape, decoder_shape: Shape | None = None
+) -> dict[str, Array]:
     """Masks [b, t, d] for `dropout` of F's entries, times [b, 1, 1] for `stochastic_depth` of all of it."""
     if not (cfg.dropout or cfg.stochastic_depth):
         return {}
     found = {}
     for p in places(cfg, model):
+        if p.at.startswith("decoder."):
+            raise ValueError("masks are not drawn for adapters in a decoder, whose inputs have another length")
         like = model.params[model.sites[p.last].weight].dtype
-        drawn = [(cfg.dropout, (*ids_shape, model.config.hidden_size)), (cfg.stochastic_depth, (ids_shape[0], 1, 1))]
+        b, t = decoder_shape if decoder_shape and p.at.startswith("decoder.") else ids_shape
+        drawn = [(cfg.dropout, (b, t, model.config.hidden_size)), (cfg.stochastic_depth, (b, 1, 1))]
         mask = np.ones(())
         for rate, shape in [(rate, shape) for rate, shape in drawn if rate]:
             mask = mask * np.where(rng.random(shape) < rate, 0, 1 / (1 - rate))
@@ -396,7 +399,7 @@ def bottleneck(cfg: Config, φ: Phi, mask: Array | None = None) -> Run:
     elif cfg.scaling != 1:
         runs.append(op_run(partial(multiply, factor=cfg.scaling)))
     if mask is not None:
-        runs.append(masked(identity, mask))
+        runs.append(masked(op_run(ACTIVATIONS["linear"]), mask))
     return gated(φ, chain(*runs)) if cfg.use_gating else chain(*runs)
 
 
@@ -413,10 +416,6 @@ def parametrised(f: Op, φ: Phi, *names: str) -> Run:
         return y, back
 
     return run
-
-
-def identity(x: Array) -> tuple[Array, Back]:
-    return x, lambda dy, want: (dy, {})
 
 
 @op

@@ -94,7 +94,7 @@ def count(adapter: Adapter, model: Model) -> Count:
     own = {name for site in model.sites.values() for name in (f"{site.path}.weight", f"{site.path}.bias")}
     own |= model.params.keys()
     return Count(
-        model=size(model.params),
+        model=size({n: a for n, a in model.params.items() if n not in model.config.buffers}),
         trained=size(adapter.params),
         added=size({n: a for n, a in adapter.params.items() if n not in own or copied(adapter, n)}),
         companions=size(adapter.frozen),

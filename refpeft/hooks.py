@@ -115,7 +115,7 @@ def only(rows: Array, hooks: Hooks) -> Hooks:
 
     def part(p: Part) -> Part:
         q = hooks.part(p)
-        return p if q is p else q._replace(run=choose(rows, q.run, p.run))
+        return p if q is p else p.wrapped(choose(rows, q.run, p.run))  # with W and b as they are for other rows
 
     def block(b: Block) -> Block:
         c = hooks.block(b)

@@ -232,11 +232,12 @@ def mixed(
         k, v, mask, back_memories = recall(memories, k, v, mask)
     B, back_B = bias(memories) if bias else (None, None)
     a, vjp = attention(q, k, v, mask, B, scale=m.config.attention_scale)
-    z, back_o = m.part(at + "o").run(a.reshape(*a.shape[:2], a.shape[2] * a.shape[3]))
+    b, s, h, e = a.shape
+    z, back_o = m.part(at + "o").run(a.reshape(b, s, h * e))
 
     def back(dz: Lazy, want: Want) -> tuple[Lazy, Lazy, Lazy, Grads]:
         da, grads = back_o(dz, want)
-        dq, dk, dv, _, dB = link(vjp, Once(lambda: da().reshape(a.shape)), 5)
+        dq, dk, dv, _, dB = link(vjp, Once(lambda: da().reshape(b, s, h, e)), 5)
         if back_B:
             grads = join(grads, back_B(dB, want)[1])
         if memories:

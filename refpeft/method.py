@@ -21,8 +21,8 @@ A method that takes hold of a model elsewhere than at its layers has
                                        methods act (`refpeft.selection`)
     complete(cfg, model) → cfg         if some fields of its config are facts of the model (None: as the model has it)
     kept(adapter) → adapter            of hollow arrays: what a file keeps of the adapter, if not all
-    masks(cfg, model, rng, ids_shape) → masks      its dropout masks, if they are of its own parts and not of the
-                                       model's layers
+    masks(cfg, model, rng, ids_shape, decoder_shape) → masks      its dropout masks, if they are of its own parts and
+                                       not of the model's layers
     reads_all(cfg) → field             the field of its config, if any, that makes a position depend on all others: such
                                        an adapter cannot decode step by step
     SHARED                             names in the formulae → in checkpoints, of parameters that all modules share;

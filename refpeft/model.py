@@ -141,6 +141,9 @@ class Model:
         given = (ids, attention_mask, token_type_ids, position_ids)
         chains: list[Chain] = []
         if not c.encoder_decoder:
+            for name, a in (("input_ids", decoder_input_ids), ("attention_mask", decoder_attention_mask)):
+                if a is not None:
+                    raise ValueError(f"a {c.family} model has no decoder of its own, but decoder_{name} were given")
             start = past[0][0].shape[1] if past else 0
             inputs = read(c, *given, start, self.sizes(), hooks.prompt, hooks.shift, c.causal)
             x, backs, present = stack(m, "", c.num_layers, inputs, past)

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from refpeft.inputs import shift_right
 from refpeft.ops import Array, Op, cross_entropy, mse
 
 Ids = Sequence[int]
@@ -140,12 +141,10 @@ def causal(xs: Sequence[Ids], ys: Sequence[Ids | None], s: Setting) -> Batch:
 
 def seq2seq(xs: Sequence[Ids], ys: Sequence[Ids], s: Setting) -> Batch:
     """x to the encoder, y shifted to the right to the decoder.     HF: DataCollatorForSeq2Seq, _shift_right"""
+    assert s.start_id is not None
     labels = padded(ys, IGNORE)
-    shifted = np.concatenate([np.full((len(ys), 1), s.start_id), labels[:, :-1]], axis=1)
-    return inputs(xs, s.pad_id) | {
-        "labels": labels,
-        "decoder_input_ids": np.where(shifted == IGNORE, s.pad_id, shifted),
-    }
+    shifted = shift_right(labels, s.start_id, s.pad_id, IGNORE)
+    return inputs(xs, s.pad_id) | {"labels": labels, "decoder_input_ids": shifted}
 
 
 def classes(rows: Sequence[Row], s: Setting) -> Batch:

@@ -16,7 +16,7 @@ replaces hidden states, while `prefix_tuning` adds keys and values, which are tw
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +32,8 @@ QV, QKVO = (
 
 @dataclass(frozen=True)
 class Row:
-    """`published` is as in the paper ('0.3M', '0.83%', '350GB'), rounded to its last digit, or to `digits`."""
+    """`published` is as in the paper ('0.3M', '0.83%', '350GB', '76,961,664'), rounded to its last digit, or to
+    `digits`. A share is of model and adapter together, and so is a number `of_both`."""
 
     model: str  # a key of MODELS
     label: str
@@ -43,6 +44,7 @@ class Row:
     plus: tuple[str, Json] | None = None  # a second method beside the first
     why: str = ""  # the published number is not what the paper's description gives
     digits: int | None = None
+    of_both: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ MODELS: Mapping[str, tuple[str, Json]] = {  # a name in the tables → a preset,
     "LLaMA-13B": ("llama-13b", {}),
     "LLaMA2-7B": ("llama2-7b", {}),
     "LLaMA3-8B": ("llama3-8b", {}),
+    **{f"T5 {size}": (f"t5-v1.1-{size.lower()}", {}) for size in ("Small", "Base", "Large", "XL", "XXL")},
 }
 
 
@@ -232,18 +235,80 @@ DORA = Table(
     ),
 )
 
+PROMPTS = {  # rows of the prompt → its parameters, those of prompt and model, and the share
+    "Small": """
+          1      512      76,961,664 0.00067%
+          5    2,560      76,963,712 0.00333%
+         20   10,420      76,971,572 0.01330%
+         50   25,600      76,986,752 0.03325%
+        100   51,200      77,012,352 0.06648%
+        150   76,800      77,037,952 0.09969%""",
+    "Base": """
+          1      768     247,578,624 0.00031%
+          5    3,840     247,581,696 0.00155%
+         20   15,360     247,593,216 0.00620%
+         50   38,400     247,616,256 0.01551%
+        100   76,800     247,654,656 0.03101%
+        150  115,200     247,693,056 0.04651%""",
+    "Large": """
+          1    1,024     783,151,104 0.00013%
+          5    5,120     783,155,200 0.00065%
+         20   20,480     783,170,560 0.00262%
+         50   51,200     783,201,280 0.00654%
+        100  102,400     783,252,480 0.01907%
+        150  153,600     783,303,680 0.01961%""",
+    "XL": """
+          1    2,048   2,849,759,232 0.00007%
+          5   10,240   2,849,767,424 0.00036%
+         20   40,960   2,849,798,144 0.00143%
+         50  102,400   2,849,859,584 0.00359%
+        100  204,800   2,849,961,984 0.00718%
+        150  307,200   2,850,064,384 0.01078%""",
+    "XXL": """
+          1    4,096  11,135,336,448 0.00004%
+          5   20,480  11,135,352,832 0.00018%
+         20   81,920  11,135,414,272 0.00074%
+         50  204,800  11,137,380,352 0.00184%
+        100  409,600  11,135,741,952 0.00368%
+        150  614,400  11,135,946,752 0.00552%""",
+}
+SLIPS = {  # what the paper prints → how that came about, as it seems
+    "10,420": "two digits changed places: 20 · 512 = 10,240",
+    "76,971,572": "the sum with the 10,420 above",
+    "0.01907%": "one digit is another: 102,400 of 783,252,480 are 0.01307 %",
+    "0.00143%": "cut off, not rounded",
+    "0.00718%": "cut off, not rounded",
+    "11,137,380,352": "the sum with 2,048,000 in the place of 204,800",
+}
+
+
+def prompts() -> Iterator[Row]:
+    for size, lines in PROMPTS.items():
+        for line in lines.split("\n")[1:]:
+            n, *counts = line.split()
+            labels = (f"prompt of {n}", "… and model", "… its share")
+            hows = (f"n d, n = {n}", "n d and the model", "n d of n d and the model")
+            for published, label, how in zip(counts, labels, hows, strict=True):
+                both = label.endswith("model")
+                why = SLIPS.get(published, "")
+                yield Row(f"T5 {size}", label, published, how, "prompt_tuning", words(int(n)), why=why, of_both=both)
+
+
+LESTER = Table("Lester et al. 2021, arXiv 2104.08691, table 4; T5 1.1 with LM adaptation", tuple(prompts()))
+
 TABLES: Mapping[str, Table] = {
     "lora-glue": GLUE,
     "lora-gpt2": GPT2,
     "lora-gpt3": GPT3,
     "lora-gpt3-more": GPT3_MORE,
     "dora": DORA,
+    "prompt-tuning": LESTER,
 }
 
 
 # ── deriving them ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-UNITS = {"M": 1e6, "B": 1e9, "MB": 1e6, "GB": 1e9, "%": 0.01}
+UNITS = {"": 1, "M": 1e6, "B": 1e9, "MB": 1e6, "GB": 1e9, "%": 0.01}
 
 
 @dataclass(frozen=True)
@@ -271,8 +336,9 @@ def derive(row: Row, model: Model) -> Derived:
     published, unit, digits = reading(row)
     parts = [parameters(m, cfg, model) for m, cfg in ((row.method, row.config), *([row.plus] if row.plus else []))]
     exact: float = sum(parts)
-    if unit == "%":
-        exact = count(outline(row.method, row.config, model), model).share_of_both
+    if unit == "%" or row.of_both:
+        found = count(outline(row.method, row.config, model), model)
+        exact = found.share_of_both if unit == "%" else found.model + found.added
     if unit.endswith("B") and unit != "B":
         exact *= 2  # bytes of a number in 16 bits
     return Derived(row, exact, exact / UNITS[unit], published, unit, digits)
@@ -280,7 +346,7 @@ def derive(row: Row, model: Model) -> Derived:
 
 def reading(row: Row) -> tuple[float, str, int]:
     """'175,255.8M' → 175255.8, 'M', 1"""
-    m = re.fullmatch(r"([\d,]+(?:\.(\d+))?)(\D+)", row.published)
+    m = re.fullmatch(r"([\d,]+(?:\.(\d+))?)(\D*)", row.published)
     assert m is not None, row.published
     return float(m[1].replace(",", "")), m[3], len(m[2] or "") if row.digits is None else row.digits
 

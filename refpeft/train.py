@@ -78,6 +78,9 @@ class Plan:
             raise ValueError("nesterov needs a momentum above 0")
 
 
+DROPOUTS = ("lora_dropout", "encoder_dropout", "dropout", "stochastic_depth")  # fields of configs that masks come from
+
+
 @dataclass(frozen=True)
 class State:
     """After `step` steps: the adapter's parameters, the optimiser's state, and the loss of every step [step]."""
@@ -155,11 +158,12 @@ def chosen(plan: Plan, count: int, turn: int) -> list[int]:
 
 def dropped(adapter: Adapter, model: Model, batch: Batch, rng: np.random.Generator) -> Adapter:
     """With fresh dropout masks, if the method has them."""
-    if not getattr(adapter.config, "lora_dropout", 0):
+    rates = [name for name in DROPOUTS if getattr(adapter.config, name, 0)]
+    if not rates:
         return adapter
-    if "decoder_input_ids" in batch:
-        raise ValueError("lora_dropout must be 0 for encoder-decoder models, whose masks are not drawn here")
-    return dropout(adapter, model, batch["input_ids"].shape, seed=int(rng.integers(2**62)))
+    ids = batch["input_ids"]
+    seed = int(rng.integers(2**62))
+    return dropout(adapter, model, ids.shape, seed, batch.get("decoder_input_ids", ids).shape)  # type: ignore[union-attr]
 
 
 def trained(adapter: Adapter, state: State) -> Adapter:

@@ -184,22 +184,36 @@ def saved_whole(cfg: Any, model: Model) -> dict[str, str]:
     return {name: tensor for name, tensor in whole.items() if tensor in model.params.keys() - model.config.buffers}
 
 
-def dropout(adapter: Adapter, model: Model, ids_shape: tuple[int, int], seed: int = 0) -> Adapter:
+def dropout(
+    adapter: Adapter,
+    model: Model,
+    ids_shape: tuple[int, int],
+    seed: int = 0,
+    decoder_shape: tuple[int, int] | None = None,
+) -> Adapter:
     """The adapter with masks for its `lora_dropout` p on inputs of this shape [b, s]: 0 with probability p, else
-    1/(1 − p), drawn from `seed` alone. Embeddings get none, since their inputs are ids (as in HF peft)."""
+    1/(1 − p), drawn from `seed` alone. Embeddings get none, since their inputs are ids (as in HF peft). An
+    encoder-decoder needs the `decoder_shape` too, that of decoder_input_ids."""
     own = getattr(METHODS[adapter.method], "masks", None)
     if own is not None:
-        return adapter.replace(masks=own(adapter.config, model, np.random.default_rng(seed), ids_shape))
+        return adapter.replace(masks=own(adapter.config, model, np.random.default_rng(seed), ids_shape, decoder_shape))
     rng, p = np.random.default_rng(seed), adapter.config.lora_dropout
     masks: dict[str, Array] = {}
     for role in targets(adapter.config, model) if p else ():
         part = model.part(role)
         if part.kind in LINEAR:
-            pooled = role in pooled_roles(model)
-            shape = (ids_shape[0], part.W.shape[1]) if pooled else (*ids_shape, part.W.shape[1])
+            sized = decoder_shape if model.config.encoder_decoder and decodes(role) else ids_shape
+            if sized is None:
+                raise ValueError("an encoder-decoder needs decoder_shape, the shape of decoder_input_ids")
+            shape = (*sized[: 1 if role in pooled_roles(model) else 2], part.W.shape[1])
             dtype = np.float32 if is_half(part.W.dtype) else part.W.dtype
             masks[part.path] = np.where(rng.random(shape) < p, 0, 1 / (1 - p)).astype(dtype)
     return adapter.replace(masks=masks)
+
+
+def decodes(role: str) -> bool:
+    """Does a layer of an encoder-decoder run over the decoder's tokens? Cross-attention takes keys from the encoder."""
+    return not role.startswith("encoder.") and not role.endswith(("cross.k", "cross.v"))
 
 
 def pooled_roles(model: Model) -> Sequence[str]:

@@ -30,7 +30,7 @@ The stages that follow (§3.1 for Chinese LLaMA 7B; each is an adapter, which is
 
     1  the embedding alone       partial, layers=0, head=False, modules_to_save=["embed_tokens"]
     2  attention, and E, W       lora on q_proj, k_proj, v_proj, o_proj, modules_to_save=["embed_tokens", "lm_head"]
-    3  instructions              lora on those and gate_proj, up_proj, down_proj, modules_to_save as before
+    3  instructions              lora on those and gate_proj, up_proj, down_proj (their run_sft.sh: E, W whole again)
 
 `refpeft extend`, and `refpeft train` and `refpeft merge` in turns, are these steps; examples/staged_vocabulary.py runs
 them. trainable_tokens with the new ids is a stage 1 that leaves all old rows alone, tied or not.
@@ -43,8 +43,8 @@ Where implementations differ:
     * transformers takes the number of rows wanted, which is less than the model has where it was padded (Qwen2), and
       then cuts rows off. Here nothing is ever cut.
     * transformers takes the mean over padding rows too; here over those below t.
-    * Cui et al. use transformers' resize of that time, hence normal (scripts/training/run_clm_pt_with_peft.py), and the
-      same script trains the MLP's LoRA in stage 2 as well, as the paper does for its other models.
+    * Cui et al. use transformers' resize of that time, hence normal (scripts/training/run_clm_pt_with_peft.py); their
+      run_pt.sh adapts the MLP in stage 2 as well, as the paper does in one stage for its larger models.
     * Cui et al. merge the pieces of a new sentencepiece model into the old one, with score 0, above all old ones: a
       text is cut by merging pairs whose union is a piece, highest score first. See `refpeft.checkpoint.tokens` for what
       added tokens and merged BPE do instead.

@@ -14,12 +14,15 @@ import pytest
 
 NEEDS = {  # marker → its libraries or programs, and what brings them
     "peft": (("torch", "transformers", "peft"), "the extra [peft]"),
-    "adapters": (("torch", "adapters"), "the extra [adapters], in an environment of its own"),
+    "adapterhub": (("torch", "adapters"), "the extra [adapters], in an environment of its own"),
     "ort": (("onnxruntime",), "the extra [cpu] or [gpu]"),
     "node": (("node",), "node.js"),
+    "cc": (("cc",), "a C compiler"),
+    "jsonschema": (("jsonschema",), "the extra [dev]"),
 }
+PROGRAMS = ("node", "cc")
 MISSING = {
-    marker: [name for name in names if not (which(name) if marker == "node" else find_spec(name))]
+    marker: [name for name in names if not (which(name) if marker in PROGRAMS else find_spec(name))]
     for marker, (names, _) in NEEDS.items()
 }
 

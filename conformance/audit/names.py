@@ -31,7 +31,7 @@ def by_name(p: Plan, found: Mapping[str, Array]) -> tuple[dict[str, Array], dict
         plain[bare] = a
     named = named_as_planned(p, plain)
     originals = {id(a): name for name, a in found.items()}
-    return named, {name: originals[id(a)] for name, a in named.items() if originals[id(a)] != name}
+    return named, {name: f for name, a in named.items() if (f := originals.get(id(a), name)) != name}
 
 
 def by_suffix(wanted: Iterable[str], found: Mapping[str, Array]) -> dict[str, str]:

@@ -5,7 +5,7 @@ there, [A_q; A_k; A_v], and B for each of them: a LoRA of HF peft is the one who
 gradient of A is the sum of theirs.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -49,6 +49,14 @@ def place(name: str, param: Any, *shape: int) -> Place:
         return a.reshape(shape) if shape else a
 
     return Place(name, param, lambda a: a.reshape(param.shape), back, back)
+
+
+def head_places(names: Sequence[str] | None, model: Any) -> Iterator[Place]:
+    """What is trained whole stands in the model itself, and belongs to all its adapters."""
+    whole = [path for path, _ in model.named_modules() if path and path.endswith(tuple(names or ()))]
+    for path, param in model.named_parameters():
+        if any(path.startswith(f"{module}.") for module in whole):
+            yield place(path, param)
 
 
 # ── LoRA and DoRA ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -166,5 +174,6 @@ METHODS: Mapping[str, tuple[Callable[[Config, Any], Any], Callable[[Any, str], I
     "dora": (lora_config, lora_places),
     "prompt_tuning": (prompt_config, prompt_places),
     "prefix_tuning": (prefix_config, prefix_places),
+    "p_tuning_v2": (prefix_config, prefix_places),
     **{name: (partial(bottleneck_config, name), bottleneck_places) for name in ("houlsby", "pfeiffer", "parallel")},
 }

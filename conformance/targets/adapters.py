@@ -4,10 +4,11 @@ An adapter is added with the config that says in AdapterHub's terms what the cas
 (`refpeft.conformance.targets.adapterhub`), its parameters are copied in, and nothing is downloaded.
 """
 
+import contextlib
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import transformers
 
 from refpeft.conformance import tiny
 from refpeft.conformance.case import Case, read
-from refpeft.conformance.targets.adapterhub import METHODS, Place
+from refpeft.conformance.targets.adapterhub import METHODS, Place, head_places
 from refpeft.conformance.targets.base import Arrays, Skip
 from refpeft.conformance.targets.models import array, base_model, buildable, output, quietly, tensor, values_of
 from refpeft.conformance.targets.spec import answers, real
@@ -39,13 +40,16 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {  # what of a method's options Adapt
     "dora": {"detach_norm": False},
     "prompt_tuning": {"placement": "after_embedding"},
     "houlsby": {"train_norms": False},
+    "p_tuning_v2": {"position_shift": False},
     "prefix_tuning": {"position_shift": False, "input_size": tiny.WIDE["hidden_size"]},
 }
 SETTINGS = {"attention": ["sdpa", "eager"]}  # of transformers; the first is its default
 FEATURES = (
     "forward", "grads", "frozen", "change", "merge", "unmerge", "disable", "several", "delete", "save", "conv1d",
-    "cache",
+    "cache", "together", "weighted", "loss", "drop",
 )  # fmt: skip
+SUMS = ("lora", "dora", "prompt_tuning")  # whose adapters do not add up in a Stack, or of which there can be one
+HEADS = ("disable", "several", "delete", "save")  # for the head, which the method trains, belongs to no adapter there
 
 
 class AdapterHub:
@@ -56,6 +60,7 @@ class AdapterHub:
             "methods": list(METHODS), "dtypes": ["float32", "float64"], "features": list(FEATURES),
             "families": [family for family in LINEARS if buildable(family)],
             "linears": LINEARS, "options": OPTIONS, "settings": SETTINGS,
+            "without": {**{method: ["together"] for method in SUMS}, "p_tuning_v2": HEADS},
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }  # fmt: skip
 
@@ -95,9 +100,26 @@ def add(case: Case, model: Any, name: str) -> None:
     write(case, model, name, values_of(case, name + "/"))
 
 
+@contextlib.contextmanager
+def default_dtype(name: str) -> Iterator[None]:
+    """In which AdapterHub makes new parameters, whatever the model and the file have."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, name))
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def activate(model: Any, names: Sequence[str]) -> None:
+    model.set_active_adapters(adapters.Stack(*names) if len(names) > 1 else names[0])
+
+
 def places(case: Case, model: Any, name: str) -> dict[str, Place]:
-    _, find = METHODS[case.meta["adapters"][name]["method"]]
-    return {p.name: p for p in find(model, name)}
+    about = case.meta["adapters"][name]
+    _, find = METHODS[about["method"]]
+    found = [*find(model, name), *head_places(about["config"].get("modules_to_save"), model)]
+    return {p.name: p for p in found}
 
 
 def write(case: Case, model: Any, name: str, values: Mapping[str, Array]) -> None:
@@ -120,7 +142,7 @@ class Whole:
         self.model = adaptable(case)
         for name in self.names:
             add(case, self.model, name)
-        self.model.set_active_adapters(self.names[0])
+        activate(self.model, self.names)
 
     def said(self, ids: Array, mask: Array | None = None) -> Array:
         with torch.no_grad():
@@ -157,6 +179,15 @@ class Whole:
         self.model.merge_adapter(self.names[0])
         return {"merged_logits": self.said(self.ids, self.mask)}
 
+    def loss(self) -> Arrays:
+        with torch.no_grad():
+            out = self.model(input_ids=tensor(self.ids), labels=tensor(self.case.arrays["labels"]))
+        return {"loss": array(out.loss)}
+
+    def dropped(self) -> Arrays:
+        self.model.eject_prefix_tuning(self.names[0])
+        return {"dropped": self.said(self.ids, self.mask)}
+
     def decoded(self) -> Arrays:
         found, cache = [], None
         with torch.no_grad():
@@ -167,11 +198,13 @@ class Whole:
         return {"decoded": np.concatenate(found, axis=1)}
 
     def count(self) -> Arrays:
-        """Without the head of the task, which AdapterHub always trains."""
+        """Without the head of the task, which AdapterHub always trains, unless the adapter has it too."""
         self.train()
-        if any(p.copies > 1 for name in self.names for p in places(self.case, self.model, name).values()):
+        own = [p for name in self.names for p in places(self.case, self.model, name).values()]
+        if any(p.copies > 1 for p in own):
             raise Skip("AdapterHub has an A for each of Q, K and V")
-        return {"count": np.array(sum(p.numel() for p in self.model.base_model.parameters() if p.requires_grad))}
+        asked = {*self.model.base_model.parameters(), *(p.param for p in own)}
+        return {"count": np.array(sum(p.numel() for p in asked if p.requires_grad))}
 
 
 # ── a life ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -199,7 +232,7 @@ class Session:
 
     def activate(self, adapters: Sequence[str]) -> None:
         self.active = list(adapters)
-        self.model.set_active_adapters(self.active[0])
+        activate(self.model, self.active)
 
     def merge(self, safe: bool = False) -> None:
         if safe:
@@ -218,6 +251,16 @@ class Session:
     def enable(self) -> None:
         self.activate(self.active)
 
+    def weighted(self, adapter: str, of: Sequence[str], weights: Sequence[float], how: str) -> None:
+        """By SVD, the only one of its ways that sums ΔW; with all the rank that the sum can have."""
+        if not getattr(self.model.base_model, "support_lora_delta_w_svd", True):
+            raise Skip(f"AdapterHub cannot sum ΔW for {self.model.config.model_type}")
+        rank = len(of) * self.model.adapters_config.get(of[0]).r
+        by_svd = "lora_delta_w_svd"
+        with default_dtype(self.case.meta["dtype"]):
+            self.model.average_adapter(adapter, list(of), list(weights), by_svd, normalize_weights=False, svd_rank=rank)
+        self.activate([adapter])
+
     def delete(self, adapter: str) -> None:
         self.model.delete_adapter(adapter)
 
@@ -232,10 +275,9 @@ class Session:
 
     def load(self, adapters: Sequence[str]) -> None:
         self.model = adaptable(self.case)
-        if self.case.meta["dtype"] != "float32":
-            raise Skip("load_adapter makes parameters of float32")
-        for name in adapters:
-            self.model.load_adapter(str(self.folder / name), load_as=name, use_safetensors=True, with_head=False)
+        with default_dtype(self.case.meta["dtype"]):
+            for name in adapters:
+                self.model.load_adapter(str(self.folder / name), load_as=name, use_safetensors=True, with_head=False)
         self.model.eval()
         self.activate(adapters[:1])
 

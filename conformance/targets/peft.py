@@ -55,7 +55,8 @@ class Peft:
             "options": prompts.OPTIONS,
             "features": [f for f in FEATURES if f not in ABSENT and NEEDED.get(f, "r") in FIELDS
                          and (f != "together" or together())],
-            "without": {method: ["embedding"] for method, flag in FLAG.items() if not adapts_embeddings(flag)},
+            "without": {method: ["embedding"] for method, flag in FLAG.items() if not adapts_embeddings(flag)}
+                       | {method: ["together"] for method in prompts.CLASSES},  # one at a time
             "families": [family for family in tiny.FAMILIES if buildable(family)],
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }  # fmt: skip

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import cast
 
 from refpeft.export.form import Form
-from refpeft.export.forms import inputs, merged, prefix, prompt, unmerged
+from refpeft.export.forms import inputs, merged, multi, prefix, prompt, unmerged
 
 FORMS: Mapping[str, Form] = cast(
     Mapping[str, Form],
@@ -14,5 +14,6 @@ FORMS: Mapping[str, Form] = cast(
         "inputs": inputs,
         "prompt": prompt,
         "prefix": prefix,
+        "multi": multi,
     },
 )

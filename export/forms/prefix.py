@@ -88,4 +88,4 @@ def complete(folder: Path, subject: Subject, made: Made) -> None:
 def checks(subject: Subject) -> list[Check]:
     first, n = values(subject), shift(subject)
     sizes = [(b, length) for b in verification.BATCHES for length in verification.LENGTHS]
-    return [verification.decoded(subject, b, length, first, n) for b, length in sizes]
+    return [verification.decoded(subject, b, length, None, first, n) for b, length in sizes]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from refpeft.adapter import Adapter
-from refpeft.export import slots, verification
+from refpeft.export import slots
 from refpeft.export.form import Array, Check, Made, Store, Subject
 from refpeft.export.forms import inputs
 from refpeft.export.symbols import Graph
@@ -42,7 +42,7 @@ def by_id(adapters: Sequence[Adapter]) -> list[Adapter]:
 def make(subject: Subject, graph: Graph, store: Store) -> Made:
     made = inputs.make(replace(subject, adapters=by_id(subject.adapters)), graph, store)
     (name,) = (n for n in made.optional if n.endswith("." + P))
-    return replace(made, card={**made.card, "vocabulary": verification.vocabulary(subject.model), "prompt": name})
+    return replace(made, card={**made.card, "facts": facts(subject.adapters), "prompt": name})
 
 
 def complete(folder: Path, subject: Subject, made: Made) -> None:
@@ -50,7 +50,9 @@ def complete(folder: Path, subject: Subject, made: Made) -> None:
 
 
 def facts(adapters: Sequence[Adapter]) -> list[dict[str, Any]]:
-    return inputs.facts(by_id(adapters))
+    """The placement too: who writes with the graph must know whether the rows stand before the text."""
+    by_id(adapters)
+    return inputs.facts(adapters)
 
 
 def values(subject: Subject) -> dict[str, Array]:

@@ -21,7 +21,17 @@ import numpy as np
 
 from refpeft import tune
 from refpeft.adapter import Adapter
-from refpeft.checkpoint import bottleneck, folder, intrinsic, models, prefix, prompts, safetensors, selection
+from refpeft.checkpoint import (
+    adapterhub,
+    bottleneck,
+    folder,
+    intrinsic,
+    models,
+    prefix,
+    prompts,
+    safetensors,
+    selection,
+)
 from refpeft.checkpoint.format import Format
 from refpeft.checkpoint.safetensors import Malformed, show
 from refpeft.methods import METHODS, lora
@@ -40,6 +50,7 @@ PLAIN_INITS = ("eva", "mica")  # they leave the base alone: A and B in the file 
 TWINS = {twin: name for name, twin in models.TWINS.items()}
 # of the methods that are not of LoRA's kind, each in a module of its own
 FORMATS = cast(Sequence[Format], (selection, prompts, prefix, intrinsic, bottleneck))
+HEADS = ("classifier", "score")
 METHOD_FLAGS = {"lora": (False, False), "rslora": (True, False), "dora": (False, True)}  # use_rslora, use_dora
 
 
@@ -52,6 +63,8 @@ def load_adapter(path: str | os.PathLike[str], model: Model) -> Adapter:
     raw = safetensors.read_json(where / CONFIG)
     if bottleneck.recognises(raw):
         return bottleneck.read_folder(where, raw, model)
+    if adapterhub.recognises(raw):
+        return adapterhub.read_folder(where, raw, model)
     for form in FORMATS:
         if raw.get("peft_type") in form.PEFT_TYPES:
             return form.read(raw, folder.tensors(where, "adapter_model"), model)
@@ -88,19 +101,21 @@ def read_config(raw: Mapping[str, Any], model: Model) -> tuple[str, Any]:
         if name not in known and name not in IGNORED and value not in (None, False, "", [], {}):
             raise ValueError(f"{show(name)} is set to {show(value)}, which is not supported")
     fields = {n: v for n, v in raw.items() if n in known and n != "use_dora" and v is not None}
-    return method, tune.configured(METHODS[method], method, meant(fields, raw), model)
+    return method, tune.configured(METHODS[method], method, meant(fields, raw, model), model)
 
 
-def meant(fields: dict[str, Any], raw: Mapping[str, Any]) -> dict[str, Any]:
+def meant(fields: dict[str, Any], raw: Mapping[str, Any], model: Model) -> dict[str, Any]:
     """Where HF peft reads a field as something else than it says."""
     how = fields.get("init_lora_weights", True)
     if how in PLAIN_INITS:
         fields["init_lora_weights"] = True
     elif isinstance(how, str) and how not in lora.INITS:
         raise ValueError(f"init_lora_weights={show(how)} changes the base model in a way that the file does not hold")
-    if raw.get("task_type") in ("SEQ_CLS", "TOKEN_CLS"):  # HF peft trains their heads whole, named or not
+    if raw.get("task_type") in ("SEQ_CLS", "TOKEN_CLS"):  # HF peft trains their heads whole, named or not, if so called
         saved = fields.get("modules_to_save") or []
-        fields["modules_to_save"] = [*saved, *(n for n in ("classifier", "score") if n not in saved)]
+        fields["modules_to_save"] = [*saved, *(n for n in HEADS if n not in saved)]
+        if not any(path.endswith(HEADS) for path in tune.modules(model)):
+            fields["modules_to_save"] = [n for n in saved if n not in HEADS] or None
     return fields
 
 

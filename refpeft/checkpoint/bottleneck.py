@@ -63,13 +63,32 @@ def recognises(raw: Mapping[str, Any]) -> bool:
 
 def read_folder(where: Path, raw: Mapping[str, Any], model: Model) -> Adapter:
     """The adapter of a folder with this adapter_config.json, for this model."""
+    return read(raw, in_folder(where, model), model)
+
+
+def in_folder(where: Path, model: Model) -> Mapping[str, Array]:
+    """The tensors of an adapter in AdapterHub's folder, with those of a head that was trained with it."""
     tensors = folder.tensors(where, "adapter", CONVERT)
     if (where / HEAD_CONFIG).is_file():
         if safetensors.read_json(where / HEAD_CONFIG).get("config") is not None:
             raise Malformed(f"{HEAD_CONFIG}: heads of AdapterHub's own kinds are not supported: save with_head=False")
         head = folder.tensors(where, "model_head", CONVERT)
         tensors = {**tensors, **trained(head, model)}
-    return read(raw, tensors, model)
+    return tensors
+
+
+def named(raw: Mapping[str, Any]) -> str:
+    """The adapter's name, which is part of the names of its tensors."""
+    name = raw.get("name")
+    if not isinstance(name, str) or not name:
+        raise Malformed(f"{CONFIG}: name must be the name of the adapter, found {show(name)}")
+    return name
+
+
+def base_of(model: Model) -> str:
+    """'bert.', with which the names of models with a head begin, and not those of models without."""
+    base = FAMILIES[model.config.family].base
+    return base if not base or base.endswith(".") else base + "."
 
 
 def trained(head: Mapping[str, Array], model: Model) -> dict[str, Array]:
@@ -94,10 +113,7 @@ def read(raw: Mapping[str, Any], tensors: Mapping[str, Array], model: Model) -> 
         method, cfg = read_config(raw, tensors, model)
     except ValueError as e:
         raise Malformed(f"{CONFIG}: {e}") from None
-    name = raw.get("name")
-    if not isinstance(name, str) or not name:
-        raise Malformed(f"{CONFIG}: name must be the name of the adapter, found {show(name)}")
-    base = FAMILIES[model.config.family].base + "."  # that of models with a head, and not of those without
+    name, base = named(raw), base_of(model)
     rest = {unnamed(n, name).removeprefix(base): a for n, a in tensors.items()}
     params: dict[str, Array] = {}
     for p in bottleneck.places(replace(cfg, leave_out=()), model):

@@ -61,7 +61,8 @@ def t5_config(c: Json) -> dict[str, Any]:
     gate, _, act = str(c.get("feed_forward_proj") or "relu").rpartition("-")
     name = {"gated-gelu": "gelu_new"}.get(f"{gate}-{act}", act)
     if gate not in ("", "gated") or name not in activations:
-        raise Malformed(f"config.json: feed_forward_proj {show(c['feed_forward_proj'])} is none that is known")
+        fits = f"one of {', '.join(activations)}, or 'gated-' and one of them"
+        raise Malformed(f"config.json: feed_forward_proj must be {fits}, found {show(c['feed_forward_proj'])}")
     n, longest = natural(c, "relative_attention_num_buckets", 32), natural(c, "relative_attention_max_distance", 128)
     if n < 4 or longest <= n // 2:
         raise Malformed(f"config.json: {n} relative_attention_num_buckets do not fit a max_distance of {longest}")

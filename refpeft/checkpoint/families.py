@@ -2,6 +2,9 @@
 
 A family says how its config.json becomes a `refpeft.config.Config`, and where each site of the model is found in the
 checkpoint. Adding one is adding a table here.
+
+Where transformers computes otherwise: the norms of LLaMA and T5 take their mean square in float32, whatever the weights
+are; a T5 in float16 keeps `wo` in float32 and clamps what overflows.
 """
 
 import re
@@ -140,6 +143,8 @@ BERT_SITES = {
     "embed.norm": ("embeddings.LayerNorm", "layer_norm"),
 }
 
+# transformers 5 looks tokens up in the copies and never runs `shared`, so that an adapter of HF peft on `shared` does
+# nothing there, and one on `embed_tokens` is two, of the encoder and of the decoder. Here `shared` is the one layer.
 COPIES = {"encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight"}
 T5_LM = Head(
     ("scale", "head.out"),

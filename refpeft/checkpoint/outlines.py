@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from refpeft.adapter import Adapter
-from refpeft.checkpoint import adapters, safetensors
+from refpeft.checkpoint import adapters, models, safetensors
 from refpeft.checkpoint.configs import Json, always, bert_config, bert_width, natural, require
 from refpeft.checkpoint.families import FAMILIES, Family, Head, Plan, bert_layer, plan
-from refpeft.checkpoint.models import float_dtype
 from refpeft.config import Site
 from refpeft.hollow import hollow
 from refpeft.methods import METHODS
@@ -79,7 +78,7 @@ def config(name: str | Path) -> dict[str, Any]:
 
 
 def of_config(source: Json, dtype: Any = "float32") -> Model:
-    p, kind = planned(source), float_dtype(dtype)
+    p, kind = planned(source), models.float_dtype(dtype)
     return Model(p.config, p.sites, {name: hollow(shape, kind) for name, shape in p.shapes.items()}, source)
 
 
@@ -112,8 +111,10 @@ def deberta(c: Json, p: Plan) -> Plan:
 
 
 def model_bytes(model: Model, dtype: Any) -> int:
-    """The length of its model.safetensors, were it one file of this dtype."""
-    return safetensors.size(as_floats(model.params, dtype))
+    """The length of the model.safetensors that `save` would write, of this dtype. Where a head of its own stands beside
+    shared embeddings (T5 1.1), these are in it under each of their names."""
+    tensors = model.params if model.config.family in ONLY_SHAPES else models.planned_tensors(model)
+    return safetensors.size(as_floats(tensors, dtype))
 
 
 def adapter_bytes(adapter: Adapter, dtype: Any) -> int:
@@ -124,5 +125,5 @@ def adapter_bytes(adapter: Adapter, dtype: Any) -> int:
 
 
 def as_floats(tensors: Mapping[str, Array], dtype: Any) -> dict[str, Array]:
-    to = float_dtype(dtype)
+    to = models.float_dtype(dtype)
     return {n: hollow(a.shape, to if a.dtype.kind == "f" or is_half(a.dtype) else a.dtype) for n, a in tensors.items()}

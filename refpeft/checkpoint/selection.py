@@ -13,6 +13,7 @@ import numpy as np
 
 from refpeft import tune
 from refpeft.adapter import Adapter
+from refpeft.checkpoint.families import plan
 from refpeft.checkpoint.safetensors import Malformed, show
 from refpeft.count import outline
 from refpeft.methods import METHODS as ALL
@@ -61,8 +62,10 @@ def checked(name: str, like: Array, found: Mapping[str, Array], model: Model) ->
 
 
 def repeated(found: Mapping[str, Array], model: Model) -> set[str]:
-    """HF peft writes the rows of a tied head a second time, under the head's name."""
+    """HF peft writes the rows of a tied head a second time, under the head's name; so for other names of the table."""
     weights = {site.path: site.weight for site in model.sites.values()}
+    if model.source:
+        weights |= {copy.removesuffix(".weight"): name for copy, name in plan(model.source).copies.items()}
     rows = {n: n.removesuffix(".trainable_tokens_delta") for n in found if n.endswith(".trainable_tokens_delta")}
     return {
         n

@@ -22,6 +22,7 @@ COMMANDS = {  # in the order of `refpeft --help`
     "generate": ("generate",),
     "prompts": ("read-prompt",),
     "audit": ("audit",),
+    "vectors": ("vectors",),
 }
 
 

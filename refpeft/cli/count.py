@@ -38,7 +38,7 @@ def count(
         typer.Option(
             "--table", "-t", metavar="NAME", show_default=False,
             help="Instead: the counts that a paper published, and ours. lora-glue, lora-gpt2, lora-gpt3, "
-            "lora-gpt3-more or dora.",
+            "lora-gpt3-more, dora or prompt-tuning.",
         ),
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")] = None,
@@ -119,9 +119,11 @@ def by_kind(found: "Count", wide: bool) -> Any:
     table.add_column("×", justify="right")
     table.add_column("trained tensors", overflow="fold")
     table.add_column("parameters", justify="right", no_wrap=True)
+    table.add_column("of the model", justify="right", no_wrap=True)
     for kind in found.kinds:
         tensors = ", ".join(f"{name} [{' × '.join(map(str, shape))}]" for name, shape in kind.tensors.items())
-        table.add_row(kind.module or "(the model)", str(kind.modules), text(tensors), f"{kind.parameters:,}")
+        share = percent(kind.parameters / found.model)
+        table.add_row(kind.module or "(the model)", str(kind.modules), text(tensors), f"{kind.parameters:,}", share)
     return table
 
 
@@ -198,7 +200,7 @@ def show(console: Any, table: "Table", found: Sequence["Derived"]) -> None:
     for d in found:
         if d.row.model != last:
             grid.add_row(f"[bold not cyan]{d.row.model}[/]")
-        last, digits = d.row.model, max(d.digits, 0) + 1
+        last, digits = d.row.model, max(d.digits, 0) + 1 if d.unit else 0
         difference = "" if d.agrees else f"{d.difference:+,.{digits}f}{d.unit}"
         note = f"({notes.index(d.row.why) + 1})" if d.row.why else ""
         derived = f"{d.value:,.{digits}f}{d.unit}"

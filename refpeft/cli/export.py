@@ -12,14 +12,6 @@ from rich.table import Table
 
 from refpeft.cli import stop
 
-FORMS = {  # in the order of `refpeft.export.forms`, which a test compares
-    "merged": "the adapters folded into the weights: the base model's graph, nothing to pay when it runs",
-    "unmerged": "base weights untouched, the adapters beside them: every method, prompts and prefixes too",
-    "inputs": "the adapter from outside, as optional inputs: one session for the base model and many adapters",
-    "prompt": "a soft prompt from outside, its rows named by ids from the size of the vocabulary on",
-    "prefix": "a graph that decodes, and a prefix as the past of its first run",
-}
-
 
 def export(
     out: Annotated[
@@ -34,10 +26,13 @@ def export(
         typer.Option("--adapter", "-a", metavar="DIR", help="A PEFT adapter folder. Give several to combine them."),
     ] = None,
     form: Annotated[
-        str, typer.Option("--form", "-f", help=" ".join(f"[b]{name}[/]: {what}." for name, what in FORMS.items()))
+        str, typer.Option("--form", "-f", help="What is in the graph, and what comes from outside.")
     ] = "merged",
     decode: Annotated[
         bool, typer.Option("--decode", help="Keys and values as inputs and outputs, to write token by token.")
+    ] = False,
+    last_logits: Annotated[
+        bool, typer.Option("--last-logits", help="With --decode: logits of the last position only, which is faster.")
     ] = False,
     dtype: Annotated[str, typer.Option(help="Of weights and arithmetic: [b]float32[/] or [b]float16[/].")] = "float32",
     external_data: Annotated[
@@ -49,7 +44,7 @@ def export(
         typer.Option(
             "--adapter-only",
             metavar="FOLDER",
-            help="Make an adapter file for this folder, which was exported in the form inputs, instead of a model.",
+            help="Make no model, but a file of the adapter for this folder: of the form inputs, prompt or prefix.",
         ),
     ] = None,
     verify: Annotated[bool, typer.Option(help="Run the result on onnxruntime against the specification.")] = True,
@@ -64,10 +59,19 @@ def export(
     rounding explains; above 10 nothing is kept. bfloat16 checkpoints become
     float32.
 
+    [b]--form[/]
+    merged     the adapters folded into the weights: nothing to pay when it runs
+    unmerged   base weights untouched, the adapters beside them: every method
+    inputs     the adapter from outside: one session for the base model and many
+    prompt     a soft prompt from outside, its rows named by ids
+    prefix     as --decode, a prefix as the keys and values before the first token
+    multi      several adapters, another one for each row of a batch
+
     [cyan]refpeft export bert-base --out exported[/cyan]
     [cyan]refpeft export gpt2 --adapter my-lora --out exported --dtype float16[/cyan]
     [cyan]refpeft export gpt2 --adapter my-lora --form inputs --out served[/cyan]
     [cyan]refpeft export --adapter-only served --adapter my-other-lora --out other.onnx_adapter[/cyan]
+    [cyan]refpeft export gpt2 --adapter my-lora --decode --out writer[/cyan]
 
     Exit code 0: exported. 1: not equal to the specification, so not kept.
     2: could not run.
@@ -76,7 +80,7 @@ def export(
     if (model is None) == (adapter_only is None):
         raise ValueError("give either MODEL, to export it, or --adapter-only FOLDER")
     if model is not None:
-        result = export_model(model, adapter or [], out, form, dtype, external_data, verify, decode)
+        result = export_model(model, adapter or [], out, form, dtype, external_data, verify, decode, last_logits)
         show(result, Console())
         content = result.as_json()
     else:
@@ -89,12 +93,12 @@ def export_model(model: Path, adapters: list[Path], *options: Any) -> Any:
     import refpeft
     from refpeft.export.program import export as run
 
-    out, form, dtype, external, verify, decode = options
+    out, form, dtype, external, verify, decode, last_logits = options
     with Console(stderr=True).status("reading the checkpoint") as status:
         base = refpeft.load(model)
         loaded = [refpeft.load_adapter(folder, base) for folder in adapters]
         try:
-            return run(base, loaded, out, form, dtype, external, verify, model, status.update, decode)
+            return run(base, loaded, out, form, dtype, external, verify, model, status.update, decode, last_logits)
         except ArithmeticError as error:
             stop(str(error), 1)
 

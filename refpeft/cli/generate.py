@@ -15,6 +15,12 @@ def generate(
         typer.Option("--adapter", "-a", metavar="FILE", help="An .onnx_adapter file, instead of the folder's own."),
     ] = None,
     bare: Annotated[bool, typer.Option("--bare", help="The base model, without the folder's adapter.")] = False,
+    adapter_id: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--adapter-id", metavar="K", help="Of a folder in the form multi: once for each prompt, -1: none."
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", metavar="N", help="At most so many.")] = 64,
     temperature: Annotated[float, typer.Option(metavar="T", help="0: always the likeliest token.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(metavar="K", help="Draw among the K likeliest.")] = None,
@@ -44,7 +50,9 @@ def generate(
         raise ValueError(f"device must be cpu or cuda, found {device!r}")
     if adapter is not None and bare:
         raise ValueError("--adapter and --bare exclude each other")
-    writer = open_writer(folder, adapter, bare, device)
+    writer = open_writer(folder, adapter, bare, device, adapter_id or None)
+    if writer.template:
+        raise ValueError(f"{folder}: its prompt stands in a template, which text cannot show: use it from Python")
     read = [words.encode(prompt).ids for prompt in prompts]
     written: list[list[int]] = [[] for _ in prompts]
     shown = ""

@@ -9,6 +9,7 @@ import typer
 
 GAP = re.compile(r" {5,}")  # what follows it on a formula's line is a note in the margin
 NBSP = "\u00a0"
+NARROWEST = 24  # column of formulae: the papers make room for it
 
 
 def methods(
@@ -34,18 +35,32 @@ def listing(console: Any) -> None:
     from refpeft.conformance.docs import doc
     from refpeft.methods import METHODS
 
+    said = {name: doc(name) for name in METHODS}
+    papers = {name: authors(d.paper) for name, d in said.items()}
+    rest = max(map(len, METHODS)) + len("claims") + 6
+    paper = max(map(len, papers.values())) + 3
+    room = console.width - rest - paper
     table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False, header_style="bold")
     table.add_column("method", style="bold cyan", no_wrap=True)
-    table.add_column("formula")
-    table.add_column("paper", style="dim", no_wrap=True)
+    table.add_column("formula", no_wrap=True)
+    if room >= NARROWEST:
+        table.add_column("paper", style="dim", no_wrap=True)
     table.add_column("claims", justify="right")
-    for name in METHODS:
-        said = doc(name)
-        formula = GAP.split(said.formulae.strip().splitlines()[0])[0]
-        formula = textwrap.fill(clauses(formula), console.width - 42).replace(NBSP, " ")
-        table.add_row(name, Text(formula), said.paper.split(", ")[0], str(len(said.claims)))
+    for name, d in said.items():
+        formula = GAP.split(d.formulae.strip().splitlines()[0])[0]
+        lines = broken(formula, room if room >= NARROWEST else max(console.width - rest, NARROWEST))
+        table.add_row(name, Text("\n".join(lines)), *([papers[name]] if room >= NARROWEST else []), str(len(d.claims)))
     console.print(table)
     console.print("\nrefpeft methods NAME reads one of them.", style="dim")
+
+
+def authors(paper: str) -> str:
+    """Who and when, in short: 'Lee et al. 2019' for three and more."""
+    found = re.match(r"(?:The baseline of )?(.*?)( \d{4})", paper)
+    if not found:
+        return paper.split(",")[0]
+    first, *others = re.split(r", | & ", found[1])
+    return (f"{first} et al." if len(others) > 1 else found[1]) + found[2]
 
 
 def detail(console: Any, name: str) -> None:
@@ -66,10 +81,25 @@ def detail(console: Any, name: str) -> None:
         heading(console, title)
         console.print(Text(readable(text, console.width)))
     heading(console, "Config fields")
-    console.print(rows((f.name, default(f)) for f in fields(METHODS[name].Config)))
+    console.print(rows([(f.name, default(f)) for f in fields(METHODS[name].Config)] or [("none", "")]))
     heading(console, "Checkpoint keys")
-    keys = METHODS[name].KEYS.items()
-    console.print(rows((symbol, "  or  ".join(dict.fromkeys(filter(None, pair)))) for symbol, pair in keys))
+    console.print(rows(keys(METHODS[name])))
+
+
+def keys(method: Any) -> list[tuple[str, str]]:
+    """The parameters' names in the formulae and in checkpoints: those of all modules first, then those of each."""
+    shared = {name: key + "…" * key.endswith(".") for name, key in getattr(method, "SHARED", {}).items()}
+    stacks = dict.fromkeys(name.rpartition(".")[0] + "." for name in shared if "." in name)
+    found = {name: key for name, key in shared.items() if "." not in name}
+    if stacks:
+        found[", ".join(stack + "…" for stack in stacks)] = "the same for an encoder-decoder's other attentions"
+    for name, pair in method.KEYS.items():
+        key = "  or  ".join(dict.fromkeys(filter(None, pair)))
+        still = "  (never trained)" if name in method.FROZEN else ""
+        found.setdefault(name, ("" if key in shared.values() else "<module>.") + key + still)
+    if not found:
+        return [("φ", "the model's own tensors, by their own names")]
+    return list(found.items())
 
 
 def readable(text: str, width: int) -> str:
@@ -94,10 +124,27 @@ def fit(line: str, width: int) -> list[str]:
     formula, *note = GAP.split(line.strip(), maxsplit=1)
     item = formula.startswith("* ")
     hang = indent + ("  " if item else "    " if indent else "")
-    if indent and not item:
-        formula = clauses(formula)
-    wrapped = textwrap.wrap(formula, width, initial_indent=indent, subsequent_indent=hang, break_long_words=False)
-    return [line.replace(NBSP, " ") for line in wrapped] + [x for text in note for x in fit(hang + text.strip(), width)]
+    own = broken(formula, width, indent, hang) if indent and not item else wrap(formula, width, indent, hang)
+    return own + [x for text in note for x in fit(hang + text.strip(), width)]
+
+
+def wrap(text: str, width: int, indent: str = "", hang: str = "") -> list[str]:
+    return textwrap.wrap(
+        text,
+        width,
+        initial_indent=indent,
+        subsequent_indent=hang,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def broken(formula: str, width: int, indent: str = "", hang: str = "") -> list[str]:
+    """In lines of this width, broken between equations, and elsewhere only where one equation is too long."""
+    lines = [line.replace(NBSP, " ") for line in wrap(clauses(formula), width, indent, hang)]
+    if lines and any(len(line) > width for line in lines):
+        return [x for line in lines for x in wrap(line.strip(), width, line[: len(line) - len(line.lstrip())], hang)]
+    return lines
 
 
 def clauses(formula: str) -> str:
@@ -106,7 +153,9 @@ def clauses(formula: str) -> str:
 
 
 def heading(console: Any, text: str) -> None:
-    console.print(f"\n[bold]{text}[/bold]")
+    from rich.text import Text
+
+    console.print(Text("\n" + text, style="bold"))
 
 
 def rows(pairs: Any) -> Any:

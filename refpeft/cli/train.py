@@ -229,12 +229,12 @@ def suitable(objective: str | None, model: "Model") -> str:
     from refpeft import objectives, tune
 
     kind = (model.source.get("architectures") or [model.config.family])[0]
-    if encoder_decoder(model):
-        fit = [n for n in objectives.NAMES if n in ("seq2seq", "lm-adaptation") or n.startswith("span")]
-    elif not model.config.head or "head.out" not in model.sites:
+    if "head.out" not in model.sites:
         raise ValueError(f"{kind} has no head to train with: expected a language model or a classifier")
-    elif not tune.language(model):
+    if not tune.language(model):
         fit = ["classification"]
+    elif model.config.encoder_decoder:
+        fit = [n for n in objectives.NAMES if n in ("seq2seq", "lm-adaptation") or n.startswith("span")]
     elif model.config.causal:
         fit = ["causal", "seq2seq", "lm-adaptation"]
     else:
@@ -246,20 +246,15 @@ def suitable(objective: str | None, model: "Model") -> str:
     return objective or fit[0]
 
 
-def encoder_decoder(model: "Model") -> bool:
-    return bool(model.source.get("is_encoder_decoder"))
-
-
 def vocabulary(folder: Path, model: "Model") -> "tuple[Encode | None, Setting]":
     """The tokenizer of the model's folder, if there is one, and what it and config.json say of special tokens."""
     from refpeft.objectives import Setting
 
-    c = model.source
-    ends = c.get("eos_token_id")
+    c, ends = model.config, model.source.get("eos_token_id")
     known: dict[str, Any] = {
-        "pad_id": c.get("pad_token_id"), "eos_id": ends[0] if isinstance(ends, list) and ends else ends,
-        "start_id": c.get("decoder_start_token_id"), "vocab": model.sizes()[0],
-        "encoder_decoder": encoder_decoder(model),
+        "pad_id": c.pad_token_id if c.encoder_decoder else model.source.get("pad_token_id"),
+        "eos_id": c.eos_token_id if c.encoder_decoder else ends[0] if isinstance(ends, list) and ends else ends,
+        "start_id": c.decoder_start_token_id, "vocab": model.sizes()[0], "encoder_decoder": c.encoder_decoder,
     }  # fmt: skip
     encode = None
     if (folder / "tokenizer.json").is_file():
@@ -325,7 +320,11 @@ def method_fields(method: str, words: Sequence[str], objective: str, model: "Mod
         if names and plain and name in hints and tune.fits(names, hints[name]):
             value = names
         found[name] = value
-    heads = [n for n in ("classifier", "score") if any(n in s.path.split(".") for s in model.sites.values())]
+    heads = [
+        n
+        for n in ("classifier", "score", "classification_head")
+        if any(n in s.path.split(".") for s in model.sites.values())
+    ]
     if objective == "classification" and "modules_to_save" in hints:  # the head is fresh as a rule
         found = {"modules_to_save": heads} | found
     return found
@@ -336,10 +335,10 @@ def to_read(
 ) -> "Reading":  # fmt: skip
     from refpeft.cli.data import Reading
 
-    vocab, positions, _ = model.sizes()
     c = model.config
+    vocab, positions, _ = model.sizes("encoder." if c.encoder_decoder else "")
     if positions is not None:
-        positions -= 0 if c.positions == "index" else (c.pad_token_id or 0) + 1
+        positions -= c.position_offset if c.positions == "index" else (c.pad_token_id or 0) + 1
         if longest is not None and longest > positions:
             raise ValueError(f"--max-length must be at most {positions}, the model's positions, found {longest}")
         longest = longest or positions

@@ -91,7 +91,7 @@ def tensors(cfg: Config, model: "Model") -> Tensors:
     found: dict[str, list[str]] = {}
     for site in model.sites.values():
         for tensor, name in ((site.weight, site.path + ".weight"), (site.bias, site.path + ".bias")):
-            there = tensor in model.params and tensor not in model.config.buffers
+            there = tensor in model.params and tensor not in buffers(model)
             if there and not excluded(cfg, site.path) and not excluded(cfg, name):
                 found.setdefault(tensor, []).append(name)
     if cfg.target_modules is not None:
@@ -99,6 +99,11 @@ def tensors(cfg: Config, model: "Model") -> Tensors:
     if not found:
         raise ValueError(f"target_modules {cfg.target_modules!r} matches no module and no tensor of the model")
     return found
+
+
+def buffers(model: "Model") -> Sequence[str]:
+    """The tensors of a transformer that are no parameters; what is none, and has no config, can be adapted too."""
+    return model.config.buffers if hasattr(model, "config") else ()
 
 
 def targeted(cfg: Config, name: str) -> bool:

@@ -115,6 +115,8 @@ def outline_model(cfg: Config, model: "Model", chosen: Sequence[str]) -> tuple[d
 
 def kept(adapter: "Adapter") -> "Adapter":
     """P [n S, d], which is of the shape and dtype of H."""
+    if prompts.P in adapter.params:
+        return adapter
     encoders = {H, *(name for name, *_ in shapes(adapter.config))}
     params = {name: a for name, a in adapter.params.items() if name not in encoders}
     return adapter.replace(params={prompts.P: adapter.params[H]} | params)
@@ -172,7 +174,7 @@ def plain(cfg: Config, params: Mapping[str, Array]) -> dict[str, Array]:
     return kept if prompts.P in params else {prompts.P: encoder(cfg, params)[0], **kept}
 
 
-def masks(cfg: Config, model: "Model", rng: np.random.Generator, ids_shape: object = None) -> dict[str, Array]:
+def masks(cfg: Config, model: "Model", rng: np.random.Generator, *shapes: object) -> dict[str, Array]:
     """Of the dropout between the layers of the LSTM: [layers − 1, 1, n, 2h]."""
     p, layers = cfg.encoder_dropout, cfg.encoder_num_layers - 1
     if not p or not layers or cfg.encoder_reparameterization_type == "MLP":

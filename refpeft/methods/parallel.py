@@ -18,6 +18,7 @@ Where implementations differ:
     * The paper's bottlenecks are 512 (or 1024, or 30) wide, not a share of d; AdapterHub's default is d/2.
     * In pre-norm models F reads x as it is, as AdapterHub has it; the paper's code for mBART has that, and F(N x) as an
       option, here `normed_input`.
+    * AdapterHub 1.3.0 ignores `stochastic_depth` here; in other adapters it is of F in whole rows of the batch.
     * In AdapterHub's `Stack` a parallel adapter forgets the adapters before it; here it adds to them (PA4).
 """
 

@@ -21,7 +21,8 @@ Where implementations differ:
     * AdapterHub starts D and U from N(0, 4 · 10⁻⁴) ('bert'), the default here too, since the paper says nothing.
     * arXiv 2005.00247 §3 found this place by a search over all of AdapterHub's options; what they mean is in
       `refpeft.bottleneck`.
-    * In pre-norm models AdapterHub adds the residual x once to what the adapter reads, and once to what it makes.
+    * In pre-norm models, with residual_before_ln=False and original_ln_after, x is added twice, as in AdapterHub: in
+      r = h + x and behind the adapter. AdapterHub refuses original_ln_after=False in models that it only hooks (Qwen2).
 """
 
 from dataclasses import dataclass

@@ -21,6 +21,8 @@ CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "patterns": ("llama", "ForCausalLM", {**LINEAR, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 9}}),
     "conv1d": ("gpt2", "LMHeadModel", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
     "biases": ("bert", "ForSequenceClassification", {"bias": "all", "task_type": "SEQ_CLS"}),
+    "t5": ("t5", "ForConditionalGeneration", LINEAR),
+    "bart": ("bart", "ForConditionalGeneration", LINEAR),
     "lora_bias": ("bert", "ForMaskedLM", {"target_modules": ["query"], "lora_bias": True}),
 }
 

@@ -281,7 +281,9 @@ def test_the_version() -> None:
     assert run("--version").stdout == f"refpeft {refpeft.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["check", "replay", "report", "targets", "mutants", "methods", "audit"])
+@pytest.mark.parametrize(
+    "command", ["check", "replay", "report", "targets", "mutants", "methods", "audit", "export", "generate"]
+)
 def test_every_command_explains_itself(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0

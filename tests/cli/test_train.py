@@ -106,6 +106,14 @@ def test_a_language_model_learns_and_a_table_says_how(somewhere: Path) -> None:
         ("bert", "ForMaskedLM", {"text": "a b c d"}, "masked", ["--objective-set", "mask_probability=0.5"]),
         ("bert", "ForSequenceClassification", {"text": "a b c d", "label": 2}, "classification", []),
         ("gpt2", "ForSequenceClassification", {"text": "a b c d", "label": 2}, "classification", ["-m", "rslora"]),
+        ("t5", "ForConditionalGeneration", {"input": "a b", "target": "c d"}, "seq2seq", []),
+        ("t5", "ForConditionalGeneration", {"text": "a b c d e"}, "span-corruption",
+         ["--objective", "span-corruption", "--objective-set", "sentinel_id=28", "-m", "prompt_tuning"]),
+        ("t5", "ForConditionalGeneration", {"input": "a b", "target": "c d"}, "span-corruption-sentinel",
+         ["--objective", "span-corruption-sentinel", "--objective-set", "sentinel_id=28", "-m", "ln_tuning"]),
+        ("bart", "ForConditionalGeneration", {"text": "a b c d"}, "lm-adaptation",
+         ["--objective", "lm-adaptation", "--set", "lora_dropout=0.1"]),
+        ("bart", "ForConditionalGeneration", {"input": "a b", "target": "c d"}, "seq2seq", ["-m", "dora"]),
     ],
 )  # fmt: skip
 def test_every_objective_on_text(family: str, architecture: str, line: Any, objective: str, options: list[str]) -> None:
@@ -125,6 +133,29 @@ def test_a_classifiers_head_is_trained_and_saved() -> None:
     assert adapter.config.modules_to_save == ["classifier"]
     ids = np.array([[2, 5, 5, 3], [2, 6, 6, 3], [2, 7, 7, 3]])
     assert base(ids, adapter)[0].argmax(1).tolist() == [0, 1, 2]
+
+
+def test_an_encoder_decoder_is_trained_from_its_own_start_token_and_padding() -> None:
+    """T5 starts at decoder_start_token_id, which it must have; the lengths of input and target are bounded apart."""
+    model("t5", "ForConditionalGeneration", words=False, decoder_start_token_id=None)
+    data({"input_ids": [5, 6, 1], "labels": [7, 1]}, {"input_ids": [4] * 30, "labels": [9] * 26 + [1]})
+    failed(train(), "objective 'seq2seq' needs start_id, which is not set")
+    found = trained("--steps", "2", "--objective-set", "start_id=0", "--max-length", "25")
+    assert found["cut"] == 1
+    assert found["objective"] == "seq2seq"
+
+
+def test_a_classifier_that_reads_the_end_of_text() -> None:
+    """BART's, whose head has another name than others'."""
+    model("bart", "ForSequenceClassification")  # [CLS] is its end of text here
+    data({"text": "a a [CLS]", "label": 0}, {"text": "b b b [CLS]", "label": 1}, {"text": "c [CLS]", "label": 2})
+    found = trained("--steps", "60", "--lr", "0.05", "--batch", "3", "--set", "lora_dropout=0.1")
+    assert found["loss_last"] < 0.1 * found["loss_first"]
+    assert refpeft.load_adapter("out", refpeft.load("model")).config.modules_to_save == ["classification_head"]
+    data({"text": "a a", "label": 0})
+    result = train(out="new")
+    assert result.exit_code == 2
+    assert "every row of ids must hold eos_token_id 2" in result.stderr
 
 
 def test_one_output_is_a_number() -> None:
@@ -318,6 +349,22 @@ def test_each_mistake_is_one_sentence(options: list[str], words: list[str]) -> N
     data(*counting())
     failed(train(*options), *words)
     assert sorted(os.listdir()) == ["data.jsonl", "model"]
+
+
+@pytest.mark.parametrize("architecture", ["EncoderModel", "Model"])
+def test_a_t5_without_a_head(architecture: str) -> None:
+    model("t5", architecture, words=False)
+    data(*counting())
+    failed(train(), f"T5{architecture} has no head to train with")
+
+
+def test_what_cannot_be_saved_is_refused_before_the_work() -> None:
+    model("t5", "ForConditionalGeneration", words=False)
+    data({"input_ids": [5, 6, 1], "labels": [7, 1]})
+    failed(train("-m", "prefix_tuning"), "HF peft has no format for the prefixes of an encoder-decoder")
+    failed(
+        train("--objective", "causal"), "objective 'causal' does not fit T5ForConditionalGeneration: expected seq2seq"
+    )
 
 
 def test_a_model_without_a_head_and_a_folder_that_exists() -> None:

@@ -1,6 +1,7 @@
 """The engine on targets whose answers are known: the specification passes everything, wrong targets are found out."""
 
 import json
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+import refpeft
 from refpeft.conformance import engine, known
 from refpeft.conformance.case import Case
 from refpeft.conformance.mutants import MUTANTS, hunt, target
 from refpeft.conformance.properties import PROPERTIES
 from refpeft.conformance.targets import FEATURES, Skip
 from refpeft.conformance.targets.spec import Spec
+from refpeft.conformance.traits import known as known_methods
 from refpeft.conformance.yardstick import Yardstick
+from tests.models import tiny
 
 
 def rows(target: str, folder: Path, **options: Any) -> list[dict[str, Any]]:
@@ -35,7 +39,7 @@ def test_every_mutant_is_found_by_the_property_meant_for_it(name: str) -> None:
     kill = hunt(name, seed=5)
     assert kill.by is not None
     assert kill.by.endswith("/".join(MUTANTS[name].first))
-    assert kill.kind in ("value", "names", "dtype", "error:IndexError"), "killed by an accident of the mutant itself"
+    assert kill.kind in ("value", "shape", "names", "dtype", "error:IndexError"), "an accident of the mutant"
 
 
 def test_a_failure_leaves_a_small_case_that_fails_again_and_that_the_specification_passes(tmp_path: Path) -> None:
@@ -66,6 +70,19 @@ def test_shards_are_a_partition(tmp_path: Path) -> None:
         return [(r["method"], r["property"]) for r in found]
 
     assert sorted(names((1, 2)) + names((2, 2))) == sorted(names((1, 1)))
+
+
+@pytest.mark.parametrize(
+    ("family", "architecture", "not_asked"),
+    [("llama", None, {"bitfit", "p_tuning_v2"}), ("bert", "ForSequenceClassification", {"prefix_tuning"})],
+)
+def test_a_model_in_a_folder_is_asked_what_methods_can_do_there(
+    family: str, architecture: str | None, not_asked: set[str], tmp_path: Path
+) -> None:
+    refpeft.save(tiny(family, architecture, dtype=np.float32), tmp_path / "m")
+    found = rows("spec", tmp_path / "cases", model=tmp_path / "m", properties=["count"])
+    assert {r["status"] for r in found} == {"pass"}
+    assert {r["method"] for r in found} == set(known_methods()) - not_asked
 
 
 @pytest.mark.parametrize("option", ["methods", "levels", "properties"])
@@ -185,6 +202,13 @@ def test_properties_are_one_sentence_and_need_declared_features() -> None:
     for p in PROPERTIES:
         assert p.statement.endswith(".")
         assert set(p.needs) <= set(FEATURES)
+
+
+def test_every_method_has_mutants_of_its_own() -> None:
+    """At least three that are tried on it."""
+    alone = Counter(m.methods[0] for m in MUTANTS.values() if len(m.methods) == 1)
+    shared = [m.methods for m in MUTANTS.values() if len(m.methods) > 1]
+    assert [name for name in known_methods() if alone[name] + sum(name in s for s in shared) < 3] == []
 
 
 def test_an_unknown_mutant_is_an_error() -> None:

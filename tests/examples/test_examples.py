@@ -45,6 +45,19 @@ def test_intrinsic_dimension_of_digits(run: Run, tmp_path: Path) -> None:
     assert (tmp_path / "intrinsic-dimension.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_staged_vocabulary(run: Run, tmp_path: Path) -> None:
+    """The assertions are its own; and its last folder is a model as any other."""
+    said = run("staged_vocabulary.py", "--quick", "--out", tmp_path)
+    assert "lower loss stage by stage" in said
+    assert (tmp_path / "staged-vocabulary.png").read_bytes().startswith(b"\x89PNG")
+    model = refpeft.load(tmp_path / "new" / "instructions")
+    again = refpeft.load_adapter(
+        tmp_path / "new" / "instructions-adapter", refpeft.load(tmp_path / "new" / "attention")
+    )
+    merged = refpeft.merge(refpeft.load(tmp_path / "new" / "attention"), again)
+    assert all(np.array_equal(a, model.params[name]) for name, a in merged.params.items())
+
+
 @pytest.mark.ort
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
 def test_export_and_run(run: Run, tmp_path: Path, family: str) -> None:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -45,6 +46,36 @@ def test_the_cache_is_not_transposed(tmp_path: Path) -> None:
     readers = [(n.op_type, name) for n in graph.node for name in n.input if name.startswith(("past", "present"))]
     assert Counter(op for op, name in readers if name.startswith("past")) == {"Concat": 4, "Shape": 1}
     assert Counter(op for op, name in readers if name.startswith("present")) == {"Attention": 4}
+
+
+@pytest.mark.ort
+@pytest.mark.parametrize("form", ["merged", "unmerged"])
+@pytest.mark.parametrize("family", WRITERS)
+def test_logits_of_the_last_position(family: str, form: str, tmp_path: Path) -> None:
+    """The same numbers, and neither the head nor the last MLP is computed for the others."""
+    model, adapter = made("lora", family)
+    result = export(model, adapter, tmp_path / "last", form, decode=True, last_logits=True)
+    assert max(c["ratio"] for c in result.cases) <= LIMIT
+    assert result.outputs["logits"] == ["batch", 1, 29]
+    late, early = weights_behind_a_slice(onnx.load(str(tmp_path / "last" / "model.onnx")).graph)
+    for part in (".1.mlp.", "wte" if family == "gpt2" else "lm_head"):
+        assert any(part in name for name in late)
+        assert not any(part in name for name in early)
+    assert any(".0.mlp." in name for name in early)
+    assert not any(".0.mlp." in name for name in late)
+
+
+def weights_behind_a_slice(graph: Any) -> tuple[set[str], set[str]]:
+    """The weights that multiply something that was cut, and the others."""
+    turned = {n.output[0]: n.input[0] for n in graph.node if n.op_type == "Transpose"}
+    cut: set[str] = set()
+    found: tuple[set[str], set[str]] = (set(), set())
+    for n in graph.node:
+        if (n.op_type == "Slice" and len(n.input) == 4) or cut & set(n.input):
+            cut |= set(n.output)
+        if n.op_type == "MatMul":
+            found[n.input[0] not in cut].add(turned.get(n.input[1], n.input[1]))
+    return found
 
 
 def test_what_does_not_write_is_refused(tmp_path: Path) -> None:

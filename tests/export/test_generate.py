@@ -1,5 +1,6 @@
 """Writing with an exported graph: the tokens of transformers and peft, and draws that are what they say."""
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,18 @@ def test_adapters_by_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.ort
+def test_a_prompt_in_a_template(tmp_path: Path) -> None:
+    """(P₁, x, P₂): the ids of the virtual tokens stand where the template has them."""
+    model, adapter = made("p_tuning", "llama", placement="template")
+    export(model, adapter, tmp_path / "out", "prompt", decode=True, verify=False)
+    template = [29, 30, 3, 1, 4, 31]
+    ids = list(template)
+    for _ in range(8):
+        ids.append(int(model(np.array([ids]), adapter)[0][0, -1].argmax()))
+    assert written(tmp_path / "out", [template]) == [ids[len(template) :]]
+
+
+@pytest.mark.ort
 def test_rows_end_on_their_own(tmp_path: Path) -> None:
     model = tiny("gpt2", dtype=F32, eos_token_id=7)
     export(model, None, tmp_path / "out", decode=True, verify=False)
@@ -176,3 +189,27 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=f"^{next(iter(wrong))} must be"):
             Options(**wrong)
+
+
+@pytest.mark.ort
+def test_a_folder_that_is_not_what_it_says(tmp_path: Path) -> None:
+    """What a folder claims is checked, and what is wrong is named."""
+    model, adapter = made("prefix_tuning", "gpt2")
+    export(model, adapter, tmp_path / "out", "prefix", verify=False)
+    whole = json.loads((tmp_path / "out" / "refpeft.json").read_text())
+
+    def changed(message: str, **fields: Any) -> None:
+        card = {n: v for n, v in (whole | fields).items() if v is not None}
+        (tmp_path / "out" / "refpeft.json").write_text(json.dumps(card))
+        with pytest.raises(ValueError, match=message):
+            open_writer(tmp_path / "out")
+
+    changed("format must be 'refpeft export', found 'other'", format="other")
+    changed("decode must be a bool, found 'yes'", decode="yes")
+    changed("adapters must be a list, found None", adapters=None)
+    changed("facts is missing, which the form prefix has", facts=None)
+    (tmp_path / "out" / "model.onnx").write_bytes(b"no graph")
+    changed(r"model\.onnx: onnxruntime cannot load it")
+    (tmp_path / "out" / "refpeft.json").write_text("{")
+    with pytest.raises(ValueError, match=r"refpeft\.json: not JSON"):
+        open_writer(tmp_path / "out")

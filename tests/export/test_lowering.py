@@ -53,6 +53,16 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any], set[str]]] = {
         + [((B, 1, 1, T), lambda: np.array([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]], bool)[:, None, None])],
         {}, {"Attention", "Expand"},
     ),
+    "attention, bias": (
+        "attention", [(B, S, 4, 2)] + [(B, T, 4, 2)] * 2
+        + [((1, 1, S, T), lambda: causal(3, 5)[None, None]), (1, 4, S, T)],
+        {"scale": 1.0}, {"Attention"},
+    ),
+    "attention, bias and a row that sees nothing": (
+        "attention", [(B, S, 4, 2)] + [(B, T, 2, 2)] * 2
+        + [((B, 1, S, T), lambda: np.array([causal(3, 5), causal(3, 5) & False])[:, None]), (1, 4, S, T)],
+        {}, {"Attention"},
+    ),
     "attention, a row that sees nothing": (
         "attention", [(B, S, 4, 2)] + [(B, T, 4, 2)] * 2
         + [((B, 1, S, T), lambda: np.array([causal(3, 5), causal(3, 5) & False])[:, None])],

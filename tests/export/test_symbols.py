@@ -159,3 +159,14 @@ def test_what_cannot_be_exported_says_so() -> None:
     }:
         with pytest.raises((NotImplementedError, TypeError, ValueError), match=message):
             f()
+
+
+def test_what_changes_nothing_is_no_node() -> None:
+    g = Graph()
+    x, n = g.input("x", np.float32, ("batch", 4)), g.input("n", np.int64, ("batch",))
+    assert [y.node.name for y in (1.0 * x, x * 1, x + 0, 0 + n, n * 1)] == ["x", "x", "x", "n", "n"]
+    assert (n * 1.0).dtype == np.float64
+    assert [(2 * x).node.op, (x + 1).node.op, (x - 0).node.op] == ["Mul", "Add", "Sub"]
+    y = x + 0
+    y += 1
+    assert (x.node.name, y.node.op) == ("x", "Add")

@@ -15,7 +15,7 @@ from refpeft.checkpoint.safetensors import read
 from tests.models import tiny
 from tests.refpeft.hub import TOLERANCE, hub_add, hub_load, hub_model, hub_run, moved, read_json, same, theirs_of
 
-pytestmark = [pytest.mark.adapters, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.adapterhub, pytest.mark.filterwarnings("ignore")]
 
 IDS = np.random.default_rng(0).integers(2, 29, (3, 6))
 MODELS = [("bert", "Model"), ("roberta", "ForMaskedLM"), ("gpt2", "LMHeadModel"), ("llama", "ForCausalLM"),
@@ -73,6 +73,35 @@ def test_outputs_and_gradients(family: str, architecture: str, method: str, opti
         assert np.linalg.norm(g - grads[n]) <= 10 * tolerance * scale, n
     plain, _ = model(IDS)
     assert np.abs(out - plain).max() > 1e-3
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["bart", "t5"])
+@pytest.mark.parametrize("options", ["plain", "gated", "dropped", "late residual"])
+def test_encoder_decoders(family: str, method: str, options: str, tmp_path: Path) -> None:
+    """Adapters in both stacks and between them; layers are numbered on from the encoder's to the decoder's."""
+    import torch
+
+    model = tiny(family, "ForConditionalGeneration")
+    config = {"reduction_factor": 4, "train_norms": False, "cross_adapter": True, **OPTIONS[options]}
+    adapter = moved(refpeft.init(method, config, model))
+    refpeft.save_adapter(adapter, tmp_path / "a")
+    theirs = hub_model(model)
+    name = hub_load(theirs, tmp_path / "a")
+    told = np.random.default_rng(3).integers(2, 29, (3, 4))
+    out, vjp = model(IDS, adapter, decoder_input_ids=told)
+    dout = np.random.default_rng(2).normal(size=out.shape)
+    for p in theirs.parameters():
+        p.requires_grad_(True)
+    want = theirs(input_ids=torch.tensor(IDS), decoder_input_ids=torch.tensor(told))[0]
+    want.backward(torch.tensor(dout))
+    same(out, want.detach().numpy(), TOLERANCE[family])
+    there = {n.replace(f".adapters.{name}.", ".adapters."): p.grad for n, p in theirs.named_parameters()}
+    grads = {n: (g, there[theirs_of(n, False)].numpy()) for n, g in vjp(dout).items()}
+    largest = max(np.linalg.norm(g) for _, g in grads.values())
+    for n, (ours, g) in grads.items():
+        scale = max(np.linalg.norm(g), largest / 100)
+        assert np.linalg.norm(ours - g) <= 10 * TOLERANCE[family] * scale, n
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -143,7 +143,7 @@ BAD_CONFIGS: list[tuple[Any, str]] = [
     (config(leave_out=[7]), "leave_out names layer 7, and the model has layers 0 to 1"),
     (config(modules_to_save=3), "modules_to_save must be"),
     (config(normed_input=True), "config.normed_input and config.architecture contradict each other"),
-    (config(architecture="lora"), "peft_type must be 'LORA', found None"),
+    (config(architecture="reft"), "config.architecture must be null or one of lora, prompt_tuning, prefix_tuning"),
     (lambda raw: raw.update(name=3), "name must be the name of the adapter, found 3"),
     (lambda raw: raw.update(config="pfeiffer"), "peft_type must be 'LORA', found None"),
 ]

@@ -32,6 +32,8 @@ MODELS = {
     "BertModel": ("BertConfig", BERT),
     "BertForMaskedLM": ("BertConfig", BERT),
     "BertForSequenceClassification": ("BertConfig", BERT | {"num_labels": 3}),
+    "BertForTokenClassification": ("BertConfig", BERT | {"num_labels": 5}),
+    "RobertaForTokenClassification": ("RobertaConfig", BERT | {"pad_token_id": 1, "num_labels": 5}),
     "RobertaForMaskedLM": ("RobertaConfig", BERT | {"pad_token_id": 1}),
     "RobertaForSequenceClassification": ("RobertaConfig", BERT | {"pad_token_id": 1}),
 }
@@ -113,6 +115,11 @@ ADAPTERS = {
     "SEQ_CLS of roberta": (
         "RobertaForSequenceClassification",
         {"target_modules": "all-linear", "task_type": "SEQ_CLS"},
+    ),
+    "TOKEN_CLS": ("BertForTokenClassification", {"task_type": "TOKEN_CLS"}),
+    "TOKEN_CLS of roberta": (
+        "RobertaForTokenClassification",
+        {"target_modules": ["query", "key", "output.dense"], "task_type": "TOKEN_CLS"},
     ),
     "modules_to_save": (
         "BertForSequenceClassification",

@@ -17,7 +17,7 @@ from tests.refpeft.test_encoder_decoder_transformers import exact_norms, in_tran
 
 Array = np.ndarray[Any, Any]
 NAMES = ["T5", "T5 v1.1", "BART", "BART, scaled"]
-IDS = np.array([[5, 9, 3, 7, 2, 8], [6, 4, 2, 11, 3, 2]])
+IDS = np.array([[5, 9, 3, 7, 2, 8], [6, 4, 7, 11, 3, 2]])
 INPUTS = {
     "attention_mask": np.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]),
     "decoder_input_ids": np.array([[0, 12, 5, 21, 7], [0, 8, 9, 3, 20]]),
@@ -140,6 +140,73 @@ def test_merged_models_are_read_by_transformers(name: str, kind: str, tmp_path: 
     theirs = in_transformers(refpeft.merge(model, adapter), tmp_path / "merged")
     expected = theirs(input_ids=torch.tensor(IDS), **tensors(INPUTS))[0].detach().numpy()
     np.testing.assert_allclose(model(IDS, adapter, **INPUTS)[0], expected, rtol=0, atol=1e-10 * np.abs(expected).max())
+
+
+def test_token_rows_are_trained_wherever_the_table_is_used(tmp_path: Path) -> None:
+    """W1: HF peft saves them under all names of the table, four times."""
+    import peft
+    import torch
+
+    for name in ("T5", "BART", "BART, scaled"):
+        folder, model = tmp_path / name, made(name)
+        folder.mkdir()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            m = peft.get_peft_model(
+                in_transformers(model, folder / "m"), peft.TrainableTokensConfig(token_indices=[3, 9])
+            ).double()
+            with torch.no_grad():
+                for p in m.parameters():
+                    p += 0.1 * torch.randn_like(p) if p.requires_grad else 0
+            m.save_pretrained(folder / "a")
+        assert len(read(folder / "a/adapter_model.safetensors")) == 4
+        adapter = refpeft.load_adapter(folder / "a", model)
+        expected = m.eval()(input_ids=torch.tensor(IDS), **tensors(INPUTS))[0].detach().numpy()
+        out, _ = model(IDS, adapter, **INPUTS)
+        np.testing.assert_allclose(out, expected, rtol=0, atol=1e-10 * np.abs(out).max())
+
+
+def test_hf_peft_gives_an_untied_t5_head_the_rows_of_its_embeddings(tmp_path: Path) -> None:
+    """T5 v1.1's head is its own, which transformers 5 denies in its config, and HF peft believes it: with nothing
+    trained, outputs change. Such an adapter is not one of this model, and is refused."""
+    import peft
+    import torch
+
+    model = made("T5 v1.1")
+    base = in_transformers(model, tmp_path / "m")
+    before = base(input_ids=torch.tensor(IDS), **tensors(INPUTS))[0].detach().numpy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        m = peft.get_peft_model(base, peft.TrainableTokensConfig(token_indices=[3, 9])).eval()
+        m.save_pretrained(tmp_path / "a")
+    after = m(input_ids=torch.tensor(IDS), **tensors(INPUTS))[0].detach().numpy()
+    changed = np.abs(after - before).max((0, 1))
+    assert (np.flatnonzero(changed > 1e-6) == [3, 9]).all()
+    fresh = refpeft.init("trainable_tokens", {"token_indices": [3, 9]}, model)
+    np.testing.assert_array_equal(model(IDS, fresh, **INPUTS)[0], model(IDS, **INPUTS)[0])
+    with pytest.raises(Malformed, match=r"'base_model.model.lm_head.trainable_tokens_delta' is not one that this"):
+        refpeft.load_adapter(tmp_path / "a", model)
+
+
+def test_hf_peft_does_not_train_the_head_of_a_bart_classifier_of_its_own_accord(tmp_path: Path) -> None:
+    """It looks for 'classifier' and 'score' where the task is to classify, and BART's is 'classification_head'."""
+    import peft
+    import torch
+
+    model = tiny("bart", "ForSequenceClassification")
+    for saved in (None, ["classification_head"]):
+        folder = tmp_path / str(saved)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = peft.LoraConfig(task_type="SEQ_CLS", modules_to_save=saved, **LORA)
+            m = peft.get_peft_model(in_transformers(model, tmp_path / "m"), config).double().eval()
+            m.save_pretrained(folder)
+        adapter = refpeft.load_adapter(folder, model)
+        assert [n for n in adapter.params if "classification_head" in n] == [
+            n for n in model.params if "classification_head" in n and saved
+        ]
+        expected = m(input_ids=torch.tensor(IDS))[0].detach().numpy()
+        np.testing.assert_allclose(model(IDS, adapter)[0], expected, rtol=0, atol=1e-10 * np.abs(expected).max())
 
 
 # ── prefix tuning, which HF peft does otherwise ──────────────────────────────────────────────────────────────────────

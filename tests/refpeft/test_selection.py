@@ -137,3 +137,17 @@ def test_an_altered_file_is_refused(tmp_path: Path) -> None:
     config.write_text(json.dumps(json.loads(config.read_text()) | {"target_modules": ["input_layernorm"]}))
     with pytest.raises(Malformed, match="not one that this adapter has"):
         refpeft.load_adapter(tmp_path / "a", model)
+
+
+def test_rows_of_a_batch_have_tensors_of_their_own() -> None:
+    """Two methods that replace the same tensor, each in its own rows: every row as if it were alone."""
+    model = tiny("bert")
+    adapters = []
+    for seed, method in enumerate(("bitfit", "ln_tuning")):
+        adapter = refpeft.init(method, {}, model)
+        rng = np.random.default_rng(seed)
+        adapters.append(adapter.replace(params={n: a + rng.normal(size=a.shape) for n, a in adapter.params.items()}))
+    ids = np.array([[3, 1, 4], [1, 5, 9], [2, 6, 5]])
+    rows, which = refpeft.by_row(adapters, np.array([1, -1, 0])), (adapters[1], None, adapters[0])
+    alone = [model(ids[k : k + 1], a)[0] for k, a in enumerate(which)]
+    assert np.allclose(model(ids, rows)[0], np.concatenate(alone), atol=1e-12)

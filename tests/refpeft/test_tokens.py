@@ -146,6 +146,16 @@ def test_a_piece_without_a_way_to_it_is_left_out() -> None:
     assert cut(new, "abccc") == ["ab", "cc", "c"]
 
 
+def test_no_merge_comes_in_that_makes_an_old_piece() -> None:
+    """K1: the old merges leave 'abc' at a|bc; the new tokenizer's merge of these would change a text of old tokens."""
+    letters = {"a": 0, "b": 1, "c": 2, "bc": 3}
+    old = Tokenizer(models.BPE(letters | {"ab": 4, "abc": 5}, [("b", "c"), ("a", "b"), ("ab", "c")]))
+    other = Tokenizer(models.BPE(letters | {"abc": 4, "cc": 5}, [("b", "c"), ("a", "bc"), ("c", "c")]))
+    new, pieces, _ = tokens.merged(old, other)
+    assert pieces == ["cc"]
+    assert cut(new, "abc") == cut(old, "abc") == ["a", "bc"]
+
+
 # ── files and mistakes ───────────────────────────────────────────────────────────────────────────────────────────────
 
 

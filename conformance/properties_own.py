@@ -1,0 +1,78 @@
+"""Properties that some methods have and others have not: of soft prompts, prefixes and intrinsic dimension."""
+
+from collections.abc import Sequence
+
+from refpeft.conformance import tiny
+from refpeft.conformance.property import PADDED, Property, two, whole
+
+CAUSAL = tiny.CAUSAL
+SOFT = ("prompt_tuning", "p_tuning", "prefix_tuning")
+PREFIX = ("prefix_tuning", "p_tuning_v2")
+OWN: Sequence[Property] = [
+    whole(
+        "left-padding",
+        "Padding on the left changes nothing but the places of what follows, behind a prompt or prefix too.",
+        ["logits"],
+        ["forward"],
+        ["PT5"],
+        families=CAUSAL,
+        architectures=("",),
+        also={**PADDED, "left": [True]},
+        methods=SOFT,
+    ),
+    whole(
+        "loss",
+        "The loss of a language model is that of the tokens, the first of which the end of a prompt predicts.",
+        ["loss"],
+        ["forward", "loss"],
+        families=CAUSAL,
+        architectures=("",),
+        also={"dtype": ["float32"], "batch": [[2, 3], [1, 4]]},
+        methods=SOFT,
+    ),
+    whole(
+        "dropped",
+        "Without the network that made it, a prompt or prefix computes the same.",
+        ["logits", "dropped"],
+        ["forward", "drop"],
+        ["PU1", "PX4"],
+        configs=lambda s: {"prefix_projection": True} if s["method"] == "prefix_tuning" else {},
+        methods=SOFT,
+    ),
+    whole(
+        "recurrent",
+        "The LSTM of the prompt's encoder reads it in both directions, with both of its biases.",
+        ["logits", "grads"],
+        ["forward", "grads"],
+        ["PU4"],
+        configs=lambda s: {"encoder_reparameterization_type": "LSTM"},
+        methods=("p_tuning",),
+    ),
+    whole(
+        "layers",
+        "Each layer sees its own part of the prefix, keys and values of one layer beside each other.",
+        ["logits", "grads"],
+        ["forward", "grads"],
+        ["PX1"],
+        also={"layers": [2]},
+        methods=PREFIX,
+    ),
+    whole(
+        "rows",
+        "In one batch each row has the prefix of its own task, or none, and tasks get the gradients of their rows.",
+        ["logits", "grads"],
+        ["forward", "grads", "rows"],
+        ["PV2", "PV3"],
+        adapters=two,
+        also={"rows": [[1, 0, -1], [0, 0, 1], [-1, 1, 1]], "batch": [[3, 3], [3, 2]]},
+        methods=PREFIX,
+    ),
+    whole(
+        "transpose",
+        "The gradient of any linear function of the merged weights is the transpose: ⟨P θ, g⟩ = ⟨θ, Pᵀ g⟩.",
+        ["pulled"],
+        ["merge", "pull"],
+        ["ID5", "SA5"],
+        methods=("did", "said"),
+    ),
+]

@@ -1,0 +1,50 @@
+"""The scripts of the findings about HF peft show what their pages say. One that no longer does is news for its page."""
+
+import contextlib
+import io
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "docs" / "findings"
+Lines = list[str]
+
+
+def number(line: str) -> float:
+    """That of a tensor of one number."""
+    found = re.search(r"tensor\(([^,)]+)", line)
+    assert found
+    return float(found[1])
+
+
+SHOWN: dict[str, Callable[[Lines], bool]] = {  # what the script of a page prints, or how it ends
+    "peft-disable-prompt": lambda said: said[-1].startswith("UnboundLocalError: cannot access local variable"),
+    "peft-prefix-of-classifiers": lambda said: said[-1].startswith(
+        "ValueError: Model does not support past key values"
+    ),
+    "peft-prompt-before-padding": lambda said: number(said[0]) > 1e-3,
+    "peft-prompt-loaded-in-float32": lambda said: "torch.float32" in said[0] and 0 < number(said[0]) < 1e-6,
+    "peft-saved-patterns": lambda said: said == ["{'q': 8, 'z.q': 16}", "[4.0, 2.0] [2.0, 2.0]"],
+    "peft-trainable-tokens-bias": lambda said: number(said[0]) > 0.1 and number(said[1]) == 0,
+    "peft-trainable-tokens-second-adapter": lambda said: (
+        said[0] == "['lm_head.base_layer']" and said[-1].startswith("ValueError: TrainableTokensLayer wraps an unknown")
+    ),
+    "peft-weighted-rslora": lambda said: abs(number(said[0]) - 2) < 1e-4,
+}
+
+
+@pytest.mark.peft
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("page", SHOWN)
+def test_the_script_shows_it(page: str) -> None:
+    text = (FOLDER / f"{page}.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        try:
+            exec(compile(script, page, "exec"), {})
+        except Exception as error:
+            print(f"{type(error).__name__}: {error}")
+    assert SHOWN[page](out.getvalue().splitlines()), out.getvalue()
