@@ -69,8 +69,10 @@ def labelled(per_part: int, seed: int = 0) -> list[tuple[str, int]]:
                     owners.setdefault(sentence, set()).add(k)
     rng = np.random.default_rng(seed)
     columns = []
-    for k in range(len(PARTS)):
+    for k, name in enumerate(PARTS):
         own = [sentence for sentence, ks in owners.items() if ks == {k}]
+        if len(own) < per_part:  # with python -OO there are none
+            raise ValueError(f"this Python's docstrings have {len(own)} sentences about {name}, {per_part} are needed")
         columns.append([own[n] for n in rng.permutation(len(own))[:per_part]])
     return [(text, k) for row in zip(*columns, strict=True) for k, text in enumerate(row)]
 
@@ -145,7 +147,7 @@ def tiny(width: int = 32, layers: int = 2, seed: int = 0) -> tuple[refpeft.Model
     """A small encoder of the same kind, for --quick. Its words have the vectors of latent semantic analysis, the right
     singular vectors of sentences × words, and its layers random weights, those that lead back to the words small ones.
     """
-    texts = [text for text, _ in labelled(140)]
+    texts = [text for text, _ in labelled(100)]
     words = vocabulary(texts, 1000)
     p = describe({
         "model_type": "bert", "architectures": ["BertModel"], "vocab_size": words.get_vocab_size(),
