@@ -20,7 +20,7 @@ console = Console(highlight=False)
 
 
 def options(doc: str | None, out: str, model: bool = False) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out") / out, help="where the plot goes")
     parser.add_argument("--quick", action="store_true", help="a small size, for tests")
     if model:
