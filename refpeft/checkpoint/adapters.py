@@ -33,7 +33,7 @@ from refpeft.checkpoint import (
     selection,
 )
 from refpeft.checkpoint.format import Format
-from refpeft.checkpoint.safetensors import Malformed, show
+from refpeft.checkpoint.safetensors import Malformed, fitting, show
 from refpeft.methods import METHODS, lora
 from refpeft.model import Model
 from refpeft.ops import Array, is_half
@@ -142,12 +142,7 @@ def take(found: dict[str, Array], aliases: list[str], name: str, shape: tuple[in
     at = next((alias for alias in aliases if alias in found), None)
     if at is None:
         raise Malformed(f"{FILE}: tensor {PREFIX + aliases[0]!r} is missing{elsewhere(found, m)}")
-    a = found.pop(at)
-    if a.shape != shape:
-        raise Malformed(f"{FILE}: tensor {PREFIX + at!r}: expected shape {list(shape)}, found {show(list(a.shape))}")
-    if not (a.dtype.kind == "f" or is_half(a.dtype)):
-        raise Malformed(f"{FILE}: tensor {PREFIX + at!r}: expected a float dtype, found {a.dtype}")
-    return a.astype(dtype, copy=False)
+    return fitting(f"{FILE}: tensor {PREFIX + at!r}", found.pop(at), shape, dtype)
 
 
 def elsewhere(found: Mapping[str, Array], m: Model) -> str:

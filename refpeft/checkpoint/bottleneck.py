@@ -27,7 +27,7 @@ from refpeft import __version__, bottleneck, tune
 from refpeft.adapter import Adapter
 from refpeft.checkpoint import folder, safetensors
 from refpeft.checkpoint.families import FAMILIES
-from refpeft.checkpoint.safetensors import Malformed, show
+from refpeft.checkpoint.safetensors import Malformed, fitting, show
 from refpeft.methods import METHODS as ALL
 from refpeft.model import Model
 from refpeft.ops import Array, is_half
@@ -185,12 +185,7 @@ def take(rest: dict[str, Array], name: str, shape: Sequence[int], dtype: Any) ->
     """One tensor, taken out of those left."""
     if name not in rest:
         raise Malformed(f"{FILE}: tensor {name!r} is missing")
-    a = rest.pop(name)
-    if a.shape != tuple(shape):
-        raise Malformed(f"{FILE}: tensor {name!r}: expected shape {list(shape)}, found {show(list(a.shape))}")
-    if not (a.dtype.kind == "f" or is_half(a.dtype)):
-        raise Malformed(f"{FILE}: tensor {name!r}: expected a float dtype, found {a.dtype}")
-    return a.astype(dtype, copy=False)
+    return fitting(f"{FILE}: tensor {name!r}", rest.pop(name), shape, dtype)
 
 
 def unnamed(name: str, adapter: str) -> str:

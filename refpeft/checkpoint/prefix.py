@@ -13,7 +13,7 @@ import numpy as np
 
 from refpeft import tune
 from refpeft.adapter import Adapter
-from refpeft.checkpoint.safetensors import Malformed, show
+from refpeft.checkpoint.safetensors import Malformed, fitting, show
 from refpeft.methods import METHODS as ALL
 from refpeft.methods import prefix_tuning
 from refpeft.model import Model
@@ -75,12 +75,7 @@ def take(found: dict[str, Array], name: str, shape: tuple[int, ...], dtype: Any)
     """One tensor, taken out of those found."""
     if name not in found:
         raise Malformed(f"{FILE}: tensor {name!r} is missing")
-    a = found.pop(name)
-    if a.shape != shape:
-        raise Malformed(f"{FILE}: tensor {name!r}: expected shape {list(shape)}, found {show(list(a.shape))}")
-    if not (a.dtype.kind == "f" or is_half(a.dtype)):
-        raise Malformed(f"{FILE}: tensor {name!r}: expected a float dtype, found {a.dtype}")
-    return a.astype(dtype, copy=False)
+    return fitting(f"{FILE}: tensor {name!r}", found.pop(name), shape, dtype)
 
 
 def write(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Array]]:

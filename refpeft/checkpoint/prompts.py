@@ -13,11 +13,11 @@ from typing import Any
 from refpeft import tune
 from refpeft.adapter import Adapter
 from refpeft.checkpoint import models, tokens
-from refpeft.checkpoint.safetensors import Malformed, show
+from refpeft.checkpoint.safetensors import Malformed, fitting, show
 from refpeft.methods import METHODS as ALL
 from refpeft.methods import p_tuning
 from refpeft.model import Model
-from refpeft.ops import Array, is_half
+from refpeft.ops import Array
 from refpeft.prompts import P, dtype_of
 
 TYPES = {"prompt_tuning": "PROMPT_TUNING", "p_tuning": "P_TUNING"}
@@ -72,12 +72,7 @@ def fields(method: str, raw: Mapping[str, Any], tensors: Mapping[str, Array]) ->
 def taken(tensors: Mapping[str, Array], name: str, shape: tuple[int, ...], dtype: Any) -> Array:
     if name not in tensors:
         raise Malformed(f"{FILE}: tensor {name!r} is missing")
-    a = tensors[name]
-    if a.shape != shape:
-        raise Malformed(f"{FILE}: tensor {name!r}: expected shape {list(shape)}, found {show(list(a.shape))}")
-    if not (a.dtype.kind == "f" or is_half(a.dtype)):
-        raise Malformed(f"{FILE}: tensor {name!r}: expected a float dtype, found {a.dtype}")
-    return a.astype(dtype, copy=False)
+    return fitting(f"{FILE}: tensor {name!r}", tensors[name], shape, dtype)
 
 
 def write(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Array]]:

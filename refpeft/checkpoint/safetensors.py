@@ -13,14 +13,14 @@ import math
 import mmap
 import os
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from refpeft.ops import Array
+from refpeft.ops import Array, is_half
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -212,3 +212,12 @@ def dtype_name(name: str, a: Array) -> str:
     if a.dtype not in NAMES:
         raise Malformed(f"tensor {show(name)}: safetensors has no dtype {a.dtype}")
     return NAMES[a.dtype]
+
+
+def fitting(where: str, a: Array, shape: Sequence[int], dtype: Any) -> Array:
+    """A tensor in the dtype wanted, if it is floats of this shape. `where`: the file and the tensor, for the error."""
+    if a.shape != tuple(shape):
+        raise Malformed(f"{where}: expected shape {list(shape)}, found {show(list(a.shape))}")
+    if not (a.dtype.kind == "f" or is_half(a.dtype)):
+        raise Malformed(f"{where}: expected a float dtype, found {a.dtype}")
+    return a.astype(dtype, copy=False)

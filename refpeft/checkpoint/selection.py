@@ -14,11 +14,11 @@ import numpy as np
 from refpeft import tune
 from refpeft.adapter import Adapter
 from refpeft.checkpoint.families import plan
-from refpeft.checkpoint.safetensors import Malformed, show
+from refpeft.checkpoint.safetensors import Malformed, fitting, show
 from refpeft.count import outline
 from refpeft.methods import METHODS as ALL
 from refpeft.model import Model
-from refpeft.ops import Array, is_half
+from refpeft.ops import Array
 
 METHODS = ("full", "partial", "bitfit", "ln_tuning", "trainable_tokens")
 PEFT_TYPES = tuple(method.upper() for method in METHODS)
@@ -51,14 +51,7 @@ def read(raw: Mapping[str, Any], tensors: Mapping[str, Array], model: Model) -> 
 def checked(name: str, like: Array, found: Mapping[str, Array], model: Model) -> Array:
     if name not in found:
         raise Malformed(f"{FILE}: tensor {PREFIX + name!r} is missing")
-    a = found[name]
-    if a.shape != like.shape:
-        raise Malformed(
-            f"{FILE}: tensor {PREFIX + name!r}: expected shape {list(like.shape)}, found {show(list(a.shape))}"
-        )
-    if not (a.dtype.kind == "f" or is_half(a.dtype)):
-        raise Malformed(f"{FILE}: tensor {PREFIX + name!r}: expected a float dtype, found {a.dtype}")
-    return a.astype(like.dtype, copy=False)
+    return fitting(f"{FILE}: tensor {PREFIX + name!r}", found[name], like.shape, like.dtype)
 
 
 def repeated(found: Mapping[str, Array], model: Model) -> set[str]:
