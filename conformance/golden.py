@@ -31,6 +31,7 @@ from refpeft.checkpoint.safetensors import Malformed, parse_json
 from refpeft.conformance.case import EXPECT, Case, is_float
 from refpeft.conformance.numbers import integers
 from refpeft.conformance.properties import PROPERTIES, Property
+from refpeft.conformance.traits import known
 from refpeft.conformance.yardstick import LIMIT, SAME, Verdict, Yardstick, distance, norm, unit, wrong
 from refpeft.ops import Array
 
@@ -220,6 +221,9 @@ def read_index(folder: Path) -> list[dict[str, Any]]:
             raise Malformed(f"{path}: every vector needs id, file, method and question, found {str(e)[:80]}")
         if Path(e["file"]).is_absolute() or ".." in Path(e["file"]).parts:
             raise Malformed(f"{path}: {e['file']!r} is not a file within the folder")
+    ids = [e["id"] for e in entries]
+    if twice := [id for id in ids if ids.count(id) > 1]:
+        raise Malformed(f"{path}: the id {twice[0]!r} occurs twice")
     return entries
 
 
@@ -236,9 +240,10 @@ class Checked:
     detail: str = ""
 
 
-def check(folder: Path, methods: Sequence[str], progress: Progress = lambda id: None) -> Iterator[Checked]:
-    """Every vector made again and compared: those that are the same, and those that should be and are not."""
-    entries = {e["id"]: e for e in read_index(folder) if e["method"] in methods}
+def check(folder: Path, only: Sequence[str] = (), progress: Progress = lambda id: None) -> Iterator[Checked]:
+    """Every vector (of some methods) made again and compared: those that are the same, and those that are not."""
+    entries = {e["id"]: e for e in read_index(folder) if not only or e["method"] in only}
+    methods = only or known()
     made = set()
     with TemporaryDirectory() as scratch:
         for case in vectors(methods):
@@ -249,7 +254,7 @@ def check(folder: Path, methods: Sequence[str], progress: Progress = lambda id: 
             progress(id)
     for id in sorted(entries.keys() - made):
         yield Checked(id, "differs", detail="it is in the folder, and no longer made: an id is never taken away")
-    there = {str(p.relative_to(folder)) for p in folder.glob("*/*") if p.parent.name in methods}
+    there = {str(p.relative_to(folder)) for p in folder.glob("*/*") if not only or p.parent.name in only}
     for file in sorted(there - {e["file"] for e in entries.values()}):
         yield Checked(file, "differs", detail=f"the file is not in {INDEX}")
 

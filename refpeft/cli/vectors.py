@@ -50,7 +50,7 @@ def vectors(
     console, total = Console(highlight=False, soft_wrap=True), sum(len(golden.chosen(m)) for m in methods)
     with progress(total) as step:
         if check:
-            found = list(golden.check(folder, methods, step))
+            found = list(golden.check(folder, methods if method else (), step))
         else:
             golden.write(folder, methods, step)
     if check:
