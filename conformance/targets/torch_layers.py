@@ -51,7 +51,7 @@ class TorchLayer(Layer):
         if self.kind != "embedding":
             leaf = leaf.clone().requires_grad_()
         self.run(leaf).backward(tensor(dy))
-        found = {f"d{n}": place.back(array(place.param.grad)) for n, place in self.places.items()}
+        found = {f"d{n}": place.back(gradient(place.param)) for n, place in self.places.items()}
         return found if self.kind == "embedding" else {"dx": array(leaf.grad), **found}
 
     def weights(self) -> Arrays:
@@ -62,6 +62,11 @@ class TorchLayer(Layer):
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {n: place.back(array(place.param)).shape for n, place in self.places.items()}
+
+
+def gradient(param: Any) -> Array:
+    """Zero for a parameter that was not used."""
+    return array(param.grad if param.grad is not None else param * 0)
 
 
 class FusedLayer(TorchLayer):
