@@ -48,6 +48,18 @@ LIBRARIES: Mapping[str, Library] = {
     "lycoris": Library(
         "LyCORIS, its LoRA of layers", "lycoris", ("lycoris-lora==4.1.3", "torch>=2.0"), HERE + "lycoris:loaded"
     ),
+    "litgpt": Library("Lightning's litgpt, layers", "litgpt", ("litgpt==0.5.13",), HERE + "litgpt:loaded"),
+    "torchtune": Library(
+        "Meta's torchtune, layers",
+        "torchtune",
+        ("torchtune==0.6.1", "torchao==0.15.0", "torch>=2.0"),
+        HERE + "torchtune:loaded",
+    ),
+    "mlx": Library(
+        "Apple's MLX, layers of mlx-lm", "mlx_lm", ("mlx-lm==0.32.2", "mlx[cpu]==0.32.4"), HERE + "mlx:loaded"
+    ),
+    "keras": Library("Keras 3, layers, on JAX", "keras", ("keras==3.15.1", "jax>=0.5"), HERE + "keras:loaded"),
+    "flax": Library("Flax NNX, layers", "flax", ("flax==0.12.8",), HERE + "flax:loaded"),
 }
 
 
