@@ -58,7 +58,7 @@ LIBRARIES: Mapping[str, Library] = {
     "mlx": Library(
         "Apple's MLX, layers of mlx-lm", "mlx_lm", ("mlx-lm==0.32.2", "mlx[cpu]==0.32.4"), HERE + "mlx:loaded"
     ),
-    "keras": Library("Keras 3, layers, on JAX", "keras", ("keras==3.15.1", "jax>=0.5"), HERE + "keras:loaded"),
+    "keras": Library("Keras 3, layers, on torch", "keras", ("keras==3.15.1", "torch>=2.0"), HERE + "keras:loaded"),
     "flax": Library("Flax NNX, layers", "flax", ("flax==0.12.8",), HERE + "flax:loaded"),
 }
 

@@ -64,7 +64,7 @@ class Adapted(Layer):
         found = mx.grad(loss, argnums=wanted)(self.module.trainable_parameters(), mx.array(x))
         grads, *dx = found if isinstance(found, tuple) else (found,)
         own = {f"d{n}": np.ascontiguousarray(np.array(grads[KEYS[n]]).T) for n in self.asked}
-        return own | {"dx": np.array(d) for d in dx}
+        return {**own, "dx": np.array(dx[0])} if dx else own
 
     @property
     def plain(self) -> Any:

@@ -1,8 +1,8 @@
 """Meta's `torchtune`: `LoRALinear` and `DoRALinear`, layer by layer.
 
-`lora_a` is A, `lora_b` is B, `magnitude` is m [o]; s = α/r. The norm of DoRA is held constant, as in the paper; m has to
-be started by `initialize_dora_magnitude`. Merging is of a state dict (`get_merged_lora_ckpt`), which is put into a plain
-layer here. A layer is made float32 and converted. There is no rsLoRA and no embedding, and no merge to take back.
+`lora_a` is A, `lora_b` is B, `magnitude` is m [o]; s = α/r. The norm of DoRA is held constant, as in the paper; m has
+to be started by `initialize_dora_magnitude`. Merging is of a state dict (`get_merged_lora_ckpt`), which is put into a
+plain layer here. A layer is made float32 and converted. There is no rsLoRA and no embedding, and no merge to take back.
 """
 
 from importlib.metadata import version
