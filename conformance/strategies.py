@@ -32,7 +32,8 @@ def layer(draw: Any, /, method: str, info: Mapping[str, Any], **fixed: Any) -> S
     s["batch"] = [draw(st.integers(1, 3)), draw(st.integers(1, 4))]
     s["draw"] = draw(st.integers(0, 3))
     s["config"] = draw(config(method, features, s["bias"], s["regime"] == "exact", s["edge"], min(s["o"], s["i"])))
-    return {**s, **fixed}
+    s["config"] |= options(info, method)
+    return {**s, **draw(st.sampled_from(settings(info))), **fixed}
 
 
 def layer_corners(method: str, info: Mapping[str, Any], fixed: Mapping[str, Sequence[Any]]) -> list[Structure]:
@@ -46,12 +47,13 @@ def layer_corners(method: str, info: Mapping[str, Any], fixed: Mapping[str, Sequ
         own: Structure = {"r": 4 if method == "rslora" else 2, "lora_alpha": 8.0} | FLAGS.get(method, {})
         if bias and "bias" in info["features"] and method != "dora":
             own["lora_bias"] = True
+        own |= options(info, method)
         wide = [d for d in EXACT if d in info["dtypes"]] or info["dtypes"]
         dtype = wide[n // 2 % len(wide)]
         found.append(
             {"o": 3, "bias": bias, "batch": [2, 2], "draw": n, "dtype": dtype, "edge": "none", "config": own} | s
         )
-    return found
+    return [s | setting for s in found for setting in settings(info)]
 
 
 def buildable(info: Mapping[str, Any], families: Sequence[str]) -> list[str]:

@@ -4,6 +4,7 @@ import importlib
 from collections.abc import Callable, Mapping
 
 from refpeft.conformance.targets.base import FEATURES, Skip, Target
+from refpeft.conformance.targets.libraries import LIBRARIES
 
 __all__ = ["FEATURES", "TARGETS", "Skip", "Target", "open_target"]
 
@@ -12,6 +13,7 @@ TARGETS: Mapping[str, tuple[str, str]] = {  # name → what it is, module:factor
     "peft": ("Hugging Face peft, as installed", "refpeft.conformance.targets.peft:Peft"),
     "adapters": ("AdapterHub's adapters, as installed", "refpeft.conformance.targets.adapters:AdapterHub"),
     "onnxruntime": ("our ONNX export, run by onnxruntime", "refpeft.conformance.targets.onnxruntime:OnnxRuntime"),
+    **{name: (library.about, library.factory) for name, library in LIBRARIES.items()},
     "program:": ("any program that speaks JSON lines: program:CMD", "refpeft.conformance.targets.program:Program"),
     "python:": ("any Python object: python:package.module:object", "refpeft.conformance.targets.python:load"),
     "mutant:": ("a deliberately wrong copy of the specification: mutant:NAME", "refpeft.conformance.mutants:target"),
@@ -27,5 +29,10 @@ def open_target(name: str) -> Target:
             f"unknown target {name!r}: expected one of {', '.join(t + ('…' * t.endswith(':')) for t in TARGETS)}"
         )
     module, _, factory = known[1].partition(":")
-    make: Callable[..., Target] = getattr(importlib.import_module(module), factory)
+    try:
+        make: Callable[..., Target] = getattr(importlib.import_module(module), factory)
+    except ModuleNotFoundError as error:
+        if name in LIBRARIES and error.name:
+            raise ValueError(LIBRARIES[name].lacks(name, error.name)) from None
+        raise
     return make(rest) if colon else make()

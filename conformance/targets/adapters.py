@@ -25,8 +25,9 @@ from refpeft.conformance import tiny
 from refpeft.conformance.case import Case, read
 from refpeft.conformance.targets.adapterhub import METHODS, Place, head_places
 from refpeft.conformance.targets.base import Arrays, Skip
-from refpeft.conformance.targets.models import array, base_model, buildable, output, quietly, tensor, values_of
+from refpeft.conformance.targets.models import base_model, buildable, output, values_of
 from refpeft.conformance.targets.spec import answers, real
+from refpeft.conformance.targets.tensors import array, quietly, tensor
 from refpeft.ops import Array
 
 LINEARS = {  # of the layers that the suite adapts, those at which AdapterHub has a LoRA

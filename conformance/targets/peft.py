@@ -28,8 +28,9 @@ from refpeft.conformance import tiny
 from refpeft.conformance.case import DTYPES, Case, read
 from refpeft.conformance.targets import peft_prompts as prompts
 from refpeft.conformance.targets.base import FEATURES, Arrays, Skip
-from refpeft.conformance.targets.models import array, base_model, buildable, output, quietly, tensor, values_of
+from refpeft.conformance.targets.models import base_model, buildable, output, values_of
 from refpeft.conformance.targets.spec import answers, real
+from refpeft.conformance.targets.tensors import array, quietly, tensor
 from refpeft.ops import Array
 
 PREFIX = "base_model.model."

@@ -140,7 +140,10 @@ def check(
 
 
 def elsewhere(target: str, python: str | None) -> str:
-    """The target as a program of another python."""
+    """The target as a program of another python: the one given, or that of the environment made for it."""
+    from refpeft.conformance.targets import libraries
+
+    python = python or libraries.elsewhere(target)
     return f"program:{shlex.join([python, '-m', 'refpeft.conformance.serve', target])}" if python else target
 
 
@@ -299,14 +302,37 @@ def save(path: Path | None, rows: Sequence[Any]) -> None:
 NEEDS = {"peft": "peft", "adapters": "adapters", "onnxruntime": "onnxruntime"}  # target → the package that it drives
 
 
-def targets(json_file: Json = None) -> None:
-    """List what can be checked, and whether it is installed."""
+Install = Annotated[
+    Names,
+    typer.Option("--install", metavar="NAME", help="Make the environment of this library, with pip (repeatable)."),
+]
+Where = Annotated[
+    Path | None,
+    typer.Option("--dir", metavar="DIR", help="Make it in this folder.", show_default="~/.cache/refpeft/targets"),
+]
+
+
+def targets(install: Install = None, where: Where = None, json_file: Json = None) -> None:
+    """List what can be checked, and whether it is installed.
+
+    Libraries that are no part of refpeft get environments of their own:
+    [cyan]refpeft targets --install loralib[/cyan]
+    [cyan]refpeft check loralib[/cyan]
+    """
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    from refpeft.conformance.targets import TARGETS
+    from refpeft.conformance.targets import TARGETS, libraries
 
+    if where and not install:
+        raise ValueError("--dir needs --install NAME, what to make there")
+    for name in install or ():
+        python = libraries.install(name, where)
+        there = f" --python {shlex.quote(str(python))}" if where else ""
+        typer.echo(f"{python.parents[1]}: refpeft check {name}{there}", err=True)
+    if install:
+        return
     rows = [{"name": name, "about": about, **installed(name)} for name, (about, _) in TARGETS.items()]
     table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False, header_style="bold")
     table.add_column("target", style="bold cyan", no_wrap=True)
@@ -320,6 +346,11 @@ def targets(json_file: Json = None) -> None:
 
 def installed(target: str) -> dict[str, Any]:
     """Is what the target drives there, in which version, and if not, which extra brings it?"""
+    from refpeft.conformance.targets import libraries
+
+    if target in libraries.LIBRARIES:
+        version = libraries.version(target)
+        return {"ready": version is not None, "here": version or f"refpeft targets --install {target}"}
     package = NEEDS.get(target)
     if package is None:
         return {"ready": True, "here": "ready"}

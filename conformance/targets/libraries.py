@@ -1,0 +1,128 @@
+"""Libraries that are targets in an environment of their own: what each is, and what to install for it. Data, and where.
+
+`refpeft targets --install NAME` makes the environment, and `refpeft check NAME` finds it; one that has the library
+already needs neither. refpeft itself is not installed there: it is shared, so that both sides are of one version.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+import venv
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+SHARED: Sequence[str] = (  # what refpeft needs to answer from there
+    "numpy>=2.0", "scipy>=1.13", "safetensors>=0.4.3", "ml-dtypes>=0.4", "packaging>=23", "typer>=0.20", "rich>=13",
+)  # fmt: skip
+HERE = "refpeft.conformance.targets."
+
+
+@dataclass(frozen=True)
+class Library:
+    about: str
+    module: str  # that is imported
+    requires: Sequence[str]  # as pip has them; the first is the library itself, in the version that was tried
+    factory: str  # of the target, module:function
+
+    @property
+    def package(self) -> str:
+        return self.requires[0].partition("==")[0].partition("[")[0]
+
+    def lacks(self, name: str, module: str) -> str:
+        """What to do where `module` is missing, in one sentence."""
+        return f"the target {name} needs {module}: refpeft targets --install {name}, or pip install {self.pip}"
+
+    @property
+    def pip(self) -> str:
+        return " ".join(f"'{r}'" if "[" in r or ">" in r else r for r in self.requires)
+
+
+LIBRARIES: Mapping[str, Library] = {
+    "loralib": Library(
+        "Microsoft's loralib, layers", "loralib", ("loralib==0.1.2", "torch>=2.0"), HERE + "loralib:loaded"
+    ),
+    "lycoris": Library(
+        "LyCORIS, its LoRA of layers", "lycoris", ("lycoris-lora==4.1.3", "torch>=2.0"), HERE + "lycoris:loaded"
+    ),
+    "litgpt": Library("Lightning's litgpt, layers", "litgpt", ("litgpt==0.5.13",), HERE + "litgpt:loaded"),
+    "torchtune": Library(
+        "Meta's torchtune, layers",
+        "torchtune",
+        ("torchtune==0.6.1", "torchao==0.15.0", "torch>=2.0"),
+        HERE + "torchtune:loaded",
+    ),
+    "mlx": Library(
+        "Apple's MLX, layers of mlx-lm", "mlx_lm", ("mlx-lm==0.32.2", "mlx[cpu]==0.32.4"), HERE + "mlx:loaded"
+    ),
+    "keras": Library("Keras 3, layers, on torch", "keras", ("keras==3.15.1", "torch>=2.0"), HERE + "keras:loaded"),
+    "flax": Library("Flax NNX, layers", "flax", ("flax==0.12.8",), HERE + "flax:loaded"),
+}
+
+
+# ── environments ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def folder() -> Path:
+    """Where environments are kept, one folder for each library."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("REFPEFT_TARGETS") or Path(cache) / "refpeft" / "targets")
+
+
+def python_of(name: str, where: Path | None = None) -> Path:
+    """The python of a library's environment, whether it is there or not."""
+    return (where or folder()) / name / "bin" / "python"
+
+
+def elsewhere(name: str) -> str | None:
+    """The python that has this library, where that is not the one that runs now."""
+    library = LIBRARIES.get(name)
+    if library is None or find_spec(library.module):
+        return None
+    python = python_of(name)
+    return str(python) if python.is_file() else None
+
+
+def version(name: str) -> str | None:
+    """What is there of a library, here or in its environment; None where it is neither."""
+    package, python = LIBRARIES[name].package, elsewhere(name)
+    there = [str(p) for p in python_of(name).parents[1].glob("lib/python3*/site-packages")] if python else sys.path
+    found = next(iter(metadata.distributions(name=package, path=there)), None)
+    where = f" in {Path(python).parents[1]}" if python else ""
+    return None if found is None else f"{package} {found.version}{where}"
+
+
+Run = Callable[[Sequence[str]], object]
+
+
+def pip(words: Sequence[str]) -> None:
+    if code := subprocess.run(words).returncode:
+        raise ValueError(f"pip ended with exit code {code}: {shlex.join(words[1:])}")
+
+
+def install(name: str, where: Path | None = None, run: Run = pip) -> Path:
+    """Make the environment of a library, in a folder of its name; what is there already is used. Its python."""
+    if name not in LIBRARIES:
+        raise ValueError(f"--install {name}: expected one of {', '.join(LIBRARIES)}")
+    python = python_of(name, where)
+    if not python.is_file():
+        venv.create(python.parent.parent, with_pip=True)
+    run([str(python), "-m", "pip", "install", "--quiet", *SHARED, *LIBRARIES[name].requires])
+    share(python)
+    return python
+
+
+def share(python: Path) -> None:
+    """Let the environment import this refpeft, and nothing that lies beside it here."""
+    import refpeft
+
+    home = python.parent.parent
+    link = home / "share" / "refpeft" / "refpeft"
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(Path(refpeft.__file__).resolve().parent)
+    for packages in home.glob("lib/python3*/site-packages"):
+        (packages / "refpeft.pth").write_text(f"{link.parent}\n", encoding="utf-8")
