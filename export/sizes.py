@@ -27,6 +27,10 @@ class Dim:
 
     __radd__, __rmul__ = __add__, __mul__
 
+    def __sub__(self, other: "Size") -> "Size":
+        left = self + Dim(self.graph, dict(polynomial(other))) * -1
+        return left if any(left.terms) else left.terms.get((), 0)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Dim) and self.terms == other.terms
 
