@@ -66,8 +66,8 @@ class Made:
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison: what the specification answers, and how the graph is asked the same: an array, or several by name.
-    `amplifies`: it makes much of little, so what rounding explains is seen only by moving all numbers."""
+    """One comparison: what the specification answers, and how the graph is asked the same; an array, or several by
+    name. `amplifies`: it makes much of little, so what rounding explains is seen only by moving all numbers."""
 
     batch: int
     length: int

@@ -25,6 +25,7 @@ from refpeft.export.sizes import Dim, Shape, Size, broadcast, complete, product_
 
 DType = np.dtype[Any]
 INT = np.dtype(np.int64)
+END = np.iinfo(np.int64).max
 BOOL = np.dtype(np.bool_)
 
 
@@ -314,15 +315,14 @@ def indexed(x: Symbol, index: tuple[Any, ...]) -> Symbol:
 
 
 def bounds(part: slice, size: Size) -> tuple[tuple[int, int, int], Size]:
-    """Start, end and step, and how many places that is. Of an axis whose size is not known, [:1] and [1:] only: a batch
-    or sequence has one place at least."""
+    """Start, end and step, and how many places that is. Of an axis whose size is not known, [a:z] and [a:] where it
+    has so many places for certain: a batch or sequence has one at least."""
     if not isinstance(size, Dim):
         cut = part.indices(size)
         return cut, len(range(*cut))
-    if part == slice(None, 1):
-        return (0, 1, 1), 1
-    if part == slice(1, None):
-        return (1, np.iinfo(np.int64).max, 1), size - 1
+    a, z = part.start or 0, part.stop
+    if part.step in (None, 1) and 0 <= a <= (a if z is None else z) <= size.least():
+        return ((a, END, 1), size - a) if z is None else ((a, z, 1), z - a)
     raise NotImplementedError(f"a slice of an axis of {size} places cannot be exported")
 
 
@@ -375,7 +375,7 @@ def full_like(g: Graph, x: Symbol, value: Any, dtype: Any = None) -> Symbol:
 
 FUNCTIONS: Mapping[Any, Callable[..., Any]] = {
     np.arange: arange, np.where: where, np.concatenate: concatenate, np.cumsum: cumsum,
-    np.take_along_axis: take_along_axis, np.put_along_axis: put_along_axis, 
+    np.take_along_axis: take_along_axis, np.put_along_axis: put_along_axis,
     np.full_like: full_like, np.zeros_like: lambda g, x, dtype=None: full_like(g, x, 0, dtype),
     np.ones_like: lambda g, x, dtype=None: full_like(g, x, 1, dtype),
     np.broadcast_to: lambda g, x, shape: x.expand(*shape),

@@ -64,12 +64,12 @@ def optimizer(given: Named) -> Optimizer:
     if name not in TRACED:
         raise ValueError(f"optimizer must be one of {', '.join(TRACED)}, found {name!r}")
     known = {n: p.default for n, p in inspect.signature(OPTIMIZERS[name][1]).parameters.items()}
-    known = {n: v for n, v in known.items() if n not in ("params", "grads", "state", "lr", "decoupled")} | OURS
+    known = {n: v for n, v in {**known, **OURS}.items() if n not in ("params", "grads", "state", "lr", "decoupled")}
     for option, value in options.items():
         if option not in known:
             raise ValueError(f"{name} has no option {option!r}: there are {', '.join(known)}")
         check(option, value, known[option])
-    chosen = {n: tuple(v) if isinstance(v, list) else v for n, v in {**known, **options}.items()}
+    chosen: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in {**known, **options}.items()}
     if chosen.get("nesterov") and (chosen["momentum"] <= 0 or chosen["dampening"]):
         raise ValueError("nesterov needs a momentum above 0 and no dampening")
     return Optimizer(name, chosen)
@@ -89,7 +89,7 @@ def check(option: str, value: Any, default: Any) -> None:
 
 
 def number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+    return isinstance(value, int | float) and not isinstance(value, bool) and bool(0 <= value < math.inf)
 
 
 # ── what is learned ──────────────────────────────────────────────────────────────────────────────────────────────────

@@ -88,8 +88,8 @@ def named_answer(answer: Answer) -> Mapping[str, Array]:
 
 
 def amplified(check: Check, model: Model, adapters: Sequence[Adapter]) -> Callable[[], list[Mapping[str, Array]]]:
-    """What the specification answers in float64 if every number is moved by half a unit in its last place in float32: as
-    the yardstick of `refpeft check` has it."""
+    """What the specification answers in float64 if all numbers are moved by half a unit in their last place in float32:
+    as the yardstick of `refpeft check` has it."""
 
     def by(draw: int, tensors: Mapping[str, Array]) -> dict[str, Array]:
         half = 2.0**-24

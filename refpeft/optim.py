@@ -54,8 +54,8 @@ def zeros(params: Params, *letters: str) -> Named:
 
 
 def each(params: Params, grads: Params, state: Params, update: Callable[[str, Array, Array, Any], Updated]) -> Updated:
-    """All parameters by one rule: `update(name, p, g, n)` gives the new p and the entries of the state that change; n is
-    the number of the step [], from 1 on."""
+    """All parameters by one rule: `update(name, p, g, n)` gives the new p and the entries of the state that change; n
+    is the number of the step [], from 1 on."""
     if unknown := grads.keys() - params.keys():
         raise ValueError(f"there is a gradient for {min(unknown)!r}, which is not a parameter")
     n = (state["step"].reshape(1) + 1).reshape(())  # an array still

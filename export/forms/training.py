@@ -5,8 +5,8 @@
     out    loss [], logits, next.adapter.<parameter>, next.state.<…>
 
 The base weights are inside and frozen. The gradients are those of the specification, derived by hand; the optimiser is
-`refpeft.optim`, the same lines. Labels are as in transformers: not shifted, −100 where nothing is predicted; a class for
-each row of a classifier. Without dropout.
+`refpeft.optim`, the same lines. Labels are as in transformers: not shifted, −100 where nothing is predicted; of a
+classifier, a class for each row. Without dropout.
 """
 
 from collections.abc import Callable, Mapping, Sequence
