@@ -30,7 +30,7 @@ Array = np.ndarray[Any, Any]
 SENTENCES = Path(__file__).parents[1] / "minilm" / "sentences.jsonl"
 LABELS = ("praise", "complaint", "question")
 CONFIG = {"r": 8, "lora_alpha": 16, "target_modules": ["query", "value"], "modules_to_save": ["classifier"]}
-BATCH, EPOCHS, RATE = 8, 3, 2.0**-9
+BATCH, EPOCHS, RATE = 8, 5, 2.0**-8
 TINY = {
     "model_type": "bert", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
     "max_position_embeddings": 64, "type_vocab_size": 2, "pad_token_id": 0,
