@@ -11,7 +11,7 @@ CARD = "refpeft.json"
 FIELDS: Mapping[str, type] = {
     "form": str, "dtype": str, "decode": bool, "inputs": dict, "optional_inputs": dict, "adapters": list,
 }  # fmt: skip
-OWN: Mapping[str, type] = {"facts": list, "unread": list, "prompt": str}  # of some forms
+OWN: Mapping[str, type] = {"facts": list, "unread": list, "prompt": str, "training": dict}  # of some forms
 
 
 def write_json(path: Path, content: Any) -> None:

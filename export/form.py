@@ -5,6 +5,7 @@ A form decides what of a model with its adapters lies in the graph, and what com
 
     FOLDS                      are the adapters folded into the weights?
     DECODES                    True if its graphs always decode; may be missing
+    OPTIONS                    True if it takes options of its own; may be missing
     check(subject)             refuses in one sentence what the form cannot hold
     make(subject, graph, store) → Made      traces the specification, and stores the weights that the trace needs
     checks(subject) → Checks   what is run to prove that the graph is right
@@ -30,20 +31,22 @@ from refpeft.prompts import drop_encoder
 Array = np.ndarray[Any, Any]
 Outputs = Mapping[str, Symbol]
 Tensor = tuple[str, Array, np.dtype[Any]]  # name, numbers, dtype to store them in
-Spec = Callable[[Model, Sequence[Adapter]], Array]
+Answer = Array | Mapping[str, Array]
+Spec = Callable[[Model, Sequence[Adapter]], Any]
 Store = Callable[[Iterable[Tensor]], dict[str, TensorProto]]
 
 
 @dataclass(frozen=True)
 class Subject:
     """What is exported: a model with adapters, in a dtype; `decode`: with keys and values as inputs and outputs;
-    `last_logits`: of the last position only."""
+    `last_logits`: of the last position only; `options`: those of its form."""
 
     model: Model
     adapters: Sequence[Adapter]
     dtype: np.dtype[Any]
     decode: bool = False
     last_logits: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,13 +66,15 @@ class Made:
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison: what the specification answers, and how the graph is asked the same."""
+    """One comparison: what the specification answers, and how the graph is asked the same; an array, or several by
+    name. `amplifies`: it makes much of little, so what rounding explains is seen only by moving all numbers."""
 
     batch: int
     length: int
     spec: Spec
-    ask: Callable[[Runner], Array]
+    ask: Callable[[Runner], Any]
     what: str = ""
+    amplifies: bool = False
 
 
 class Form(Protocol):

@@ -71,6 +71,7 @@ def export(
     report: Report = lambda step: None,
     decode: bool = False,
     last_logits: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> Exported:
     """Write the model with its adapters as an ONNX folder at `out`, which must not exist.
 
@@ -78,17 +79,20 @@ def export(
     whoever loads it needs them in memory). `source`: the checkpoint's folder, whose tokenizer is carried over.
     `verify`: run it on onnxruntime against the specification; a graph that is not equal to rounding is not kept.
     `report` is told each step. `decode`: a graph with keys and values as inputs and outputs, to write token by token;
-    `last_logits`: with the logits of the last position only.
+    `last_logits`: with the logits of the last position only. `options`: of the form, if it has any.
     """
     chosen(form, FORMS, "form")
     chosen(dtype, DTYPES, "dtype")
     if verify:
         verification.ready()
-    elif hasattr(FORMS[form], "complete"):
+    elif hasattr(FORMS[form], "values"):
         runtime.require()  # which writes the adapter's file
     adapters = adapter_list(adapter)
     representable(model, adapters)
-    subject = Subject(model, adapters, DTYPES[dtype], decode or getattr(FORMS[form], "DECODES", False), last_logits)
+    if options and not getattr(FORMS[form], "OPTIONS", False):
+        raise ValueError(f"the form {form} has no options, found {', '.join(options)}")
+    decode = decode or getattr(FORMS[form], "DECODES", False)
+    subject = Subject(model, adapters, DTYPES[dtype], decode, last_logits, options or {})
     checked(FORMS[form], subject)
     if os.path.lexists(out):
         raise FileExistsError(f"{out} exists already: an export never overwrites anything")

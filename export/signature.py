@@ -26,11 +26,17 @@ def run(graph: Graph, model: Model, hooks: Hooks, subject: Subject) -> tuple[lis
     return decoding(graph, model, hooks, subject) if subject.decode else plain(graph, model, hooks)
 
 
-def plain(graph: Graph, model: Model, hooks: Hooks) -> tuple[list[str], Outputs]:
+def tokens(graph: Graph, model: Model) -> dict[str, Symbol]:
+    """The inputs of a model that reads whole texts."""
     names = ["input_ids", "attention_mask"] + ["token_type_ids"] * ("embed.type" in model.sites)
     found = {name: graph.input(name, INT, (BATCH, SEQUENCE)) for name in names}
     if model.config.encoder_decoder:
         found["decoder_input_ids"] = graph.input("decoder_input_ids", INT, (BATCH, DECODED))
+    return found
+
+
+def plain(graph: Graph, model: Model, hooks: Hooks) -> tuple[list[str], Outputs]:
+    found = tokens(graph, model)
     ids, attention_mask, *_ = found.values()
     types, decoded = found.get("token_type_ids"), found.get("decoder_input_ids")
     out, _, _ = model.run(hooks, ids, attention_mask, types, decoder_input_ids=decoded)

@@ -27,6 +27,14 @@ class Dim:
 
     __radd__, __rmul__ = __add__, __mul__
 
+    def __sub__(self, other: "Size") -> "Size":
+        left = self + Dim(self.graph, dict(polynomial(other))) * -1
+        return left if any(left.terms) else left.terms.get((), 0)
+
+    def least(self) -> int:
+        """Of a batch or a sequence at least one place, and the places that are added to it."""
+        return self.terms.get((), 0) + 1 if min(self.terms.values()) > 0 else 0
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Dim) and self.terms == other.terms
 
@@ -88,10 +96,10 @@ def complete(old: Shape, new: Sequence[Size]) -> Shape:
             rest.remove(d)
         elif d != -1:
             left.append(d)
-    if any(isinstance(d, Dim) for d in left):
+    whole, k = product(rest), product(left)
+    if isinstance(k, Dim) or any(c % k for c in polynomial(whole).values()):
         raise ValueError(f"{text(old)} cannot be reshaped to {text(new)}")
-    known = math.prod(d for d in rest if isinstance(d, int)) // math.prod(d for d in left if isinstance(d, int))
-    missing = product([known, *(d for d in rest if isinstance(d, Dim))])
+    missing = Dim(whole.graph, {n: c // k for n, c in whole.terms.items()}) if isinstance(whole, Dim) else whole // k
     return tuple(missing if d == -1 else d for d in new)
 
 

@@ -25,6 +25,7 @@ from refpeft.export.sizes import Dim, Shape, Size, broadcast, complete, product_
 
 DType = np.dtype[Any]
 INT = np.dtype(np.int64)
+END = np.iinfo(np.int64).max
 BOOL = np.dtype(np.bool_)
 
 
@@ -183,7 +184,7 @@ class Symbol(NDArrayOperatorsMixin):
             spec[unknown[0]] = -1
         return self.graph.emit("Reshape", (x, self.graph.ints(spec)), x.dtype, shape)
 
-    def astype(self, dtype: Any) -> "Symbol":
+    def astype(self, dtype: Any, copy: bool = True) -> "Symbol":
         dtype = np.dtype(dtype)
         return self if dtype == self.dtype else self.graph.emit("Cast", (self,), dtype, self.shape, to=dtype)
 
@@ -297,10 +298,10 @@ def indexed(x: Symbol, index: tuple[Any, ...]) -> Symbol:
     k, used = index.index(Ellipsis), sum(i is not None for i in index) - 1
     index = (*index[:k], *[slice(None)] * (x.ndim - used), *index[k + 1 :])
     own = [i for i in index if i is not None]
-    cuts = [(a, *bounds(i, x.shape[a])) for a, i in enumerate(own) if isinstance(i, slice) and i != slice(None)]
+    cuts = {a: bounds(i, x.shape[a]) for a, i in enumerate(own) if isinstance(i, slice) and i != slice(None)}
     if cuts:
-        axes, starts, ends, steps = (g.constant(c, INT) for c in zip(*cuts, strict=True))
-        sizes = {a: len(range(*cut)) for a, *cut in cuts}
+        starts, ends, steps = (g.constant(c, INT) for c in zip(*(cut for cut, _ in cuts.values()), strict=True))
+        axes, sizes = g.constant(list(cuts), INT), {a: n for a, (_, n) in cuts.items()}
         shape = [sizes.get(a, d) for a, d in enumerate(x.shape)]
         x = g.emit("Slice", (x, starts, ends, axes, steps), x.dtype, shape)
     for a in reversed([a for a, i in enumerate(own) if not isinstance(i, slice)]):
@@ -313,10 +314,16 @@ def indexed(x: Symbol, index: tuple[Any, ...]) -> Symbol:
     return g.emit("Unsqueeze", (x, g.constant(new, INT)), x.dtype, (1 if i is None else next(sizes_left) for i in kept))
 
 
-def bounds(part: slice, size: Size) -> tuple[int, int, int]:
-    if isinstance(size, Dim):
-        raise NotImplementedError(f"a slice of an axis of {size} places cannot be exported")
-    return part.indices(size)
+def bounds(part: slice, size: Size) -> tuple[tuple[int, int, int], Size]:
+    """Start, end and step, and how many places that is. Of an axis whose size is not known, [a:z] and [a:] where it
+    has so many places for certain: a batch or sequence has one at least."""
+    if not isinstance(size, Dim):
+        cut = part.indices(size)
+        return cut, len(range(*cut))
+    a, z = part.start or 0, part.stop
+    if part.step in (None, 1) and 0 <= a <= (a if z is None else z) <= size.least():
+        return ((a, END, 1), size - a) if z is None else ((a, z, 1), z - a)
+    raise NotImplementedError(f"a slice of an axis of {size} places cannot be exported")
 
 
 def scatter_add(into: Symbol, index: Symbol, values: Symbol) -> None:
@@ -362,15 +369,17 @@ def cumsum(g: Graph, x: Symbol, axis: int) -> Symbol:
     return g.emit("CumSum", (x, g.constant(axis, INT)), x.dtype, x.shape)
 
 
-def zeros_like(g: Graph, x: Symbol, dtype: Any = None) -> Symbol:
-    zero = g.constant(0, x.dtype if dtype is None else dtype)
-    return zero.expand(*x.shape)
+def full_like(g: Graph, x: Symbol, value: Any, dtype: Any = None) -> Symbol:
+    return g.constant(value, x.dtype if dtype is None else dtype).expand(*x.shape)
 
 
 FUNCTIONS: Mapping[Any, Callable[..., Any]] = {
     np.arange: arange, np.where: where, np.concatenate: concatenate, np.cumsum: cumsum,
-    np.take_along_axis: take_along_axis, np.put_along_axis: put_along_axis, np.zeros_like: zeros_like,
+    np.take_along_axis: take_along_axis, np.put_along_axis: put_along_axis,
+    np.full_like: full_like, np.zeros_like: lambda g, x, dtype=None: full_like(g, x, 0, dtype),
+    np.ones_like: lambda g, x, dtype=None: full_like(g, x, 1, dtype),
+    np.broadcast_to: lambda g, x, shape: x.expand(*shape),
     np.sum: lambda g, x, axis=None, **options: reduced(np.add, x, axis, **options),
     np.max: lambda g, x, axis=None, **options: reduced(np.maximum, x, axis, **options),
-    np.swapaxes: lambda g, x, i, j: x.swapaxes(i, j),
+    np.swapaxes: lambda g, x, i, j: x.swapaxes(i, j), np.vdot: lambda g, x, y: (x * y).sum(),
 }  # fmt: skip

@@ -38,7 +38,7 @@ from refpeft.ops import Array, Op, cross_entropy, mse
 Ids = Sequence[int]
 Row = Mapping[str, Any]
 Batch = dict[str, Array]
-Loss = tuple[Array, Array, int]
+Loss = tuple[Array, Array, Any]
 IGNORE = -100
 NAMES = (
     "causal", "masked", "seq2seq", "span-corruption", "span-corruption-sentinel", "lm-adaptation", "classification",
@@ -83,12 +83,18 @@ def make(name: str, s: Setting) -> Objective:
     for field in needed(name, s):
         if getattr(s, field) is None:
             raise ValueError(f"objective {name!r} needs {field}, which is not set")
+    loss = loss_of(name, s.encoder_decoder)
     if name == "classification":
-        return Objective(lambda rows, rng: classes(rows, s), class_loss)
+        return Objective(lambda rows, rng: classes(rows, s), loss)
     if name == "masked":
-        return Objective(lambda rows, rng: masked(rows, rng, s), token_loss)
-    loss = token_loss if s.encoder_decoder else next_token_loss
+        return Objective(lambda rows, rng: masked(rows, rng, s), loss)
     return Objective(lambda rows, rng: pairs([pair(name, row, rng, s) for row in rows], s), loss)
+
+
+def loss_of(name: str, encoder_decoder: bool) -> Callable[[Array, Batch], Loss]:
+    if name == "classification":
+        return class_loss
+    return token_loss if name == "masked" or encoder_decoder else next_token_loss
 
 
 def pair(name: str, row: Row, rng: np.random.Generator, s: Setting) -> tuple[Ids, Ids | None]:
@@ -262,7 +268,11 @@ def ended(ids: Ids, s: Setting) -> Ids:
 
 def aligned(out: Array, labels: Array) -> Array:
     """Virtual tokens of a prompt stand first and have nothing to predict."""
-    return np.concatenate([np.full((len(labels), out.shape[1] - labels.shape[1]), IGNORE), labels], axis=1)
+    b, s = labels.shape
+    if out.shape[1] == s:
+        return labels
+    nothing = np.broadcast_to(np.full_like(labels[:, :1], IGNORE), (b, out.shape[1] - s))
+    return np.concatenate([nothing, labels], axis=1)
 
 
 def token_loss(out: Array, batch: Batch) -> Loss:
@@ -290,4 +300,4 @@ def mean_of(op: Op, out: Array, labels: Array) -> Loss:
     L, vjp = op(out, labels)
     dout = vjp(np.ones_like(L))[0]
     assert dout is not None
-    return L, dout(), int((labels != IGNORE).sum()) if op is cross_entropy else labels.size
+    return L, dout(), (labels != IGNORE).sum() if op is cross_entropy else labels.shape[0]

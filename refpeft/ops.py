@@ -391,8 +391,8 @@ def mse(x: Array, y: Array) -> tuple[Array, Vjp]:
     dx = dL · 2 (x − y)/count,   dy = −dx.
     """
     d = x - y
-    n = max(math.prod(d.shape), 1)
-    return (d * d).sum() / n, lambda dL: (lambda: d * (dL * (2 / n)), lambda: d * (dL * (-2 / n)))
+    n = math.prod(d.shape) or 1
+    return (d * d).sum() / n, lambda dL: (lambda: d * (dL * 2 / n), lambda: d * (dL * -2 / n))
 
 
 activations = {"gelu": gelu, "gelu_new": gelu_new, "silu": silu, "relu": relu, "tanh": tanh}

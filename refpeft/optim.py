@@ -6,6 +6,8 @@
 `params`, `grads` and `state` map names to arrays and are never written into, so a state can be kept, compared, saved
 and gone back to. The step number n is in the state ('step', an integer []); moments are '<letter>.<parameter>'. `lr`
 and `weight_decay` are numbers, or map every parameter's name to its own. A parameter without a gradient stays.
+SGD, Adam and clipping take arrays of a type of one's own for all of these, as the ops do (`refpeft.ops`): so a step is
+exported, learning rate and all.
 
 The formulae are those of torch.optim and transformers.optimization, step for step. p is a parameter, g its gradient,
 η the learning rate, λ the weight decay. 16-bit parameters are updated in float32, where their moments are kept too.
@@ -19,6 +21,7 @@ Claims:
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +34,12 @@ Updated = tuple[Named, Named]
 
 
 def of(rate: Rate, name: str) -> float:
-    return float(rate[name] if isinstance(rate, Mapping) else rate)
+    return rate[name] if isinstance(rate, Mapping) else rate
+
+
+def beside(x: Any, a: Array) -> Any:
+    """A number such that it does not widen the array that it is multiplied with."""
+    return float(x) if isinstance(x, int | float | np.generic) else x.astype(a.dtype)
 
 
 def wide(a: Array) -> Array:
@@ -45,12 +53,13 @@ def zeros(params: Params, *letters: str) -> Named:
     return {"step": np.array(0), **moments}
 
 
-def each(params: Params, grads: Params, state: Params, update: Callable[[str, Array, Array, int], Updated]) -> Updated:
-    """All parameters by one rule: `update(name, p, g, n)` gives the new p and the entries of the state that change."""
+def each(params: Params, grads: Params, state: Params, update: Callable[[str, Array, Array, Any], Updated]) -> Updated:
+    """All parameters by one rule: `update(name, p, g, n)` gives the new p and the entries of the state that change; n
+    is the number of the step [], from 1 on."""
     if unknown := grads.keys() - params.keys():
         raise ValueError(f"there is a gradient for {min(unknown)!r}, which is not a parameter")
-    n = int(state["step"]) + 1
-    new, kept = dict(params), {**state, "step": np.array(n)}
+    n = (state["step"].reshape(1) + 1).reshape(())  # an array still
+    new, kept = dict(params), {**state, "step": n}
     for name, g in grads.items():
         if g.shape != params[name].shape:
             raise ValueError(f"the gradient of {name!r} must have shape {params[name].shape}, found {g.shape}")
@@ -78,11 +87,12 @@ def sgd(
     if nesterov and (momentum <= 0 or dampening != 0):
         raise ValueError("nesterov needs a momentum above 0 and no dampening")
 
-    def update(name: str, p: Array, g: Array, n: int) -> Updated:
-        g = g + of(weight_decay, name) * p
-        m = g if n == 1 else momentum * state[f"m.{name}"] + (1 - dampening) * g
+    def update(name: str, p: Array, g: Array, n: Any) -> Updated:
+        η, λ = of(lr, name), of(weight_decay, name)
+        g = g + beside(λ, p) * p
+        m = np.where(n == 1, g, momentum * state[f"m.{name}"] + (1 - dampening) * g)
         d = g + momentum * m if nesterov else m if momentum else g
-        return {name: p - of(lr, name) * d}, {f"m.{name}": m}
+        return {name: p - beside(η, p) * d}, {f"m.{name}": m}
 
     return each(params, grads, state, update)
 
@@ -106,16 +116,16 @@ def adam(
     """
     β1, β2 = betas
 
-    def update(name: str, p: Array, g: Array, n: int) -> Updated:
+    def update(name: str, p: Array, g: Array, n: Any) -> Updated:
         η, λ = of(lr, name), of(weight_decay, name)
         if decoupled:
-            p = p * (1 - η * λ)
+            p = p * beside(1 - η * λ, p)
         else:
-            g = g + λ * p
+            g = g + beside(λ, p) * p
         m = β1 * state[f"m.{name}"] + (1 - β1) * g
         v = β2 * state[f"v.{name}"] + (1 - β2) * (g * g)
-        denominator = np.sqrt(v) / math.sqrt(1 - β2**n) + eps
-        return {name: p - η / (1 - β1**n) * m / denominator}, {f"m.{name}": m, f"v.{name}": v}
+        denominator = np.sqrt(v) / beside(np.sqrt(1 - β2**n), p) + eps
+        return {name: p - beside(η / (1 - β1**n), p) * m / denominator}, {f"m.{name}": m, f"v.{name}": v}
 
     return each(params, grads, state, update)
 
@@ -179,7 +189,8 @@ def adafactor(
         r = 1 / np.sqrt(R / R.mean(-1, keepdims=True))
         return r[..., :, None] * (1 / np.sqrt(C))[..., None, :], {f"R.{name}": R, f"C.{name}": C}
 
-    def update(name: str, p: Array, g: Array, n: int) -> Updated:
+    def update(name: str, p: Array, g: Array, n: Any) -> Updated:
+        n = int(n)
         ρ = min(1e-6 * n if warmup_init else 1e-2, 1 / math.sqrt(n)) if lr is None else of(lr, name)
         α = ρ * max(eps[1], rms(p)) if scale_parameter else ρ
         u, moments = second_moment(name, g, 1 - n**decay_rate)
@@ -222,14 +233,14 @@ def cosine(n: int, warmup: int, total: int, cycles: float = 0.5) -> float:
 # ── gradients ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Named, float]:
+def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Named, Any]:
     """g ← g min(1, c/(‖g‖ + 10⁻⁶)),   ‖g‖² = Σ over all tensors.      Pascanu et al. 2013, arXiv 1211.5063, algorithm 1
 
     Returns the gradients and ‖g‖ before. As torch.nn.utils.clip_grad_norm_, whose 10⁻⁶ the paper does not have.
     """
-    norm = math.sqrt(sum(float(np.vdot(wide(g), wide(g)).real) for g in grads.values()))
-    factor = min(1.0, max_norm / (norm + 1e-6))
-    return {name: (wide(g) * factor).astype(g.dtype, copy=False) for name, g in grads.items()}, norm
+    norm = np.sqrt(sum(np.vdot(wide(g), wide(g)).real.astype(np.float64) for g in grads.values()))
+    factor = np.minimum(1.0, max_norm / (norm + 1e-6))
+    return {n: (wide(g) * beside(factor, wide(g))).astype(g.dtype, copy=False) for n, g in grads.items()}, norm
 
 
 def accumulate(parts: Sequence[tuple[float, Params]]) -> Named:

@@ -25,9 +25,9 @@ import numpy as np
 from refpeft import optim
 from refpeft.adapter import Adapter
 from refpeft.model import Model
-from refpeft.objectives import Batch, Objective, Row
+from refpeft.objectives import NAMES, Batch, Loss, Objective, Row
 from refpeft.ops import Array
-from refpeft.tune import dropout
+from refpeft.tune import dropout, language
 
 Optimizer = tuple[Callable[..., dict[str, Array]], Callable[..., optim.Updated], Mapping[str, Any]]
 OPTIMIZERS: Mapping[str, Optimizer] = {  # name → init, step, options
@@ -107,8 +107,8 @@ def step(
         turn = state.step * plan.accumulate + k
         batch = objective.batch([rows[n] for n in chosen(plan, len(rows), turn)], random(plan, turn, 0))
         L, n, grads = gradient(model, dropped(adapter, model, batch, random(plan, turn, 1)), objective, batch)
-        parts.append((n, grads))
-        losses.append(L)
+        parts.append((int(n), grads))
+        losses.append(float(L))
     total = sum(w for w, _ in parts) or 1
     loss = sum(w * L for (w, _), L in zip(parts, losses, strict=True)) / total
     grads = parts[0][1] if len(parts) == 1 else optim.accumulate(parts)
@@ -120,11 +120,28 @@ def step(
 
 def gradient(
     model: Model, adapter: Adapter, objective: Objective, batch: Batch
-) -> tuple[float, int, Mapping[str, Array]]:
+) -> tuple[Array, Any, Mapping[str, Array]]:
     """The loss of a batch, of how many terms it is the mean, and the gradients of the adapter's parameters."""
+    _, L, n, grads = answer_and_gradient(model, adapter, objective.loss, batch)
+    return L, n, grads
+
+
+def answer_and_gradient(
+    model: Model, adapter: Adapter, loss: Callable[[Array, Batch], Loss], batch: Batch
+) -> tuple[Array, Array, Any, Mapping[str, Array]]:
+    """The same with the model's output first."""
     out, vjp = model(batch["input_ids"], adapter, **{name: batch[name] for name in INPUTS if name in batch})
-    L, dout, n = objective.loss(out, batch)
-    return float(L), n, vjp(dout)
+    L, dout, n = loss(out, batch)
+    return out, L, n, vjp(dout)
+
+
+def fitting(model: Model) -> list[str]:
+    """The objectives that fit a model's head, the nearest first."""
+    if not language(model):
+        return ["classification"]
+    if model.config.encoder_decoder:
+        return [n for n in NAMES if n in ("seq2seq", "lm-adaptation") or n.startswith("span")]
+    return ["causal", "seq2seq", "lm-adaptation"] if model.config.causal else ["masked"]
 
 
 def update(plan: Plan, model: Model, state: State, grads: Mapping[str, Array]) -> optim.Updated:
@@ -135,12 +152,15 @@ def update(plan: Plan, model: Model, state: State, grads: Mapping[str, Array]) -
     factor = SCHEDULES[plan.schedule](state.step, plan.warmup, plan.steps)
     if plan.loraplus_ratio is None:
         return turn(state.params, grads, state.moments, lr=plan.lr * factor, weight_decay=plan.weight_decay, **options)
-    norms = [site.path for site in model.sites.values() if site.kind in ("layer_norm", "rms_norm")]
     rates, decays = optim.loraplus(
-        state.params, plan.lr, plan.loraplus_ratio, plan.weight_decay, plan.loraplus_embedding, norms
+        state.params, plan.lr, plan.loraplus_ratio, plan.weight_decay, plan.loraplus_embedding, norms(model)
     )
     rates = {name: lr * factor for name, lr in rates.items()}
     return turn(state.params, grads, state.moments, lr=rates, weight_decay=decays, **options)
+
+
+def norms(model: Model) -> list[str]:
+    return [site.path for site in model.sites.values() if site.kind in ("layer_norm", "rms_norm")]
 
 
 def random(plan: Plan, turn: int, use: int) -> np.random.Generator:

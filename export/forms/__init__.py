@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import cast
 
 from refpeft.export.form import Form
-from refpeft.export.forms import inputs, merged, multi, prefix, prompt, unmerged
+from refpeft.export.forms import inputs, merged, multi, prefix, prompt, training, unmerged
 
 FORMS: Mapping[str, Form] = cast(
     Mapping[str, Form],
@@ -15,5 +15,6 @@ FORMS: Mapping[str, Form] = cast(
         "prompt": prompt,
         "prefix": prefix,
         "multi": multi,
+        "training": training,
     },
 )

@@ -74,14 +74,14 @@ def checks(subject: Subject) -> list[Check]:
 
 
 def with_file(check: Check) -> Check:
-    def ask(runner: Runner) -> Array:
+    def ask(runner: Runner) -> Any:
         return check.ask(runner.using(runner.load(runner.folder / FILE)))
 
     return replace(check, ask=ask)
 
 
 def without(check: Check) -> Check:
-    def spec(model: Model, adapters: Sequence[Adapter]) -> Array:
+    def spec(model: Model, adapters: Sequence[Adapter]) -> Any:
         return check.spec(model, [])
 
     return replace(check, spec=spec, what=", ".join(filter(None, ["no adapter", check.what])))

@@ -154,7 +154,7 @@ def checks(subject: Subject) -> list[Check]:
 
 
 def fed(check: Check, which: Array) -> Check:
-    def ask(runner: Runner) -> Array:
+    def ask(runner: Runner) -> Any:
         return check.ask(runner.feeding({IDS: which}))
 
     return replace(check, ask=ask)

@@ -44,7 +44,22 @@ def export(
         typer.Option(
             "--adapter-only",
             metavar="FOLDER",
-            help="Make no model, but a file of the adapter for this folder: of the form inputs, prompt or prefix.",
+            help="Make no model, but a file of the adapter for this folder: of the form inputs, prompt or prefix. "
+            "Of the form training: an adapter folder of what was trained, the safetensors file that --adapter names.",
+        ),
+    ] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(help="Of --form training: adamw, adam or sgd.", show_default="adamw"),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            "-s",
+            metavar="OPTION=VALUE",
+            help="Of --form training: weight_decay=0.1, betas=\\[0.9,0.95], eps, momentum, dampening, nesterov, clip, "
+            "loraplus_ratio (repeatable).",
         ),
     ] = None,
     verify: Annotated[bool, typer.Option(help="Run the result on onnxruntime against the specification.")] = True,
@@ -66,12 +81,16 @@ def export(
     prompt     a soft prompt from outside, its rows named by ids
     prefix     as --decode, a prefix as the keys and values before the first token
     multi      several adapters, another one for each row of a batch
+    training   loss, gradients and a step of the optimiser: what goes in as
+               adapter.… and state.… comes out as next.adapter.…, next.state.…
 
     [cyan]refpeft export bert-base --out exported[/cyan]
     [cyan]refpeft export gpt2 --adapter my-lora --out exported --dtype float16[/cyan]
     [cyan]refpeft export gpt2 --adapter my-lora --form inputs --out served[/cyan]
     [cyan]refpeft export --adapter-only served --adapter my-other-lora --out other.onnx_adapter[/cyan]
     [cyan]refpeft export gpt2 --adapter my-lora --decode --out writer[/cyan]
+    [cyan]refpeft export gpt2 --adapter my-lora --form training --set weight_decay=0 --out trainer[/cyan]
+    [cyan]refpeft export --adapter-only trainer --adapter trained.safetensors --out my-trained-lora[/cyan]
 
     Exit code 0: exported. 1: not equal to the specification, so not kept.
     2: could not run.
@@ -80,7 +99,10 @@ def export(
     if (model is None) == (adapter_only is None):
         raise ValueError("give either MODEL, to export it, or --adapter-only FOLDER")
     if model is not None:
-        result = export_model(model, adapter or [], out, form, dtype, external_data, verify, decode, last_logits)
+        options = given(optimizer, set_ or [])
+        result = export_model(
+            model, adapter or [], out, form, dtype, external_data, verify, decode, last_logits, options
+        )
         show(result, Console())
         content = result.as_json()
     else:
@@ -93,22 +115,42 @@ def export_model(model: Path, adapters: list[Path], *options: Any) -> Any:
     import refpeft
     from refpeft.export.program import export as run
 
-    out, form, dtype, external, verify, decode, last_logits = options
+    out, form, dtype, external, verify, decode, last_logits, own = options
     with Console(stderr=True).status("reading the checkpoint") as status:
         base = refpeft.load(model)
         loaded = [refpeft.load_adapter(folder, base) for folder in adapters]
         try:
-            return run(base, loaded, out, form, dtype, external, verify, model, status.update, decode, last_logits)
+            return run(base, loaded, out, form, dtype, external, verify, model, status.update, decode, last_logits, own)
         except ArithmeticError as error:
             stop(str(error), 1)
 
 
+def given(optimizer: str | None, words: list[str]) -> dict[str, Any]:
+    from refpeft.cli.train import assigned
+
+    options = dict(assigned("--set", word) for word in words)
+    return options if optimizer is None else {"optimizer": optimizer, **options}
+
+
 def export_adapter(folder: Any, adapters: list[Path], out: Path) -> dict[str, Any]:
+    from refpeft.export.card import read_card
     from refpeft.export.readapter import adapter_only
 
+    if read_card(folder)["form"] == "training":
+        return export_trained(folder, adapters, out)
     tensors = adapter_only(folder, adapters, out)
     Console().print(f"{out}: {len(tensors)} tensors for the graph in {folder}, {out.stat().st_size / 1e6:,.2f} MB")
     return {"file": str(out), "tensors": tensors}
+
+
+def export_trained(folder: Path, files: list[Path], out: Path) -> dict[str, Any]:
+    from refpeft.export import training
+
+    if len(files) != 1:
+        raise ValueError(f"{folder} trains one adapter: give one file of its tensors by --adapter, found {len(files)}")
+    adapter = training.save(folder, files[0], out)
+    Console().print(f"{out}: the {adapter.method} adapter that {files[0]} holds, {len(adapter.params)} tensors")
+    return {"folder": str(out), "tensors": {n: list(a.shape) for n, a in adapter.params.items()}}
 
 
 def show(result: Any, console: Console) -> None:

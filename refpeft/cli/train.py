@@ -226,19 +226,13 @@ def progress(plan: "Plan", state: "State") -> "Iterator[Callable[[State], None]]
 
 def suitable(objective: str | None, model: "Model") -> str:
     """The objective, which must fit what the model's head says; without one, the head's own."""
-    from refpeft import objectives, tune
+    from refpeft import objectives
+    from refpeft.train import fitting
 
     kind = (model.source.get("architectures") or [model.config.family])[0]
     if "head.out" not in model.sites:
         raise ValueError(f"{kind} has no head to train with: expected a language model or a classifier")
-    if not tune.language(model):
-        fit = ["classification"]
-    elif model.config.encoder_decoder:
-        fit = [n for n in objectives.NAMES if n in ("seq2seq", "lm-adaptation") or n.startswith("span")]
-    elif model.config.causal:
-        fit = ["causal", "seq2seq", "lm-adaptation"]
-    else:
-        fit = ["masked"]
+    fit = fitting(model)
     if objective is not None and objective not in fit:
         if objective not in objectives.NAMES:
             raise ValueError(f"unknown objective {objective!r}: there are {', '.join(objectives.NAMES)}")

@@ -1,0 +1,172 @@
+"""A step of training as data: which optimiser with which numbers, what is learned, and the way back to an adapter.
+
+    start = safetensors.read(folder / "start.safetensors")        adapter.… and state.…, before the first step
+    feeds = {**start, **batch, "learning_rate": np.float32(1e-3)}
+    out = runner.run(feeds)                                       loss, logits, next.adapter.…, next.state.…
+    feeds |= carried(out)
+    save(folder, out, "my-adapter")                               an HF adapter folder
+
+`refpeft.export.forms.training` makes the graph of it.
+"""
+
+import inspect
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refpeft import optim
+from refpeft.adapter import Adapter
+from refpeft.checkpoint import load_adapter, safetensors, save_adapter
+from refpeft.config import POOLS
+from refpeft.export.card import needed, read_card
+from refpeft.model import Model
+from refpeft.objectives import Batch, Loss, loss_of
+from refpeft.train import OPTIMIZERS, fitting, norms
+
+Array = np.ndarray[Any, Any]
+Named = Mapping[str, Any]
+ADAPTER, STATE, NEXT = "adapter.", "state.", "next."
+START, FOLDER = "start.safetensors", "adapter"
+TRACED = ("adamw", "adam", "sgd")  # adafactor looks at its numbers while it computes
+OURS: Named = {"clip": 0.0, "loraplus_ratio": 0.0, "loraplus_embedding": 1e-6}  # 0: none
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """One of `refpeft.optim`, with all of its options, and those of `refpeft train` that act on gradients and rates."""
+
+    name: str
+    options: Named = field(default_factory=dict)
+
+    def start(self, params: Mapping[str, Array]) -> dict[str, Array]:
+        return OPTIMIZERS[self.name][0](params)
+
+    def step(self, model: Model, params: Named, grads: Named, state: Named, lr: Any) -> optim.Updated:
+        """The new parameters and the new state."""
+        own = {n: v for n, v in self.options.items() if n not in OURS}
+        if self.options["clip"]:
+            grads, _ = optim.clip_by_global_norm(grads, self.options["clip"])
+        if ratio := self.options["loraplus_ratio"]:
+            slow = self.options["loraplus_embedding"]
+            lr, own["weight_decay"] = optim.loraplus(params, lr, ratio, own["weight_decay"], slow, norms(model))
+        return OPTIMIZERS[self.name][1](params, grads, state, lr=lr, **own)
+
+
+def optimizer(given: Named) -> Optimizer:
+    """From the options of an export: `optimizer`, and any of its own by name."""
+    options = dict(given)
+    name = options.pop("optimizer", "adamw")
+    if name not in TRACED:
+        raise ValueError(f"optimizer must be one of {', '.join(TRACED)}, found {name!r}")
+    known = {n: p.default for n, p in inspect.signature(OPTIMIZERS[name][1]).parameters.items()}
+    known = {n: v for n, v in {**known, **OURS}.items() if n not in ("params", "grads", "state", "lr", "decoupled")}
+    for option, value in options.items():
+        if option not in known:
+            raise ValueError(f"{name} has no option {option!r}: there are {', '.join(known)}")
+        check(option, value, known[option])
+    chosen: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in {**known, **options}.items()}
+    if chosen.get("nesterov") and (chosen["momentum"] <= 0 or chosen["dampening"]):
+        raise ValueError("nesterov needs a momentum above 0 and no dampening")
+    return Optimizer(name, chosen)
+
+
+def check(option: str, value: Any, default: Any) -> None:
+    """An option is of the kind of its default: true or false, two numbers below 1, or a number that is not negative."""
+    if isinstance(default, bool):
+        good, wanted = isinstance(value, bool), "true or false"
+    elif isinstance(default, tuple):
+        good = isinstance(value, list | tuple) and len(value) == 2 and all(number(v) and v < 1 for v in value)
+        wanted = "two numbers from 0 to below 1"
+    else:
+        good, wanted = number(value), "a number, 0 or more"
+    if not good:
+        raise ValueError(f"{option} must be {wanted}, found {value!r}")
+
+
+def number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and bool(0 <= value < math.inf)
+
+
+# ── what is learned ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def pooled(model: Model) -> bool:
+    """Is there one answer for each row, and not for each token?"""
+    return bool(set(POOLS) & set(model.config.head))
+
+
+def regression(model: Model) -> bool:
+    return pooled(model) and model.params[model.sites["head.out"].weight].shape[0] == 1
+
+
+def objective(model: Model) -> str:
+    """The one of the model's head."""
+    if "head.out" not in model.sites:
+        architecture = (model.source.get("architectures") or [model.config.family])[0]
+        raise ValueError(f"{architecture} has no head to train with: expected a language model or a classifier")
+    return fitting(model)[0]
+
+
+def loss_for(model: Model) -> Callable[[Any, Batch], Loss]:
+    """Its loss. Of classes of tokens it is that of a masked language model: a label for each place."""
+    name = objective(model)
+    return loss_of("masked" if name == "classification" and not pooled(model) else name, model.config.encoder_decoder)
+
+
+# ── the way back ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def starting(adapter: Adapter, o: Optimizer) -> dict[str, Array]:
+    """All that goes round, before the first step: the adapter's parameters and the optimiser's state."""
+    state = o.start(adapter.params)
+    return {ADAPTER + n: np.asarray(a) for n, a in adapter.params.items()} | {STATE + n: a for n, a in state.items()}
+
+
+def carried(out: Named) -> dict[str, Any]:
+    """What of a step's outputs is the next one's input."""
+    return {name.removeprefix(NEXT): a for name, a in out.items() if name.startswith(NEXT)}
+
+
+def adapter_of(folder: str | os.PathLike[str], tensors: Mapping[str, Array]) -> Adapter:
+    """The adapter of an exported folder with these parameters: the inputs or the outputs of a step, by their names."""
+    from refpeft.export.readapter import base
+
+    path = Path(folder)
+    card = read_card(path)
+    if card["form"] != "training":
+        raise ValueError(f"{folder}: its form is {card['form']}, expected training")
+    needed(path, card, "training")
+    adapter = load_adapter(path / FOLDER, base(path, card))
+    found = {n: a for n, a in {**tensors, **carried(tensors)}.items() if n.startswith(ADAPTER)}
+    return adapter.replace(params={n: fitting_tensor(found, n, a) for n, a in adapter.params.items()})
+
+
+def fitting_tensor(found: Mapping[str, Array], name: str, start: Array) -> Array:
+    a = found.get(ADAPTER + name)
+    if a is None:
+        raise ValueError(f"{ADAPTER}{name} is missing, which the adapter has")
+    if a.shape != start.shape or a.dtype != np.float32:
+        raise ValueError(
+            f"{ADAPTER}{name} must be float32 of shape {list(start.shape)}, found {a.dtype} of shape {list(a.shape)}"
+        )
+    return a
+
+
+def save(
+    folder: str | os.PathLike[str],
+    tensors: Mapping[str, Array] | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+) -> Adapter:
+    """Write what a step gave (or a safetensors file of it) as an HF adapter folder at `out`, which must not exist."""
+    if not isinstance(tensors, Mapping):
+        if not Path(tensors).is_file():
+            raise ValueError(f"{tensors}: no such file")
+        tensors = safetensors.read(Path(tensors))
+    adapter = adapter_of(folder, tensors)
+    save_adapter(adapter, out)
+    return adapter
