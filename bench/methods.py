@@ -1,9 +1,12 @@
 """One training step (forward, loss, all gradients) of each method: the specification against what people train it with.
 
-    python bench/methods.py            HF peft where it has the method, else plain torch
+    python bench/methods.py                       HF peft where it has the method, else plain torch
+    python bench/methods.py --adapters PYTHON     and AdapterHub, by the Python of an environment that has it
 
-GPT-2 of width 256 (P-tuning v2: BERT, with a class for each text), the same weights, batch and adapter on both sides,
-two threads each; both losses must agree. As in `step.py`, they take turns, and a ratio is ours/theirs of one round.
+GPT-2 of width 256 (P-tuning v2 and AdapterHub: BERT, with a class for each text), the same weights, batch and adapter on
+both sides, two threads each; both losses must agree. As in `step.py`, they take turns, and a ratio is ours/theirs of one
+round. HF peft 0.21 refuses P-tuning v2 with transformers 5.24 (docs/findings/peft-prefix-of-classifiers.md), and is
+measured with the name of one argument put right.
 
 DID and SAID have no row: none of the libraries has them. What they cost beside the model is in `fastfood.py`.
 """
@@ -15,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -57,12 +61,15 @@ METHODS: Mapping[str, tuple[str, dict[str, Any], str]] = {  # row → our method
     "prefix tuning": ("prefix_tuning", PREFIX, "PrefixTuningConfig"),
     "prefix tuning (MLP)": ("prefix_tuning", {**PREFIX, "prefix_projection": True}, "PrefixTuningConfig"),
     "P-tuning v2": ("p_tuning_v2", PREFIX, "PrefixTuningConfig"),
+    "Houlsby": ("houlsby", {"train_norms": False}, "AdapterHub"),
+    "Pfeiffer": ("pfeiffer", {}, "AdapterHub"),
+    "parallel": ("parallel", {}, "AdapterHub"),
 }  # fmt: skip
 MORE = {"rsLoRA": {"use_rslora": True}, "DoRA": {"use_dora": True}}  # fields that only their config needs
 
 
 def source(row: str) -> dict[str, Any]:
-    return BERT if row == "P-tuning v2" else GPT2
+    return BERT if row == "P-tuning v2" or against(row) == "AdapterHub" else GPT2
 
 
 def batch(row: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -116,7 +123,10 @@ def their_step(row: str, folder: str) -> Callable[[], float]:
     import refpeft
 
     adapter = adapter_of(row, refpeft.load(folder))
-    model = of_torch(model, adapter) if METHODS[row][2] == "torch" else of_peft(row, model, adapter)
+    if against(row) == "AdapterHub":
+        of_adapterhub(model, adapter)
+    else:
+        model = of_torch(model, adapter) if against(row) == "torch" else of_peft(row, model, adapter)
     model.train()
     ids, labels = (torch.tensor(a) for a in batch(row))
 
@@ -140,6 +150,8 @@ def of_peft(row: str, model: Any, adapter: Any) -> Any:
     import peft
     import torch
 
+    if row == "P-tuning v2":
+        under_its_old_name(peft.peft_model)
     _, fields, name = METHODS[row]
     tasks = (
         {}
@@ -156,6 +168,32 @@ def of_peft(row: str, model: Any, adapter: Any) -> Any:
     return model
 
 
+def under_its_old_name(peft_model: Any) -> None:
+    """HF peft looks for an argument `past_key_values`, which newer transformers call `cache`, and take by both names."""
+    inspect = peft_model.inspect
+
+    def signature(f: Any) -> Any:
+        names = inspect.signature(f).parameters
+        return SimpleNamespace(parameters={"past_key_values" if n == "cache" else n: p for n, p in names.items()})
+
+    peft_model.inspect = SimpleNamespace(**vars(inspect) | {"signature": signature})
+
+
+def of_adapterhub(model: Any, adapter: Any) -> None:
+    """By a folder, which both read."""
+    import adapters
+
+    import refpeft
+
+    adapters.init(model)
+    with tempfile.TemporaryDirectory() as scratch:
+        refpeft.save_adapter(adapter, Path(scratch) / "adapter")
+        model.load_adapter(str(Path(scratch) / "adapter"), load_as="own", use_safetensors=True)
+    model.train_adapter("own")
+    for name, p in model.named_parameters():  # AdapterHub trains the head always
+        p.requires_grad_(".adapters." in name)
+
+
 # ── measuring ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -168,6 +206,7 @@ def main() -> None:
     parser.add_argument("--method", choices=METHODS, action="append", help="only these rows (default: all)")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"how often they take turns (default: {ROUNDS})")
     parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("--adapters", metavar="PYTHON", help="the Python of an environment with AdapterHub's adapters")
     parser.add_argument("--malloc-default", action="store_true", help="leave the C library's allocator as it comes")
     options = parser.parse_args()
     if options.malloc_default:
@@ -182,7 +221,14 @@ def main() -> None:
     figures = {}
     with tempfile.TemporaryDirectory() as scratch:
         for row in options.method or METHODS:
-            r = figures[row] = measure(row, scratch, options.rounds)
+            if against(row) == "AdapterHub" and not options.adapters:
+                print(
+                    f"{row}: not measured, since AdapterHub needs an environment of its own (--adapters)",
+                    file=sys.stderr,
+                )
+                continue
+            python = options.adapters if against(row) == "AdapterHub" else sys.executable
+            r = figures[row] = measure(row, scratch, options.rounds, python)
             print(f"{row}: {r['ratio']:.2f}", file=sys.stderr, flush=True)
             times = f"{r['a_ms']:.1f}", f"{r['b_ms']:.1f}", f"{r['ratio']:.2f}", f"≤ {LIMIT}"
             table.add_row(row, against(row), *times, f"{r['a_mb']:.0f}", f"{r['b_mb']:.0f}")
@@ -194,15 +240,16 @@ def main() -> None:
 
 
 def against(row: str) -> str:
-    return "torch" if METHODS[row][2] == "torch" else "HF peft"
+    who = METHODS[row][2]
+    return who if who in ("torch", "AdapterHub") else "HF peft"
 
 
-def measure(row: str, scratch: str, rounds: int) -> dict[str, float]:
+def measure(row: str, scratch: str, rounds: int, python: str) -> dict[str, float]:
     folder = Path(scratch) / source(row)["model_type"]
     if not folder.exists():
         write(str(folder), source(row))
-    spec, other = (Engine(side, str(folder), row, script=__file__) for side in ("spec", "other"))
-    return turns((spec, other), STEPS, rounds)
+    spec = Engine("spec", str(folder), row, __file__)
+    return turns((spec, Engine("other", str(folder), row, __file__, python)), STEPS, rounds)
 
 
 if __name__ == "__main__":
