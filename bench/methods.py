@@ -3,9 +3,9 @@
     python bench/methods.py                       HF peft where it has the method, else plain torch
     python bench/methods.py --adapters PYTHON     and AdapterHub, by the Python of an environment that has it
 
-GPT-2 of width 256 (P-tuning v2 and AdapterHub: BERT, with a class for each text), the same weights, batch and adapter on
-both sides, two threads each; both losses must agree. As in `step.py`, they take turns, and a ratio is ours/theirs of one
-round. HF peft 0.21 refuses P-tuning v2 with transformers 5.24 (docs/findings/peft-prefix-of-classifiers.md), and is
+GPT-2 of width 256 (P-tuning v2 and AdapterHub: BERT, with a class for each text), the same weights, batch and adapter
+on both sides, two threads each; both losses must agree. As in `step.py`, they take turns, and a ratio is ours/theirs of
+one round. HF peft 0.21 refuses P-tuning v2 with transformers 5.24 (docs/findings/peft-prefix-of-classifiers.md), and is
 measured with the name of one argument put right.
 
 DID and SAID have no row: none of the libraries has them. What they cost beside the model is in `fastfood.py`.
@@ -169,7 +169,7 @@ def of_peft(row: str, model: Any, adapter: Any) -> Any:
 
 
 def under_its_old_name(peft_model: Any) -> None:
-    """HF peft looks for an argument `past_key_values`, which newer transformers call `cache`, and take by both names."""
+    """HF peft looks for an argument `past_key_values`, which newer transformers call `cache` and take by both names."""
     inspect = peft_model.inspect
 
     def signature(f: Any) -> Any:
