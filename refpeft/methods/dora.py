@@ -151,9 +151,9 @@ def shifted(f: Run, sign: int, b: Array, key: Key) -> Run:
         def back(dy: Lazy, want: Want) -> tuple[Lazy, Grads]:
             dx, grads = back_f(dy, want)
             if key in want:
-                grads = join(grads, {key: Once(lambda: rows(sign * dy()).sum(0))})
+                grads = join(grads, {key: Once(lambda: rows(dy() if sign > 0 else -dy()).sum(0))})
             return dx, grads
 
-        return y + sign * b, back
+        return y + b if sign > 0 else y - b, back  # sign · b would promote bfloat16 in NumPy 2.0
 
     return run
