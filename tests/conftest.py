@@ -12,6 +12,8 @@ from shutil import which
 import hypothesis
 import pytest
 
+from refpeft.conformance.targets.libraries import LIBRARIES, elsewhere
+
 NEEDS = {  # marker → its libraries or programs, and what brings them
     "peft": (("torch", "transformers", "peft"), "the extra [peft]"),
     "adapterhub": (("torch", "adapters"), "the extra [adapters], in an environment of its own"),
@@ -25,6 +27,9 @@ MISSING = {
     marker: [name for name in names if not (which(name) if marker in PROGRAMS else find_spec(name))]
     for marker, (names, _) in NEEDS.items()
 }
+for name, library in LIBRARIES.items():  # here, or in an environment of its own
+    NEEDS[name] = ((library.module,), f"refpeft targets --install {name}")
+    MISSING[name] = [] if find_spec(library.module) or elsewhere(name) else [library.module]
 
 hypothesis.settings.register_profile("dev", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)

@@ -1,6 +1,6 @@
 """Google's Flax NNX: `LoRALinear`, and `LoRA` over a layer (`base_module`), which are the setting `module` here.
 
-Kernels are [i, o], `lora_a` [i, r] and `lora_b` [r, o], so A and B are transposed. There is no scale: y = f(x) + x A B, and
+Kernels are [i, o], `lora_a` [i, r] and `lora_b` [r, o], so A and B are transposed. There is no scale, y = f(x) + x A B:
 s goes into B, whose gradient is s times what it is there. Parameters are float32 unless said. It has no merging, and no
 embeddings; `nnx.Param` and `nnx.LoRAParam` are how one tells what to train.
 """

@@ -1,9 +1,9 @@
 """Keras 3, on torch: `enable_lora` of `Dense` and `Embedding`.
 
-Kernels are [i, o], as Conv1D's; `lora_kernel_a` [i, r] and `lora_kernel_b` [r, o] are A and B transposed, and so are those
-of `Embedding`. s = α/r, and α = r unless said. A and B are float32 whatever the layer is, so it is float32 here. Merging is
-saving: `save_own_variables` writes merged weights, which are loaded into a layer without LoRA. It has no rsLoRA and no
-DoRA, and no way to switch an adapter off.
+Kernels are [i, o], as Conv1D's; `lora_kernel_a` [i, r] and `lora_kernel_b` [r, o] are A and B transposed, and so are
+those of `Embedding`. s = α/r, and α = r unless said. A and B are float32 whatever the layer is, so all is float32 here.
+Merging is saving: `save_own_variables` writes merged weights, which are loaded into a layer without LoRA. It has no
+rsLoRA and no DoRA, and no way to switch an adapter off.
 """
 
 import os

@@ -89,6 +89,8 @@ def elsewhere(name: str) -> str | None:
 def version(name: str) -> str | None:
     """What is there of a library, here or in its environment; None where it is neither."""
     package, python = LIBRARIES[name].package, elsewhere(name)
+    if not python and not find_spec(LIBRARIES[name].module):
+        return None
     there = [str(p) for p in python_of(name).parents[1].glob("lib/python3*/site-packages")] if python else sys.path
     found = next(iter(metadata.distributions(name=package, path=there)), None)
     where = f" in {Path(python).parents[1]}" if python else ""

@@ -1,0 +1,195 @@
+"""Libraries that are targets in environments of their own: listed, made, found; and all that they answer is explained."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from refpeft.cli import app
+from refpeft.cli.check import elsewhere
+from refpeft.conformance import engine, known, strategies
+from refpeft.conformance.case import Case
+from refpeft.conformance.properties import PROPERTIES
+from refpeft.conformance.targets import TARGETS, libraries, open_target
+from refpeft.conformance.targets.fused import MASKS, Fused
+from refpeft.conformance.targets.libraries import LIBRARIES
+from refpeft.conformance.targets.spec import Spec
+
+FINDINGS = Path(__file__).parents[2] / "docs" / "findings"
+EACH = pytest.mark.parametrize("name", [pytest.param(name, marks=getattr(pytest.mark, name)) for name in LIBRARIES])
+PAGES = [(name, page) for name in LIBRARIES for page in sorted(FINDINGS.glob(f"{name}-*.md"))]
+DECLARES = {  # methods, and the property that shows how much of the layer level there is
+    "loralib": ({"lora"}, "unmerge"),
+    "lycoris": ({"lora", "rslora", "dora"}, "unmerge"),
+    "litgpt": ({"lora"}, "merge"),
+    "torchtune": ({"lora", "dora"}, "disable"),
+    "mlx": ({"lora", "rslora", "dora"}, "merge"),
+    "keras": ({"lora"}, "merge"),
+    "flax": ({"lora"}, "param-grads"),
+}
+
+
+# ── with the libraries ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def target(name: str) -> str:
+    return elsewhere(name, None)
+
+
+@EACH
+def test_a_library_differs_only_where_it_is_known_to(name: str, tmp_path: Path) -> None:
+    rows = [e for e in engine.check(target(name), folder=tmp_path, examples=2, levels=["layer"])]
+    found = [r for r in rows if r["type"] == "result" and r["status"] != "undeclared"]
+    methods, most = DECLARES[name]
+    assert {r["method"] for r in found} == methods
+    assert {"forward", "param-grads", most} <= {r["property"] for r in found}
+    assert [(r["method"], r["property"], r["detail"]) for r in found if r["status"] not in ("pass", "known")] == []
+    assert sum(r["status"] == "pass" for r in found) > sum(r["status"] == "known" for r in found)
+
+
+@EACH
+def test_a_wrong_number_in_an_adapter_is_noticed(name: str) -> None:
+    there, forward = engine.opened(target(name)), next(p for p in PROPERTIES if p.name == "forward")
+    asked = forward.case("lora", forward.corners("lora", there.info())[-1], 0)
+    assert engine.examine(there, asked).verdict.kind is None
+    other = Case(asked.meta, {n: a * 2 if n == "B" else a for n, a in asked.arrays.items()})
+    assert np.abs(there.run(asked)["y"] - there.run(other)["y"]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "page"),
+    [pytest.param(*both, marks=getattr(pytest.mark, both[0]), id=both[1].stem) for both in PAGES],
+)
+def test_the_scripts_of_the_findings_print_what_the_pages_say(name: str, page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    python = libraries.elsewhere(name) or sys.executable
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        run = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+        assert run.stdout.strip()
+        assert [line for line in run.stdout.splitlines() if line not in text] == []
+
+
+# ── without them ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No environment is there, and no library."""
+    monkeypatch.setenv("REFPEFT_TARGETS", str(tmp_path))
+    for name, library in LIBRARIES.items():
+        monkeypatch.setitem(sys.modules, library.module, None)
+        monkeypatch.delitem(sys.modules, f"refpeft.conformance.targets.{name}", raising=False)
+    monkeypatch.setattr(libraries, "find_spec", lambda module: None)
+    engine.opened.cache_clear()
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_where_a_library_is_missing_one_sentence_says_what_to_install(name: str, nowhere: Path) -> None:
+    result = CliRunner().invoke(app, ["check", name])
+    assert result.exit_code == 2
+    assert result.output.startswith(f"refpeft: the target {name} needs ")
+    assert f": refpeft targets --install {name}, or pip install {LIBRARIES[name].pip}\n" in result.output
+    assert result.output.count("\n") == 1
+
+
+def test_every_library_is_a_target_pinned_and_documented() -> None:
+    page = (FINDINGS.parent / "targets.md").read_text(encoding="utf-8")
+    for name, library in LIBRARIES.items():
+        assert TARGETS[name] == (library.about, library.factory)
+        version = library.requires[0].partition("==")[2]
+        assert version
+        assert f"| `{name}` | {version} |" in page
+
+
+def test_targets_says_where_a_library_is_or_how_to_get_it(nowhere: Path, tmp_path: Path) -> None:
+    info = nowhere / "mlx" / "lib" / "python3.11" / "site-packages" / "mlx_lm-9.9.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mlx-lm\nVersion: 9.9\n")
+    python = nowhere / "mlx" / "bin" / "python"
+    python.parent.mkdir()
+    python.touch()
+    assert CliRunner().invoke(app, ["targets", "--json", str(tmp_path / "t.jsonl")]).exit_code == 0
+    rows = {row["name"]: row for row in map(json.loads, (tmp_path / "t.jsonl").read_text().splitlines())}
+    assert rows["mlx"]["here"] == f"mlx-lm 9.9 in {nowhere / 'mlx'}"
+    assert (rows["mlx"]["ready"], rows["flax"]["ready"]) == (True, False)
+    assert rows["flax"]["here"] == "refpeft targets --install flax"
+    assert elsewhere("mlx", None) == f"program:{python} -m refpeft.conformance.serve mlx"
+    assert elsewhere("mlx", "/my/python") == "program:/my/python -m refpeft.conformance.serve mlx"
+    assert elsewhere("flax", None) == "flax"
+
+
+def test_install_makes_an_environment_that_has_this_refpeft_and_nothing_else_of_ours(tmp_path: Path) -> None:
+    asked: list[Sequence[str]] = []
+    python = libraries.install("loralib", tmp_path, asked.append)
+    assert asked == [
+        [str(python), "-m", "pip", "install", "--quiet", *libraries.SHARED, *LIBRARIES["loralib"].requires]
+    ]
+    code = "import importlib.util as u, sys; print([n for n in ('refpeft', 'conformance', 'pytest') if u.find_spec(n)])"
+    found = subprocess.run([python, "-E", "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert found.stdout == "['refpeft']\n"
+    again: list[Sequence[str]] = []
+    assert libraries.install("loralib", tmp_path, again.append) == python
+    assert again == asked
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--install", "nosuch"], "--install nosuch: expected one of loralib, "),
+        (["--dir", "x"], "--dir needs --install NAME"),
+    ],
+)
+def test_what_cannot_be_installed_is_one_sentence(arguments: list[str], sentence: str) -> None:
+    result = CliRunner().invoke(app, ["targets", *arguments])
+    assert (result.exit_code, result.output.count("\n")) == (2, 1)
+    assert result.output.startswith(f"refpeft: {sentence}")
+
+
+def test_a_pip_that_fails_is_one_sentence() -> None:
+    with pytest.raises(ValueError, match="pip ended with exit code 3: -c 'raise SystemExit"):
+        libraries.pip([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_every_known_failure_has_a_reason_and_a_case(name: str) -> None:
+    file = known.FOLDER / f"{name}.json"
+    entries = known.parse(file) if file.is_file() else []
+    assert all(e.reason.endswith(".") and e.read().method == e.method for e in entries)
+    assert {e.case for e in entries} == set((known.FOLDER / name).glob("*.safetensors"))
+    assert len({e.case for e in entries}) == len(entries)
+
+
+# ── a layer among three, and what a target says about layers ─────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("mask", MASKS[1:])
+def test_of_a_fused_layer_ours_comes_back_and_the_others_are_other_numbers(mask: str) -> None:
+    fused, a = Fused(mask), np.arange(1.0, 7).reshape(2, 3)
+    assert fused.base(a).shape == (6, 3)
+    np.testing.assert_array_equal(fused.last(fused.base(a)), a)
+    assert fused.adapter(a).shape == (2 * sum(fused.enabled), 3)
+    np.testing.assert_array_equal(fused.ours(fused.adapter(a)), a)
+    for whole in (fused.base(a), fused.adapter(a)):
+        parts = [whole[k : k + 2] for k in range(0, len(whole), 2)]
+        assert all((part != a).any() for part in parts[:-1])
+
+
+def test_options_and_settings_of_a_target_hold_for_layers_too() -> None:
+    info: dict[str, Any] = dict(Spec().info()) | {
+        "options": {"dora": {"detach_norm": False}},
+        "settings": {"way": ["a", "b"]},
+    }
+    corners = strategies.layer_corners("dora", info, {})
+    assert {s["settings"]["way"] for s in corners} == {"a", "b"}
+    assert all(s["config"]["detach_norm"] is False for s in corners)
+    forward = next(p for p in PROPERTIES if p.name == "forward")
+    assert forward.case("dora", corners[0], 0).meta["settings"] == {"way": "a"}
+    assert "settings" not in strategies.layer_corners("dora", Spec().info(), {})[0]
