@@ -42,6 +42,12 @@ def buildable(family: str) -> bool:
     return all(hasattr(known, field) for field in tiny.FAMILIES[family])
 
 
+def decoder_of(case: Case, other: bool = False) -> dict[str, Any]:
+    """What the decoder of such a model is given."""
+    name = "decoder_input_ids"
+    return {name: tensor(case.arrays["other_" * other + name])} if name in case.arrays else {}
+
+
 def base_model(case: Case, attention: str = "eager") -> Any:
     """transformers' model with the case's weights, all of which must find their place."""
     source = {k: v for k, v in case.meta["model"].items() if k not in ("architectures", "model_type")}
