@@ -315,7 +315,13 @@ class Whole:
         return self.unloaded
 
     def merged(self) -> Arrays:
-        return {f"merged/{n}": array(p) for n, p in self.plain().named_parameters()}
+        """Its parameters, and buffers that are of the model: with the shapes that they have in the case."""
+        there = {f"model/{n}": b for n, b in self.plain().named_buffers()}
+        own = {n.removeprefix("model/"): array(b) for n, b in there.items() if n in self.case.arrays}
+        found = {n: array(p) for n, p in self.plain().named_parameters()}
+        return {f"merged/{n}": a for n, a in found.items()} | {
+            f"merged/{n}": a.reshape(self.case.arrays[f"model/{n}"].shape) for n, a in own.items()
+        }
 
     def merged_logits(self) -> Arrays:
         with torch.no_grad():
