@@ -147,10 +147,13 @@ def model(
     if "loss" in fields.get("want", ()):
         arrays["labels"] = np.where(integers(seed, "ignored", ids.shape, 0, 3) > 0, ids, -100)
         arrays["labels"][:, 0] = ids[:, 0]
+    if source["model_type"] in tiny.ENCODER_DECODERS:
+        arrays["decoder_input_ids"] = decoded(ids, seed, vocab)
     if "rows" in s:
         arrays["rows"] = np.array(s["rows"])
     if "other_logits" in fields.get("want", ()):
-        arrays["other_ids"] = np.where(np.arange(ids.shape[1]) == ids.shape[1] - 1, 2 + (ids - 1) % (vocab - 2), ids)
+        name = "decoder_input_ids" if "decoder_input_ids" in arrays else "ids"
+        arrays["other_" + name] = another_end(ids if name == "ids" else arrays[name], vocab)
     asked = {
         "model": source,
         "adapters": about,
@@ -161,7 +164,8 @@ def model(
 
 
 def tiny_model(s: Mapping[str, Any], seed: int) -> Model:
-    return tiny.model(tiny.config_json(s["family"], s["architecture"], s["layers"]), seed, DTYPES[s["dtype"]])
+    source = tiny.config_json(s["family"], s["architecture"], s["layers"], **s.get("more", {}))
+    return tiny.model(source, seed, DTYPES[s["dtype"]])
 
 
 @cache
@@ -190,6 +194,20 @@ def adapter(
         for n, v in fresh.params.items()
     }
     return moved, dict(fresh.frozen)
+
+
+def decoded(ids: Array, seed: int, vocab: int) -> Array:
+    """What a decoder reads: nowhere what the encoder reads, and shorter by one where there is room."""
+    b, s = ids.shape
+    t = max(min(s, 2), s - 1)
+    found: Array = 2 + (ids[:, :t] - 2 + integers(seed, "decoder_input_ids", (b, t), 1, vocab - 3)) % (vocab - 2)
+    return found
+
+
+def another_end(ids: Array, vocab: int) -> Array:
+    """The same tokens but for the last."""
+    last = np.arange(ids.shape[1]) == ids.shape[1] - 1
+    return np.where(last, 2 + (ids - 1) % (vocab - 2), ids)
 
 
 def padded(s: Mapping[str, Any], ids: Array, pad: int) -> dict[str, Array]:

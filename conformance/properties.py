@@ -91,8 +91,6 @@ LAYER = [
 
 # ── a whole model ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-CAUSAL = tiny.CAUSAL
-
 
 def patterns(s: Structure) -> Structure:
     """Keys that several layers match, and a rank_pattern and an alpha_pattern that disagree about which."""
@@ -113,13 +111,14 @@ def swapped(s: Structure) -> Mapping[str, Any]:
 
 
 MODEL = [
-    whole("logits", "The model's output is that of the formula.", ["logits"], ["forward"], ["L3"]),
+    whole("logits", "The model's output is that of the formula.", ["logits"], ["forward"], ["L3"], across=True),
     whole(
         "param-grads",
         "The gradients of all the adapter's parameters are those of the formula.",
         ["grads"],
         ["grads"],
-        ["F1", "B1", "PT1", "PU4"],
+        ["F1", "B1", "PT1", "PT4", "PU4"],
+        across=True,
     ),
     whole(
         "merge",
@@ -133,8 +132,9 @@ MODEL = [
         "A later token changes nothing before it.",
         ["logits", "other_logits"],
         ["forward"],
-        families=CAUSAL,
+        families=tiny.DECODING,
         architectures=("",),
+        across=True,
         also={"batch": [[1, 2], [2, 5]]},
     ),
     whole(
@@ -175,8 +175,9 @@ MODEL = [
         "Decoding with keys and values kept gives what decoding without gives.",
         ["logits", "decoded"],
         ["forward", "cache"],
-        families=CAUSAL,
+        families=tiny.DECODING,
         architectures=("",),
+        across=True,
     ),
     whole("count", "The number of trained parameters.", ["count"], ["frozen"]),
     whole(

@@ -111,9 +111,12 @@ def whole(
     adapters: Callable[[Structure], Mapping[str, Any] | None] = lambda s: None,
     families: tuple[str, ...] = tuple(tiny.FAMILIES),
     level: str = "model",
+    across: bool = False,
     **more: Any,
 ) -> Property:
-    """`also` are further fields to draw; `configs` changes the adapter's config, `adapters` names several."""
+    """`also` are further fields to draw; `configs` changes the adapter's config, `adapters` names several. Models with
+    an encoder and a decoder are always asked about if `across`, and otherwise if they are drawn."""
+    always = tuple(f for f in families if across or f not in tiny.ENCODER_DECODERS) or families
     fixed = {key: more.pop(key) for key in ("architectures", "layers") if key in more}
 
     def draw(method: str, info: Info) -> Strategy:
@@ -122,7 +125,7 @@ def whole(
         return st.builds(lambda s, own: {**s, **own}, base, extra)
 
     def corners(method: str, info: Info) -> Sequence[Structure]:
-        plain = strategies.model_corners(method, info, families, fixed.get("architectures", ("",)))
+        plain = strategies.model_corners(method, info, always, fixed.get("architectures", ("",)))
         return [{**s, **{k: v[n % len(v)] for k, v in (also or {}).items()}} for n, s in enumerate(plain)]
 
     def make(method: str, s: Structure, seed: int) -> Case:

@@ -67,8 +67,9 @@ def model_corners(
 ) -> list[Structure]:
     """One model of each family, with adapters on two kinds of layers of unlike shapes."""
     given, traits = info.get("model", {}), TRAITS[method]
-    there = [given["family"]] if given else buildable(info, able(families, traits.families)) or ["llama"]
     heads = able(architectures, traits.architectures)
+    possible = headed(able(families, traits.families), heads)
+    there = [given["family"]] if given else buildable(info, possible) or ["llama"]
     own: Structure = {"r": 2, "lora_alpha": 6.0} | FLAGS.get(method, {})
     found = []
     for n, family in enumerate(there):
@@ -83,6 +84,11 @@ def model_corners(
             }
         )  # fmt: skip
     return [s | setting for s in found for setting in settings(info)]
+
+
+def headed(families: Sequence[str], architectures: Sequence[str]) -> list[str]:
+    """Those that come with one of these heads: not all have a classifier."""
+    return [f for f in families if f in tiny.HEAD or set(architectures) != {tiny.CLASSIFIER}]
 
 
 def able(wanted: Sequence[str], possible: Sequence[str] | None) -> list[str]:
@@ -149,8 +155,11 @@ def model(
     """A tiny model, or the one in `info["model"]`, and where an adapter goes. '' is the family's language model."""
     given = info.get("model")
     traits = TRAITS[method]
-    family = given["family"] if given else draw(st.sampled_from(buildable(info, able(families, traits.families))))
-    architecture = draw(st.sampled_from(able(architectures, traits.architectures))) or tiny.LM[family]
+    heads = able(architectures, traits.architectures)
+    possible = headed(able(families, traits.families), heads)
+    family = given["family"] if given else draw(st.sampled_from(buildable(info, possible)))
+    there = [head for head in heads if family in tiny.HEAD or head != tiny.CLASSIFIER]
+    architecture = draw(st.sampled_from(there)) or tiny.LM[family]
     architecture = given["architecture"] if given else architecture
     if method in LORA:
         own = draw(config(method, [], False, False, "none", 4))
@@ -159,8 +168,12 @@ def model(
     else:
         drawn = st.fixed_dictionaries({name: st.sampled_from(values) for name, values in traits.choices.items()})
         own = draw(drawn) | draw(st.sampled_from(list(traits.variants))) | traits.fixed(family, architecture)
-    floats = ["float32"] if family in ("llama", "qwen2") else ["float32", "float64"]
+    floats = ["float32"] if family in tiny.ROUNDED else ["float32", "float64"]
     setting = draw(st.sampled_from(settings(info)))
+    if family == "t5" and not given and draw(st.booleans()):
+        setting = {**setting, "more": tiny.V1_1}
+        if method in LORA:
+            own["target_modules"] = [tiny.GATED.get(name, name) for name in own["target_modules"]]
     return {
         "method": method,
         "family": family,

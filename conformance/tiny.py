@@ -22,23 +22,49 @@ FAMILIES: Mapping[str, dict[str, Any]] = {
     "qwen2": {**WIDE, "num_key_value_heads": 1},
     "bert": {**WIDE, "type_vocab_size": 2, "pad_token_id": 0},
     "roberta": {**WIDE, "type_vocab_size": 2, "pad_token_id": 1},
-}
-PREFIX = {"gpt2": "GPT2", "llama": "Llama", "qwen2": "Qwen2", "bert": "Bert", "roberta": "Roberta"}
+    "t5": {
+        "vocab_size": VOCAB, "d_model": 8, "d_kv": 3, "d_ff": 12, "num_heads": 2, "pad_token_id": 0,
+        "relative_attention_num_buckets": 8, "relative_attention_max_distance": 6,
+    },
+    "bart": {
+        "vocab_size": VOCAB, "d_model": 8, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 12, "decoder_ffn_dim": 10, "max_position_embeddings": 12, "scale_embedding": True,
+        "pad_token_id": 1,
+    },
+}  # fmt: skip
+PREFIX = {
+    "gpt2": "GPT2", "llama": "Llama", "qwen2": "Qwen2", "bert": "Bert", "roberta": "Roberta", "t5": "T5",
+    "bart": "Bart",
+}  # fmt: skip
 LM = {
     "gpt2": "LMHeadModel",
     "llama": "ForCausalLM",
     "qwen2": "ForCausalLM",
     "bert": "ForMaskedLM",
     "roberta": "ForMaskedLM",
+    "t5": "ForConditionalGeneration",
+    "bart": "ForConditionalGeneration",
 }
 CLASSIFIER = "ForSequenceClassification"
 CAUSAL = ("gpt2", "llama", "qwen2")
+ENCODER_DECODERS = ("t5", "bart")
+DECODING = (*CAUSAL, *ENCODER_DECODERS)
+ROUNDED = ("llama", "qwen2", "t5")  # families whose norms transformers computes in float32, whatever the weights are
+DEPTH = {
+    "gpt2": ("n_layer",),
+    "t5": ("num_layers", "num_decoder_layers"),
+    "bart": ("encoder_layers", "decoder_layers"),
+}  # elsewhere num_hidden_layers
+V1_1 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}  # of T5
+GATED = {"wi": "wi_1"}  # what T5's layers are called there
 LINEARS = {  # what adapters are usually put on
     "gpt2": ("c_attn", "c_fc", "attn.c_proj", "mlp.c_proj"),
     "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     "qwen2": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     "bert": ("query", "key", "value", "attention.output.dense", "intermediate.dense"),
     "roberta": ("query", "key", "value", "attention.output.dense", "intermediate.dense"),
+    "t5": ("q", "k", "v", "o", "wi", "wo"),
+    "bart": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "encoder_attn.v_proj", "fc2"),
 }
 NORMS = {
     "gpt2": ("ln_1", "ln_2", "ln_f"),
@@ -46,16 +72,19 @@ NORMS = {
     "qwen2": ("input_layernorm", "post_attention_layernorm", "norm"),
     "bert": ("LayerNorm",),
     "roberta": ("LayerNorm", "layer_norm"),
+    "t5": ("layer_norm", "final_layer_norm"),
+    "bart": ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm", "layernorm_embedding"),
 }
 TOKENS = {
     "gpt2": "wte", "llama": "embed_tokens", "qwen2": "embed_tokens", "bert": "word_embeddings",
-    "roberta": "word_embeddings",
+    "roberta": "word_embeddings", "t5": "shared", "bart": "shared",
 }  # fmt: skip
+# of classifiers; T5 has none here, and that of BART reads a decoder with the tokens of the encoder
 HEAD = {"gpt2": "score", "llama": "score", "qwen2": "score", "bert": "classifier", "roberta": "classifier"}
 
 
 def config_json(family: str, architecture: str, layers: int, **more: Any) -> dict[str, Any]:
-    depth = {"n_layer": layers} if family == "gpt2" else {"num_hidden_layers": layers}
+    depth = dict.fromkeys(DEPTH.get(family, ("num_hidden_layers",)), layers)
     own = {"model_type": family, "architectures": [PREFIX[family] + architecture], **FAMILIES[family], **depth, **more}
     if architecture == CLASSIFIER:
         own |= {"num_labels": 3} | ({"pad_token_id": 0} if family in CAUSAL else {})

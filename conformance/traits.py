@@ -46,7 +46,7 @@ def other_rank(first: Structure) -> Structure:
     return {**first, "r": first["r"] + 1, "lora_alpha": 2 * first["lora_alpha"] + 1}
 
 
-BIASED = ("gpt2", "qwen2", "bert", "roberta")  # families whose layers have biases
+BIASED = ("gpt2", "qwen2", "bert", "roberta", "bart")  # families whose layers have biases
 SELECTION = (*RUNS, *TOKENS, *LIVES, *MERGES)
 
 
@@ -66,7 +66,7 @@ def longer(first: Structure) -> Structure:
     return {**first, "num_virtual_tokens": first["num_virtual_tokens"] + 1}
 
 
-POSITIONED = ("gpt2", "bert", "roberta")  # families with learned positions, behind which a prompt can be put
+POSITIONED = ("gpt2", "bert", "roberta", "bart")  # families with learned positions, behind which a prompt can be put
 PROMPT: Mapping[str, Sequence[Any]] = {"num_virtual_tokens": [2, 1, 3], "placement": ["before", "after_embedding"]}
 PREFIX: Mapping[str, Sequence[Any]] = {
     "num_virtual_tokens": [2, 1, 3],
@@ -112,13 +112,21 @@ def head(family: str, architecture: str) -> Structure:
     return {"modules_to_save": [tiny.HEAD[family]]} if architecture == tiny.CLASSIFIER else {}
 
 
+def prompted(family: str, architecture: str) -> Structure:
+    """HF peft gives encoder-decoders a prompt of 2n rows, of which the first n are used."""
+    rows = {"num_transformer_submodules": 2} if family in tiny.ENCODER_DECODERS else {}
+    return head(family, architecture) | rows
+
+
 def placed(family: str, architecture: str) -> Structure:
-    return head(family, architecture) | ({} if family in POSITIONED else {"placement": "before"})
+    return prompted(family, architecture) | ({} if family in POSITIONED else {"placement": "before"})
 
 
 def some(family: str, architecture: str) -> Structure:
-    """A kind of each: a matrix and its bias, norms, and the embedding, which a head may be tied to."""
-    return {"target_modules": [tiny.LINEARS[family][0], *tiny.NORMS[family], tiny.TOKENS[family]]}
+    """A kind of each: a matrix and its bias, norms, and the embedding, which a head may be tied to. (SAID needs more
+    numbers than there are tensors: of BART's norms, which are many, two kinds.)"""
+    norms = tiny.NORMS[family][: 2 if family == "bart" else None]
+    return {"target_modules": [tiny.LINEARS[family][0], *norms, tiny.TOKENS[family]]}
 
 
 TRAITS: Mapping[str, Traits] = {
@@ -136,7 +144,7 @@ TRAITS: Mapping[str, Traits] = {
     "pfeiffer": Traits("PF", BOTTLENECKS, PFEIFFER, OPTIONS, second=wider),
     "parallel": Traits("PA", BOTTLENECKS, BOTTLENECK, OPTIONS, second=wider),
     "prompt_tuning": Traits("PT", SOFT, PROMPT, fixed=placed, second=longer),
-    "p_tuning": Traits("PU", (*SOFT, *DROPS, "model/recurrent"), ENCODER, fixed=head, second=longer),
+    "p_tuning": Traits("PU", (*SOFT, *DROPS, "model/recurrent"), ENCODER, fixed=prompted, second=longer),
     "prefix_tuning": Traits("PX", (*SOFT, *DROPS, *LAYERS, *TOGETHER), PREFIX, second=longer, architectures=("",)),
     "p_tuning_v2": Traits(
         "PV",

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import transformers
 
 from refpeft.conformance import tiny
@@ -19,6 +20,12 @@ def buildable(family: str) -> bool:
     return all(hasattr(known, field) for field in tiny.FAMILIES[family])
 
 
+def decoder_of(case: Case, other: bool = False) -> dict[str, Any]:
+    """What the decoder of such a model is given."""
+    name = "decoder_input_ids"
+    return {name: tensor(case.arrays["other_" * other + name])} if name in case.arrays else {}
+
+
 def base_model(case: Case, attention: str = "eager") -> Any:
     """transformers' model with the case's weights, all of which must find their place."""
     source = {k: v for k, v in case.meta["model"].items() if k not in ("architectures", "model_type")}
@@ -27,10 +34,21 @@ def base_model(case: Case, attention: str = "eager") -> Any:
     weights = {n.removeprefix("model/"): tensor(a).clone() for n, a in case.arrays.items() if n.startswith("model/")}
     model = getattr(transformers, case.meta["model"]["architectures"][0])(config)
     model.to(next(iter(weights.values())).dtype)
+    fit(model, weights)
     _, unexpected = model.load_state_dict(weights, strict=False)
     if unexpected:
         raise ValueError(f"transformers has no parameter {unexpected[0]}")
     return model.eval()
+
+
+def fit(model: Any, weights: dict[str, Any]) -> None:
+    """BART's bias of its logits is a row [1, v] there. Of an untied head T5's config has forgotten that it is."""
+    name = "final_logits_bias"
+    if name in weights:
+        weights[name] = weights[name].reshape(model.get_buffer(name).shape)
+    head = getattr(model, "lm_head", None)
+    if head is not None and "lm_head.weight" in weights and head.weight is model.get_input_embeddings().weight:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
 
 
 def values_of(case: Case, prefix: str) -> Arrays:

@@ -41,6 +41,6 @@ class Exported(Whole):
             export(self.base, self.active, Path(folder) / "out", verify=False)
             graph = session(Path(folder) / "out" / "model.onnx", "cpu")
             given = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-            given |= self.inputs
+            given |= self.inputs  # which are a decoder's too
             (y,) = graph.run(None, {x.name: given[x.name] for x in graph.get_inputs()})
         return {"merged_logits": self.real(np.asarray(y))}

@@ -28,8 +28,8 @@ from refpeft.conformance import tiny
 from refpeft.conformance.case import DTYPES, Case, read
 from refpeft.conformance.targets import peft_prompts as prompts
 from refpeft.conformance.targets.base import FEATURES, Arrays, Skip
-from refpeft.conformance.targets.models import base_model, buildable, output, values_of
-from refpeft.conformance.targets.spec import answers, real
+from refpeft.conformance.targets.models import base_model, buildable, decoder_of, output, values_of
+from refpeft.conformance.targets.spec import answers, mask_of, real
 from refpeft.conformance.targets.tensors import array, quietly, tensor
 from refpeft.ops import Array
 
@@ -275,7 +275,7 @@ def add(case: Case, model: Any, name: str) -> Any:
 class Whole:
     def __init__(self, case: Case) -> None:
         self.case, self.names = case, case.meta["active"]
-        self.ids, self.mask = case.arrays["ids"], case.arrays.get("attention_mask")
+        self.ids = case.arrays["ids"]
         self.model, self.unloaded = base_model(case), None
         for name in self.names:
             self.model = add(case, self.model, name)
@@ -283,18 +283,22 @@ class Whole:
             self.model.base_model.set_adapter(self.names)
 
     def real(self, y: Array) -> Array:
-        return real(y, self.mask)
+        return real(y, mask_of(self.case))
+
+    def said(self, model: Any) -> Any:
+        return output(model, self.ids, self.case.arrays.get("attention_mask"), **decoder_of(self.case))
 
     def logits(self) -> Arrays:
         with torch.no_grad():
-            return {"logits": self.real(array(output(self.model, self.ids, self.mask)))}
+            return {"logits": self.real(array(self.said(self.model)))}
 
     def other_logits(self) -> Arrays:
         with torch.no_grad():
-            return {"other_logits": array(output(self.model, self.case.arrays["other_ids"]))}
+            ids, more = self.case.arrays.get("other_ids", self.ids), decoder_of(self.case, other=True)
+            return {"other_logits": array(output(self.model, ids, **more))}
 
     def grads(self) -> Arrays:
-        output(self.model, self.ids, self.mask).backward(tensor(self.case.arrays["dout"]))
+        self.said(self.model).backward(tensor(self.case.arrays["dout"]))
         found = {f"grad/{a}/{n}": p for a in self.names for n, p in parameters(self.model, a).items()}
         return {n: array(p.grad if p.grad is not None else torch.zeros_like(p)) for n, p in found.items()}
 
@@ -303,11 +307,17 @@ class Whole:
         return self.unloaded
 
     def merged(self) -> Arrays:
-        return {f"merged/{n}": array(p) for n, p in self.plain().named_parameters()}
+        """Its parameters, and buffers that are of the model: with the shapes that they have in the case."""
+        there = {f"model/{n}": b for n, b in self.plain().named_buffers()}
+        own = {n.removeprefix("model/"): array(b) for n, b in there.items() if n in self.case.arrays}
+        found = {n: array(p) for n, p in self.plain().named_parameters()}
+        return {f"merged/{n}": a for n, a in found.items()} | {
+            f"merged/{n}": a.reshape(self.case.arrays[f"model/{n}"].shape) for n, a in own.items()
+        }
 
     def merged_logits(self) -> Arrays:
         with torch.no_grad():
-            return {"merged_logits": self.real(array(output(self.plain(), self.ids, self.mask)))}
+            return {"merged_logits": self.real(array(self.said(self.plain())))}
 
     def loss(self) -> Arrays:
         with torch.no_grad():
@@ -317,21 +327,29 @@ class Whole:
     def dropped(self) -> Arrays:
         with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
             plain = prompts.dropped(self.model, base_model(self.case), Path(folder))
-            return {"dropped": self.real(array(output(plain, self.ids, self.mask)))}
+            return {"dropped": self.real(array(self.said(plain)))}
 
     def decoded(self) -> Arrays:
-        found, cache = [], None
+        found, cache, steps = [], None, steps_of(self.case)
         with torch.no_grad():
             if prompts.prompted(self.model, self.names[0]):
-                return {"decoded": np.concatenate([array(y) for y in prompts.decoded(self.model, tensor(self.ids))], 1)}
-            for t in range(self.ids.shape[1]):
-                out = self.model(input_ids=tensor(self.ids[:, t : t + 1]), past_key_values=cache, use_cache=True)
+                return {"decoded": np.concatenate([array(y) for y in prompts.decoded(self.model, steps)], 1)}
+            for step in steps:
+                out = self.model(**step, past_key_values=cache, use_cache=True)
                 cache = out.past_key_values
                 found.append(array(out.logits))
         return {"decoded": np.concatenate(found, axis=1)}
 
     def count(self) -> Arrays:
         return {"count": np.array(sum(p.numel() for p in self.model.parameters() if p.requires_grad))}
+
+
+def steps_of(case: Case) -> Sequence[Mapping[str, Any]]:
+    """One token after the other; of an encoder-decoder, the decoder's."""
+    ids, more = tensor(case.arrays["ids"]), decoder_of(case)
+    grows = more.get("decoder_input_ids", ids)
+    ones = [grows[:, t : t + 1] for t in range(grows.shape[1])]
+    return [{"input_ids": ids, "decoder_input_ids": one} if more else {"input_ids": one} for one in ones]
 
 
 # ── a life ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -348,7 +366,7 @@ class Session:
         for k, step in enumerate(steps):
             said = getattr(self, step["do"])(**{n: v for n, v in step.items() if n != "do"}) or {}
             with torch.no_grad():
-                said["logits"] = array(output(self.model, self.case.arrays["ids"]))
+                said["logits"] = array(output(self.model, self.case.arrays["ids"], **decoder_of(self.case)))
             found |= {f"{k}/{name}": a for name, a in said.items()}
         return found
 

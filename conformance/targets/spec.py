@@ -20,7 +20,7 @@ from refpeft.conformance.case import DTYPES, Case
 from refpeft.conformance.targets.base import FEATURES, Arrays
 from refpeft.conformance.traits import known
 from refpeft.method import Phi
-from refpeft.methods import METHODS
+from refpeft.methods import METHODS, prefix_tuning
 from refpeft.model import Model
 from refpeft.ops import Array, cross_entropy
 from refpeft.part import BASE, Part, make, stored
@@ -138,7 +138,7 @@ class Whole:
     def __init__(self, case: Case) -> None:
         self.case = case
         self.base = model_of(case)
-        self.inputs = {n: case.arrays[n] for n in ("attention_mask", "token_type_ids") if n in case.arrays}
+        self.inputs = inputs_of(case)
         self.active = [adapter_of(case, name, self.base) for name in case.meta["active"]]
         if "rows" in case.arrays:
             self.active = refpeft.by_row(self.active, case.arrays["rows"])
@@ -148,10 +148,11 @@ class Whole:
 
     def real(self, out: Array) -> Array:
         """What is said at padded positions is nobody's business: zero."""
-        return real(out, self.inputs.get("attention_mask"))
+        return real(out, mask_of(self.case))
 
     def other_logits(self) -> Arrays:
-        return {"other_logits": self.base(self.case.arrays["other_ids"], self.active)[0]}
+        given = {**self.case.arrays, **other(self.case)}
+        return {"other_logits": self.base(given["ids"], self.active, **inputs_of(self.case, given))[0]}
 
     def grads(self) -> Arrays:
         _, vjp = self.base(self.case.arrays["ids"], self.active, **self.inputs)
@@ -195,14 +196,32 @@ class Whole:
 
     def decoded(self) -> Arrays:
         """The logits of one position after the other, from the keys and values of those before."""
-        ids, out, cache = self.case.arrays["ids"], [], None
-        for t in range(ids.shape[1]):
-            y, cache = self.base.decode(ids[:, t : t + 1], cache, self.active)
+        ids, written, out, cache = self.case.arrays["ids"], self.inputs.get("decoder_input_ids"), [], None
+        for t in range((ids if written is None else written).shape[1]):
+            one = slice(t, t + 1)
+            given = (ids[:, one], {}) if written is None else (ids, {"decoder_input_ids": written[:, one]})
+            y, cache = self.base.decode(given[0], cache, self.active, **given[1])
             out.append(y)
         return {"decoded": np.concatenate(out, axis=1)}
 
     def count(self) -> Arrays:
         return {"count": np.array(sum(v.size for a in self.active for v in a.params.values()))}
+
+
+def inputs_of(case: Case, arrays: Mapping[str, Array] | None = None) -> Arrays:
+    """What a model is given besides ids."""
+    there = case.arrays if arrays is None else arrays
+    return {n: there[n] for n in ("attention_mask", "token_type_ids", "decoder_input_ids") if n in there}
+
+
+def mask_of(case: Case) -> Array | None:
+    """Of the positions that the output has: those of a decoder are not what the mask of the encoder is about."""
+    return None if "decoder_input_ids" in case.arrays else case.arrays.get("attention_mask")
+
+
+def other(case: Case) -> Arrays:
+    """The ids, or those of the decoder, whose last tokens are others."""
+    return {n.removeprefix("other_"): a for n, a in case.arrays.items() if n.startswith("other_")}
 
 
 def real(out: Array, mask: Array | None) -> Array:
@@ -253,7 +272,7 @@ class Session:
 
     def logits(self) -> Array:
         model, adapters = (self.merged, []) if self.merged else (self.base, self.now())
-        return model(self.case.arrays["ids"], adapters)[0]
+        return model(self.case.arrays["ids"], adapters, **inputs_of(self.case))[0]
 
     def now(self) -> list[Adapter]:
         return [self.adapters[name] for name in self.active] if self.enabled else []
@@ -309,7 +328,9 @@ class Session:
 
 def filed(adapter: Adapter) -> Arrays:
     """What a file of it holds, by HF peft's names; where HF peft has no such adapter, its parameters by their own."""
-    if isinstance(adapter.config, bottleneck.Config) or not getattr(adapter.config, "position_shift", True):
+    stacked = prefix_tuning.SHARED["encoder.P"] in adapter.params or prefix_tuning.SHARED["encoder.E"] in adapter.params
+    unshifted = not getattr(adapter.config, "position_shift", True)
+    if isinstance(adapter.config, bottleneck.Config) or unshifted or stacked:
         return dict(adapter.params)
     return {name.removeprefix(PREFIX): a for name, a in contents(adapter)[1].items()}
 

@@ -1,4 +1,4 @@
-"""Libraries that are targets in environments of their own: listed, made, found; and all that they answer is explained."""
+"""Libraries in environments of their own: they are listed, made and found, and all that they answer is explained."""
 
 import json
 import re
