@@ -1,4 +1,4 @@
-"""Libraries in environments of their own: they are listed, made and found, and all that they answer is explained."""
+"""Libraries in environments of their own, as targets: listed, made, found; all that they answer is explained."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from refpeft.cli.check import elsewhere
 from refpeft.conformance import engine, known, strategies
 from refpeft.conformance.case import Case
 from refpeft.conformance.properties import PROPERTIES
-from refpeft.conformance.targets import TARGETS, libraries, open_target
+from refpeft.conformance.targets import TARGETS, libraries
 from refpeft.conformance.targets.fused import MASKS, Fused
 from refpeft.conformance.targets.libraries import LIBRARIES
 from refpeft.conformance.targets.spec import Spec
@@ -45,7 +45,7 @@ def target(name: str) -> str:
 
 @EACH
 def test_a_library_differs_only_where_it_is_known_to(name: str, tmp_path: Path) -> None:
-    rows = [e for e in engine.check(target(name), folder=tmp_path, examples=2, levels=["layer"])]
+    rows = list(engine.check(target(name), folder=tmp_path, examples=2, levels=["layer"]))
     found = [r for r in rows if r["type"] == "result" and r["status"] != "undeclared"]
     methods, most = DECLARES[name]
     assert {r["method"] for r in found} == methods
