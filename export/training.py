@@ -21,17 +21,21 @@ import numpy as np
 
 from refpeft import optim
 from refpeft.adapter import Adapter
-from refpeft.checkpoint import load_adapter, safetensors, save_adapter
+from refpeft.checkpoint import safetensors, save_adapter
+from refpeft.checkpoint.safetensors import Malformed, show
 from refpeft.config import POOLS
-from refpeft.export.card import needed, read_card
+from refpeft.export import initialisers
+from refpeft.export.card import CARD, read_card
+from refpeft.methods import METHODS
 from refpeft.model import Model
 from refpeft.objectives import Batch, Loss, loss_of
 from refpeft.train import OPTIMIZERS, fitting, norms
+from refpeft.tune import configured
 
 Array = np.ndarray[Any, Any]
 Named = Mapping[str, Any]
 ADAPTER, STATE, NEXT = "adapter.", "state.", "next."
-START, FOLDER = "start.safetensors", "adapter"
+START = "start.safetensors"
 TRACED = ("adamw", "adam", "sgd")  # adafactor looks at its numbers while it computes
 OURS: Named = {"clip": 0.0, "loraplus_ratio": 0.0, "loraplus_embedding": 1e-6}  # 0: none
 
@@ -140,20 +144,33 @@ def adapter_of(folder: str | os.PathLike[str], tensors: Mapping[str, Array]) -> 
     card = read_card(path)
     if card["form"] != "training":
         raise ValueError(f"{folder}: its form is {card['form']}, expected training")
-    needed(path, card, "training")
-    adapter = load_adapter(path / FOLDER, base(path, card))
-    found = {n: a for n, a in {**tensors, **carried(tensors)}.items() if n.startswith(ADAPTER)}
-    return adapter.replace(params={n: fitting_tensor(found, n, a) for n, a in adapter.params.items()})
+    method, config = described(path, card)
+    config = configured(METHODS[method], method, config, base(path, card))
+    found = {**tensors, **carried(tensors)}
+    params = own({n: fitting_tensor(found, n, shape) for n, shape in card["inputs"].items() if n.startswith(ADAPTER)})
+    return Adapter(method, config, params, own(initialisers.read(path / "model.onnx")))
 
 
-def fitting_tensor(found: Mapping[str, Array], name: str, start: Array) -> Array:
-    a = found.get(ADAPTER + name)
+def described(folder: Path, card: Named) -> tuple[str, Named]:
+    """Method and config of the one adapter."""
+    said = card["adapters"][0] if len(card["adapters"]) == 1 and isinstance(card["adapters"][0], Mapping) else {}
+    method, config = said.get("method"), said.get("config")
+    if not isinstance(method, str) or method not in METHODS or not isinstance(config, Mapping):
+        raise Malformed(f"{folder / CARD}: adapters must be one, with its method and config, found {show(said)}")
+    return method, config
+
+
+def own(tensors: Named) -> dict[str, Any]:
+    """Those of the adapter, by their names there."""
+    return {n.removeprefix(ADAPTER): a for n, a in tensors.items() if n.startswith(ADAPTER)}
+
+
+def fitting_tensor(found: Named, name: str, shape: Any) -> Any:
+    a = found.get(name)
     if a is None:
-        raise ValueError(f"{ADAPTER}{name} is missing, which the adapter has")
-    if a.shape != start.shape or a.dtype != np.float32:
-        raise ValueError(
-            f"{ADAPTER}{name} must be float32 of shape {list(start.shape)}, found {a.dtype} of shape {list(a.shape)}"
-        )
+        raise ValueError(f"{name} is missing, which the adapter has")
+    if list(a.shape) != shape or a.dtype != np.float32:
+        raise ValueError(f"{name} must be float32 of shape {shape}, found {a.dtype} of shape {list(a.shape)}")
     return a
 
 

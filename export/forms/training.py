@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from refpeft.adapter import Adapter
-from refpeft.checkpoint import safetensors, save_adapter
+from refpeft.checkpoint import safetensors
 from refpeft.checkpoint.adapters import contents
 from refpeft.export import training, verification
 from refpeft.export.form import Array, Check, Made, Store, Subject, base_tensors, dtypes, named, needed, symbolic
@@ -91,10 +91,9 @@ def labels_of(model: Model) -> tuple[np.dtype[Any], Sequence[str]]:
 
 
 def complete(folder: Path, subject: Subject, made: Made) -> None:
-    """What the first step starts from, and the adapter's folder, whose config says what comes out in the end."""
-    adapter = trainee(subject)
-    safetensors.write(folder / training.START, training.starting(adapter, training.optimizer(subject.options)))
-    save_adapter(adapter, folder / training.FOLDER)
+    """What the first step starts from."""
+    o = training.optimizer(subject.options)
+    safetensors.write(folder / training.START, training.starting(trainee(subject), o))
 
 
 # ── verification ─────────────────────────────────────────────────────────────────────────────────────────────────────

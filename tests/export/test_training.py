@@ -148,8 +148,6 @@ def test_what_comes_out_is_an_adapter_folder(tmp_path: Path) -> None:
     """Saved from tensors, from a file of them and from the command line; loaded, it has these numbers."""
     model, adapter = made("adam")
     export(model, adapter, tmp_path / "out", "training", verify=False)
-    first = refpeft.load_adapter(tmp_path / "out" / "adapter", model)
-    assert all(np.array_equal(a, adapter.params[n]) for n, a in first.params.items())
     _, values = trained(tmp_path / "out", batches(model, lambda ids, rng: rng.integers(0, 3, 2)), 0.01)
     safetensors.write(tmp_path / "trained.safetensors", values)
     training.save(tmp_path / "out", values, tmp_path / "one")
@@ -164,6 +162,34 @@ def test_what_comes_out_is_an_adapter_folder(tmp_path: Path) -> None:
         assert back.params.keys() == adapter.params.keys()
         assert all(np.array_equal(a, values["adapter." + n]) for n, a in back.params.items())
         assert not all(np.array_equal(a, adapter.params[n]) for n, a in back.params.items())
+
+
+KEPT = {
+    "a network that makes a prompt": ("p_tuning", SMALL["p_tuning"]),
+    "a network that makes a prefix": ("prefix_tuning", SMALL["prefix_tuning"]),
+    "companions that are frozen": ("lora", {"r": 2, "init_lora_weights": "pissa"}),
+    "patterns": ("lora", {"r": 2, "rank_pattern": {"c_fc": 3}, "target_modules": ["c_attn", "c_fc", "wte"]}),
+    "biases and a tied head": ("lora", {"r": 2, "bias": "all", "modules_to_save": ["lm_head"]}),
+    "rows of a table": ("trainable_tokens", SMALL["trainable_tokens"]),
+    "a bottleneck": ("pfeiffer", {}),
+}
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_the_way_back_keeps_everything(case: str, tmp_path: Path) -> None:
+    """Without a step the adapter comes back as it was; saved and loaded, it is the same function."""
+    method, config = KEPT[case]
+    model = tiny("gpt2", dtype=F32)
+    adapter = moved(refpeft.init(method, config, model, seed=1))
+    export(model, adapter, tmp_path / "out", "training", verify=False)
+    back = training.save(tmp_path / "out", tmp_path / "out" / "start.safetensors", tmp_path / "back")
+    for ours, theirs in ((adapter.params, back.params), (adapter.frozen, back.frozen)):
+        assert ours.keys() == theirs.keys()
+        assert all(np.array_equal(a, theirs[n]) for n, a in ours.items())
+    assert json.dumps(asdict(back.config), default=list) == json.dumps(asdict(adapter.config), default=list)
+    ids = np.arange(8)[None]
+    loaded = refpeft.load_adapter(tmp_path / "back", model)
+    np.testing.assert_allclose(model(ids, loaded)[0], model(ids, adapter)[0], rtol=0, atol=1e-5)
 
 
 def test_what_does_not_come_out_is_said(tmp_path: Path) -> None:
@@ -184,6 +210,11 @@ def test_what_does_not_come_out_is_said(tmp_path: Path) -> None:
     export(model, adapter, tmp_path / "merged", verify=False)
     with pytest.raises(ValueError, match="its form is merged, expected training"):
         training.save(tmp_path / "merged", values, tmp_path / "back")
+    card = json.loads((tmp_path / "out" / "refpeft.json").read_text())
+    for wrong in ([], [{"method": "lora"}], [{"method": "none", "config": {}}], ["lora"]):
+        (tmp_path / "out" / "refpeft.json").write_text(json.dumps(card | {"adapters": wrong}))
+        with pytest.raises(ValueError, match="adapters must be one, with its method and config"):
+            training.save(tmp_path / "out", values, tmp_path / "back")
     assert not (tmp_path / "back").exists()
 
 
