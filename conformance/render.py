@@ -169,15 +169,18 @@ LETTER = 6.3  # the width of one, about
 
 
 def svg(report: Report) -> str:
-    """The matrix, for a README: a block for each level, side by side as far as they fit. A level of which the target
-    declares nothing has no block; the verdict above counts it."""
-    levels = unique(result["level"] for result in report.results if result["status"] != "undeclared")
-    longest = LETTER * max((len(result["property"]) for result in report.results), default=0)
+    """The matrix, for a README: a block for each level, side by side as far as they fit. A level, a method or a
+    property of which the target declares nothing has no place; the verdict above counts it."""
+    declared = [result for result in report.results if result["status"] != "undeclared"]
+    levels = unique(result["level"] for result in declared)
+    longest = LETTER * max((len(result["property"]) for result in declared), default=0)
     head, lean = math.ceil(longest * math.sin(TILT)) + 10, math.ceil(longest * math.cos(TILT))
     blocks: list[dict[str, Any]] = []
     x, y, widest, tallest = MARGIN, 50, 640, 0
     for level in levels:
-        methods, properties = report.methods(level), report.properties(level)
+        own = {(result["method"], result["property"]) for result in declared if result["level"] == level}
+        methods = [method for method in report.methods(level) if method in {m for m, _ in own}]
+        properties = [name for name in report.properties(level) if name in {n for _, n in own}]
         left = math.ceil(max(map(len, methods)) * LETTER) + 12
         wide = left + len(properties) * STEP
         if x > MARGIN and x + wide + lean > WIDTH:

@@ -323,19 +323,23 @@ def test_what_a_target_says_is_text_and_not_markup() -> None:
 
 
 def test_the_picture_has_a_mark_for_every_cell() -> None:
-    root = ElementTree.fromstring(render.svg(report(*MIXED, ok=False)))
+    cells = [*MIXED, result("frozen", method="dora")]
+    root = ElementTree.fromstring(render.svg(report(*cells, ok=False)))
     marks = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text") if text.get("class") == "mark"]
-    assert sorted(marks) == sorted(terminal.STATUSES[cell["status"]][0] for cell in MIXED)
+    assert sorted(marks) == sorted(terminal.STATUSES[cell["status"]][0] for cell in cells)
 
 
-def test_the_picture_leaves_out_a_level_of_which_nothing_is_declared() -> None:
-    found = report(result(), result("frozen", "undeclared"), result("onnx", "undeclared", level="export"))
-    root = ElementTree.fromstring(render.svg(found))
-    text = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert "frozen" in text
-    assert "layer" in text
-    assert "export" not in text
-    assert "2 undeclared" in "".join(root.itertext())
+def test_the_picture_leaves_out_of_what_nothing_is_declared() -> None:
+    """Levels, methods and properties."""
+    undeclared = [
+        result("frozen", "undeclared"), result("onnx", "undeclared", level="export"),
+        result("forward", "undeclared", method="dora"),
+    ]  # fmt: skip
+    root = ElementTree.fromstring(render.svg(report(result(), *undeclared)))
+    text = {element.text for element in root.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"layer", "lora", "forward"} <= text
+    assert not text & {"export", "dora", "frozen", "onnx"}
+    assert "3 undeclared" in "".join(root.itertext())
 
 
 @pytest.mark.parametrize(
