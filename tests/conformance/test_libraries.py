@@ -32,6 +32,7 @@ DECLARES = {  # methods, and the property that shows how much of the layer level
     "torchtune": ({"lora", "dora"}, "disable"),
     "mlx": ({"lora", "rslora", "dora"}, "merge"),
     "keras": ({"lora"}, "merge"),
+    "axolotl": ({"lora", "rslora", "dora"}, "sensitive"),
     "flax": ({"lora"}, "param-grads"),
 }
 
@@ -124,6 +125,16 @@ def test_targets_says_where_a_library_is_or_how_to_get_it(nowhere: Path, tmp_pat
     assert elsewhere("mlx", None) == f"program:{python} -m refpeft.conformance.serve mlx"
     assert elsewhere("mlx", "/my/python") == "program:/my/python -m refpeft.conformance.serve mlx"
     assert elsewhere("flax", None) == "flax"
+
+
+def test_a_library_that_asks_for_too_much_is_installed_alone(tmp_path: Path) -> None:
+    asked: list[Sequence[str]] = []
+    python = tmp_path / "axolotl" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.touch()
+    libraries.install("axolotl", tmp_path, asked.append)
+    first, *others = LIBRARIES["axolotl"].requires
+    assert [list(words[5:]) for words in asked] == [["--no-deps", first], [*libraries.SHARED, *others]]
 
 
 def test_install_makes_an_environment_that_has_this_refpeft_and_nothing_else_of_ours(tmp_path: Path) -> None:
