@@ -43,6 +43,9 @@ class Library:
 
 
 LIBRARIES: Mapping[str, Library] = {
+    "adapters": Library(
+        "AdapterHub's adapters, models", "adapters", ("adapters==1.3.0", "torch>=2.0"), HERE + "adapters:AdapterHub"
+    ),
     "loralib": Library(
         "Microsoft's loralib, layers", "loralib", ("loralib==0.1.2", "torch>=2.0"), HERE + "loralib:loaded"
     ),
