@@ -11,7 +11,6 @@ __all__ = ["FEATURES", "TARGETS", "Skip", "Target", "open_target"]
 TARGETS: Mapping[str, tuple[str, str]] = {  # name → what it is, module:factory (called with what follows the colon)
     "spec": ("this specification itself", "refpeft.conformance.targets.spec:Spec"),
     "peft": ("Hugging Face peft, as installed", "refpeft.conformance.targets.peft:Peft"),
-    "adapters": ("AdapterHub's adapters, as installed", "refpeft.conformance.targets.adapters:AdapterHub"),
     "onnxruntime": ("our ONNX export, run by onnxruntime", "refpeft.conformance.targets.onnxruntime:OnnxRuntime"),
     **{name: (library.about, library.factory) for name, library in LIBRARIES.items()},
     "program:": ("any program that speaks JSON lines: program:CMD", "refpeft.conformance.targets.program:Program"),

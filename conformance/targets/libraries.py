@@ -27,6 +27,7 @@ class Library:
     module: str  # that is imported
     requires: Sequence[str]  # as pip has them; the first is the library itself, in the version that was tried
     factory: str  # of the target, module:function
+    alone: bool = False  # the library without what it says it needs, most of which is for something else
 
     @property
     def package(self) -> str:
@@ -38,10 +39,13 @@ class Library:
 
     @property
     def pip(self) -> str:
-        return " ".join(f"'{r}'" if "[" in r or ">" in r else r for r in self.requires)
+        return "--no-deps " * self.alone + " ".join(f"'{r}'" if "[" in r or ">" in r else r for r in self.requires)
 
 
 LIBRARIES: Mapping[str, Library] = {
+    "adapters": Library(
+        "AdapterHub's adapters, models", "adapters", ("adapters==1.3.0", "torch>=2.0"), HERE + "adapters:AdapterHub"
+    ),
     "loralib": Library(
         "Microsoft's loralib, layers", "loralib", ("loralib==0.1.2", "torch>=2.0"), HERE + "loralib:loaded"
     ),
@@ -59,6 +63,13 @@ LIBRARIES: Mapping[str, Library] = {
         "Apple's MLX, layers of mlx-lm", "mlx_lm", ("mlx-lm==0.32.2", "mlx[cpu]==0.32.4"), HERE + "mlx:loaded"
     ),
     "keras": Library("Keras 3, layers, on torch", "keras", ("keras==3.15.1", "torch>=2.0"), HERE + "keras:loaded"),
+    "axolotl": Library(
+        "axolotl's kernels, layers",
+        "axolotl",
+        ("axolotl==0.19.0", "torch>=2.6", "triton>=3", "bitsandbytes>=0.45", "accelerate>=1", "transformers>=5"),
+        HERE + "axolotl:loaded",
+        alone=True,
+    ),
     "flax": Library("Flax NNX, layers", "flax", ("flax==0.12.8",), HERE + "flax:loaded"),
 }
 
@@ -112,9 +123,18 @@ def install(name: str, where: Path | None = None, run: Run = pip) -> Path:
     python = python_of(name, where)
     if not python.is_file():
         venv.create(python.parent.parent, with_pip=True)
-    run([str(python), "-m", "pip", "install", "--quiet", *SHARED, *LIBRARIES[name].requires])
+    install = [str(python), "-m", "pip", "install", "--quiet"]
+    alone, together = requirements(LIBRARIES[name])
+    if alone:
+        run([*install, "--no-deps", *alone])
+    run([*install, *SHARED, *together])
     share(python)
     return python
+
+
+def requirements(library: Library) -> tuple[Sequence[str], Sequence[str]]:
+    """What to install by itself, and what with all that it needs."""
+    return (library.requires[:1], library.requires[1:]) if library.alone else ((), library.requires)
 
 
 def share(python: Path) -> None:

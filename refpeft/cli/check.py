@@ -99,6 +99,7 @@ def check(
     [cyan]refpeft check "program:node my_lora.mjs" -m lora[/cyan]
 
     A library that lives in an environment of its own:
+    [cyan]refpeft targets --install lycoris && refpeft check lycoris[/cyan]
     [cyan]refpeft check adapters --python ../adapters/bin/python[/cyan]
 
     An eighth of the work:
@@ -299,7 +300,7 @@ def save(path: Path | None, rows: Sequence[Any]) -> None:
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-NEEDS = {"peft": "peft", "adapters": "adapters", "onnxruntime": "onnxruntime"}  # target → the package that it drives
+NEEDS = {"peft": "peft", "onnxruntime": "onnxruntime"}  # target → the package that it drives
 
 
 Install = Annotated[

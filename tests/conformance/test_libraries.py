@@ -23,8 +23,6 @@ from refpeft.conformance.targets.libraries import LIBRARIES
 from refpeft.conformance.targets.spec import Spec
 
 FINDINGS = Path(__file__).parents[2] / "docs" / "findings"
-EACH = pytest.mark.parametrize("name", [pytest.param(name, marks=getattr(pytest.mark, name)) for name in LIBRARIES])
-PAGES = [(name, page) for name in LIBRARIES for page in sorted(FINDINGS.glob(f"{name}-*.md"))]
 DECLARES = {  # methods, and the property that shows how much of the layer level there is
     "loralib": ({"lora"}, "unmerge"),
     "lycoris": ({"lora", "rslora", "dora"}, "unmerge"),
@@ -32,8 +30,11 @@ DECLARES = {  # methods, and the property that shows how much of the layer level
     "torchtune": ({"lora", "dora"}, "disable"),
     "mlx": ({"lora", "rslora", "dora"}, "merge"),
     "keras": ({"lora"}, "merge"),
+    "axolotl": ({"lora", "rslora", "dora"}, "sensitive"),
     "flax": ({"lora"}, "param-grads"),
 }
+EACH = pytest.mark.parametrize("name", [pytest.param(name, marks=getattr(pytest.mark, name)) for name in DECLARES])
+PAGES = [(name, page) for name in DECLARES for page in sorted(FINDINGS.glob(f"{name}-*.md"))]
 
 
 # ── with the libraries ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -126,6 +127,16 @@ def test_targets_says_where_a_library_is_or_how_to_get_it(nowhere: Path, tmp_pat
     assert elsewhere("flax", None) == "flax"
 
 
+def test_a_library_that_asks_for_too_much_is_installed_alone(tmp_path: Path) -> None:
+    asked: list[Sequence[str]] = []
+    python = tmp_path / "axolotl" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.touch()
+    libraries.install("axolotl", tmp_path, asked.append)
+    first, *others = LIBRARIES["axolotl"].requires
+    assert [list(words[5:]) for words in asked] == [["--no-deps", first], [*libraries.SHARED, *others]]
+
+
 def test_install_makes_an_environment_that_has_this_refpeft_and_nothing_else_of_ours(tmp_path: Path) -> None:
     asked: list[Sequence[str]] = []
     python = libraries.install("loralib", tmp_path, asked.append)
@@ -143,7 +154,7 @@ def test_install_makes_an_environment_that_has_this_refpeft_and_nothing_else_of_
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--install", "nosuch"], "--install nosuch: expected one of loralib, "),
+        (["--install", "nosuch"], "--install nosuch: expected one of adapters, "),
         (["--dir", "x"], "--dir needs --install NAME"),
     ],
 )
@@ -159,7 +170,7 @@ def test_a_pip_that_fails_is_one_sentence() -> None:
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
-def test_every_known_failure_has_a_reason_and_a_case(name: str) -> None:
+def test_every_known_failure_of_a_library_has_a_reason_and_a_case(name: str) -> None:
     file = known.FOLDER / f"{name}.json"
     entries = known.parse(file) if file.is_file() else []
     assert all(e.reason.endswith(".") and e.read().method == e.method for e in entries)
