@@ -9,7 +9,7 @@ are, merging included; a float16 graph with the specification on the same rounde
 weights.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,8 @@ def verify(folder: Path, subject: Subject, form: Form) -> tuple[str, list[dict[s
     runner = runtime.open_folder(folder)
     cases: list[dict[str, Any]] = []
     for check, ref, spec in zip(checks, refs, specs, strict=True):
-        moved = amplified(check, model, adapters) if check.amplifies else None
-        off = largest(named_answer(check.ask(runner)), named_answer(ref), named_answer(spec), subject.dtype, moved)
+        got, moved = named_answer(check.ask(runner)), amplified(check, model, adapters)
+        off = largest(got, named_answer(ref), named_answer(spec), subject.dtype, moved)
         cases.append({"batch": check.batch, "length": check.length, "what": check.what, "ratio": off})
     worst = max(cases, key=lambda c: c["ratio"])
     if not all(c["ratio"] <= LIMIT for c in cases):
@@ -69,25 +69,24 @@ def verify(folder: Path, subject: Subject, form: Form) -> tuple[str, list[dict[s
 
 def largest(
     got: Mapping[str, Array], ref: Mapping[str, Array], spec: Mapping[str, Array], dtype: np.dtype[Any],
-    moved: Callable[[], Sequence[Mapping[str, Array]]] | None,
+    moved: Iterator[Mapping[str, Array]],
 ) -> float:  # fmt: skip
-    """The largest ratio of all that was answered. Other draws are costly, and looked at only if they are needed."""
+    """The largest ratio of all that was answered. What is `moved` is costly, and drawn only for what needs it."""
     if got.keys() != ref.keys():
         raise MismatchError(f"the exported graph answers {', '.join(got)}, expected {', '.join(ref)}")
     off = {name: ratio(y, ref[name], spec[name], dtype) for name, y in got.items()}
-    far = [name for name, r in off.items() if not r <= LIMIT / 4]
-    draws = moved() if far and moved else []
-    for name in far:
-        allowed = max((distance(draw[name], ref[name]) for draw in draws), default=0.0)
-        off[name] = min(off[name], distance(got[name], ref[name]) / allowed) if allowed else off[name]
-    return max(off.values())
+    while (far := [name for name, r in off.items() if not r <= LIMIT / 4]) and (draw := next(moved, None)):
+        for name in far:
+            if allowed := distance(draw[name], ref[name]):
+                off[name] = min(off[name], distance(got[name], ref[name]) / allowed)
+    return max(float("inf") if np.isnan(r) else r for r in off.values())
 
 
 def named_answer(answer: Answer) -> Mapping[str, Array]:
     return answer if isinstance(answer, Mapping) else {"": answer}
 
 
-def amplified(check: Check, model: Model, adapters: Sequence[Adapter]) -> Callable[[], list[Mapping[str, Array]]]:
+def amplified(check: Check, model: Model, adapters: Sequence[Adapter]) -> Iterator[Mapping[str, Array]]:
     """What the specification answers in float64 if all numbers are moved by half a unit in their last place in float32:
     as the yardstick of `refpeft check` has it."""
 
@@ -95,14 +94,9 @@ def amplified(check: Check, model: Model, adapters: Sequence[Adapter]) -> Callab
         half = 2.0**-24
         return {n: a * (1 + half * signs(draw, n, a.shape)) if a.dtype.kind == "f" else a for n, a in tensors.items()}
 
-    def draws() -> list[Mapping[str, Array]]:
-        found = []
-        for k in range(DRAWS):
-            own = [replace(a, params=by(k, a.params), frozen=by(k, a.frozen)) for a in adapters]
-            found.append(named_answer(check.spec(replace(model, params=by(k, model.params)), own)))
-        return found
-
-    return draws
+    for k in range(DRAWS if check.amplifies else 0):
+        own = [replace(a, params=by(k, a.params), frozen=by(k, a.frozen)) for a in adapters]
+        yield named_answer(check.spec(replace(model, params=by(k, model.params)), own))
 
 
 def rounded(subject: Subject, folded: bool) -> tuple[Model, Sequence[Adapter]]:

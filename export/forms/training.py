@@ -104,18 +104,32 @@ def checks(subject: Subject) -> list[Check]:
     shapes = list(zip(verification.BATCHES, verification.LENGTHS, strict=True))
     batches = [example(subject, *shapes[n % len(shapes)], n) for n in range(STEPS)]
     o = training.optimizer(subject.options)
+    v = warm(subject, o, batches[0])
 
     def ask(runner: Runner) -> dict[str, Array]:
-        values = safetensors.read(runner.folder / training.START)
+        values = safetensors.read(runner.folder / training.START) | v
         return turns(values, lambda values, batch: runner.run({**batch, **values, RATE: np.array(LR)}), batches)
 
     batch, length = shapes[-1]
     what = f"{STEPS} steps of {o.name}"
-    return [Check(batch, length, lambda m, a: specified(m, a[0], o, batches), ask, what, amplifies=True)]
+    return [Check(batch, length, lambda m, a: specified(m, a[0], o, batches, v), ask, what, amplifies=True)]
+
+
+def warm(subject: Subject, o: Optimizer, batch: Mapping[str, Array]) -> dict[str, Array]:
+    """Second moments of the size of the gradients' squares, to begin with instead of zeros. From zeros, Adam's first
+    steps are ±η however small a gradient is, and of those that are all rounding each runtime has its own signs."""
+    if not o.options.get("betas"):
+        return {}
+    adapter = trainee(subject)
+    loss = training.loss_for(subject.model)
+    *_, grads = answer_and_gradient(verification.cast(subject.model, np.float32), adapter, loss, dict(batch))
+    square = sum(float((g * g).sum()) for g in grads.values()) / sum(g.size for g in grads.values())
+    v = np.float32((1 - o.options["betas"][1]) * square)
+    return {f"{STATE}v.{n}": np.full_like(a, v) for n, a in adapter.params.items()}
 
 
 def specified(
-    model: Model, adapter: Adapter, o: Optimizer, batches: Sequence[Mapping[str, Array]]
+    model: Model, adapter: Adapter, o: Optimizer, batches: Sequence[Mapping[str, Array]], v: Mapping[str, Array]
 ) -> dict[str, Array]:  # fmt: skip
     """What the specification answers."""
     loss = training.loss_for(model)
@@ -128,7 +142,8 @@ def specified(
         new = {NEXT + ADAPTER + n: a for n, a in params.items()} | {NEXT + STATE + n: a for n, a in state.items()}
         return {"loss": np.asarray(L), **new}
 
-    return turns(training.starting(adapter, o), step, batches)
+    start = training.starting(adapter, o)
+    return turns({**start, **{n: a.astype(start[n].dtype) for n, a in v.items()}}, step, batches)
 
 
 def turns(
