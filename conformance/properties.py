@@ -142,6 +142,7 @@ MODEL = [
         ["logits"],
         ["forward"],
         also=PADDED,
+        across=True,
     ),
     whole(
         "order",
