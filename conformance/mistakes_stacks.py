@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from refpeft import layers
+from refpeft import layers, relative
 from refpeft.conformance.case import Case
 from refpeft.conformance.targets.spec import Whole
 from refpeft.layers import Encoded, Pair, Parts
 from refpeft.ops import Array
-from refpeft.part import Lazy, Once, Run, Want
+from refpeft.part import Grads, Lazy, Once, Run, Want
 
-attend_across, encoded_pair, buckets = layers.attend_across, layers.encoded_pair, layers.buckets
+attend_across, encoded_pair, buckets = layers.attend_across, layers.encoded_pair, relative.buckets
 
 
 def of_the_decoder(m: Parts, at: str, encoded: Encoded, past: Pair | None) -> tuple[Run, list[Pair]]:
@@ -22,9 +22,14 @@ def of_the_decoder(m: Parts, at: str, encoded: Encoded, past: Pair | None) -> tu
 
     def run(x: Array) -> Any:
         f, there = attend_across(m, at, replace(encoded, x=x, mask=None), None)
-        y = f(x)
+        y, back = f(x)
         kept.extend(there)
-        return y
+
+        def cut(dy: Lazy, want: Want) -> Any:
+            dx, grads = back(dy, want)
+            return dx, without(encoded, grads)
+
+        return y, cut
 
     return run, kept
 
@@ -39,10 +44,14 @@ def detached(m: Parts, at: str, encoded: Encoded) -> tuple[Array, Array, Callabl
     k, v, back = encoded_pair(m, at, encoded)
 
     def cut(dk: Lazy, dv: Lazy, want: Want) -> Any:
-        grads = back(dk, dv, want)
-        return grads | ({encoded.key: Once(lambda: np.zeros_like(encoded.x))} if encoded.key in grads else {})
+        return without(encoded, back(dk, dv, want))
 
     return k, v, cut
+
+
+def without(encoded: Encoded, grads: Grads) -> Grads:
+    """Nothing for the encoder."""
+    return {**grads, encoded.key: Once(lambda: np.zeros_like(encoded.x))} if encoded.key in grads else grads
 
 
 def both_ways(r: Array, n: int, longest: int, both: bool) -> Array:

@@ -91,6 +91,7 @@ LAYER = [
 
 # ── a whole model ────────────────────────────────────────────────────────────────────────────────────────────────────
 
+
 def patterns(s: Structure) -> Structure:
     """Keys that several layers match, and a rank_pattern and an alpha_pattern that disagree about which."""
     names = s["config"]["target_modules"]
@@ -116,7 +117,7 @@ MODEL = [
         "The gradients of all the adapter's parameters are those of the formula.",
         ["grads"],
         ["grads"],
-        ["F1", "B1", "PT1", "PT4", "PU4"],
+        ["F1", "B1", "PT1", "PU4"],
         across=True,
     ),
     whole(
