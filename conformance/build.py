@@ -130,7 +130,7 @@ def model(
     seed += s["draw"]
     base = stored_model(s["folder"]) if "folder" in s else tiny_model(s, seed)
     source, vocab = base.source, base.source["vocab_size"]
-    adapters = adapters or {"default": s["config"]}
+    adapters = {name: named(config, base) for name, config in (adapters or {"default": s["config"]}).items()}
     ids = integers(seed, "ids", tuple(s["batch"]), 2, vocab - 1)
     arrays: dict[str, Array] = {f"model/{n}": v for n, v in base.params.items()} | {"ids": ids}
     about: dict[str, Any] = {}
@@ -147,7 +147,7 @@ def model(
     if "loss" in fields.get("want", ()):
         arrays["labels"] = np.where(integers(seed, "ignored", ids.shape, 0, 3) > 0, ids, -100)
         arrays["labels"][:, 0] = ids[:, 0]
-    if source["model_type"] in tiny.ENCODER_DECODERS:
+    if base.config.encoder_decoder:
         arrays["decoder_input_ids"] = decoded(ids, seed, vocab)
     if "rows" in s:
         arrays["rows"] = np.array(s["rows"])
@@ -166,6 +166,13 @@ def model(
 def tiny_model(s: Mapping[str, Any], seed: int) -> Model:
     source = tiny.config_json(s["family"], s["architecture"], s["layers"], **s.get("more", {}))
     return tiny.model(source, seed, DTYPES[s["dtype"]])
+
+
+def named(config: Mapping[str, Any], base: Model) -> Mapping[str, Any]:
+    """Layers as this model calls them: of T5 v1.1 some have other names than of T5."""
+    if base.config.family != "t5" or not base.config.gated or "target_modules" not in config:
+        return config
+    return {**config, "target_modules": [tiny.GATED.get(name, name) for name in config["target_modules"]]}
 
 
 @cache

@@ -14,11 +14,12 @@ from typing import Any
 from unittest.mock import patch
 
 import refpeft.tune
-from refpeft import hooks, inputs, recurrent, selection
+from refpeft import hooks, inputs, layers, recurrent, selection
 from refpeft.conformance import mistakes as m
 from refpeft.conformance import mistakes_intrinsic as mi
 from refpeft.conformance import mistakes_prompts as mp
 from refpeft.conformance import mistakes_selection as ms
+from refpeft.conformance import mistakes_stacks as mt
 from refpeft.conformance.case import Case
 from refpeft.conformance.mistakes_bottleneck import BOTTLENECK
 from refpeft.conformance.targets.base import Arrays
@@ -58,7 +59,7 @@ class Mutant(Spec):
 
 LORA = (lora, rslora)
 FORWARD, GRADS, MERGE = ("layer", "forward"), ("layer", "param-grads"), ("layer", "merge")
-WEIGHTED, SUMS = ("lifecycle", "weighted"), ("lora", "rslora")
+WEIGHTED, SUMS, ONE = ("lifecycle", "weighted"), ("lora", "rslora"), ("lora",)
 MATRIX: Mapping[str, Mutant] = {  # of LoRA and its kin
     "transposed-merge-on-square": Mutant(MERGE, m.merges(m.transposed_merge)),
     "scale-forgotten-in-merge": Mutant(MERGE, m.merges(lambda f, cfg, W, b, φ: f(m.unscaled(cfg), W, b, φ))),
@@ -198,7 +199,19 @@ OWN: Mapping[str, Mutant] = {
     **each(INTRINSIC, "tied-tensors-moved-twice", ("model", "merge"), of_model=mi.MovesTiedTensorsTwice),
     **each(INTRINSIC, "projection-drawn-again", ("lifecycle", "save-load"), of_session=mi.DrawsAgain),
 }  # fmt: skip
-MUTANTS: Mapping[str, Mutant] = {**MATRIX, **PROMPTS, **OWN}
+
+# ── an encoder and a decoder ─────────────────────────────────────────────────────────────────────────────────────────
+
+STACKS: Mapping[str, Mutant] = {  # which no other model reveals
+    "cross-attends-to-the-decoder": Mutant(LOGITS, mp.instead(layers, attend_across=mt.of_the_decoder), methods=ONE),
+    "cross-sees-padding": Mutant(("model", "padding"), mp.instead(layers, attend_across=mt.sees_padding), methods=ONE),
+    "cross-not-adapted": Mutant(LOGITS, of_model=mt.LeavesOutCross, methods=ONE),
+    "encoder-detached": Mutant(PARAMS, mp.instead(layers, encoded_pair=mt.detached), methods=ONE),
+    "decoder-bias-in-both-directions": Mutant(
+        ("model", "causal"), mp.instead(layers, buckets=mt.both_ways), methods=ONE
+    ),
+}
+MUTANTS: Mapping[str, Mutant] = {**MATRIX, **PROMPTS, **OWN, **STACKS}
 
 
 def target(name: str) -> Mutant:

@@ -117,7 +117,7 @@ MODEL = [
         "The gradients of all the adapter's parameters are those of the formula.",
         ["grads"],
         ["grads"],
-        ["F1", "B1", "PT1", "PT4", "PU4"],
+        ["F1", "B1", "PT1", "PU4"],
         across=True,
     ),
     whole(
@@ -143,6 +143,7 @@ MODEL = [
         ["logits"],
         ["forward"],
         also=PADDED,
+        across=True,
     ),
     whole(
         "order",

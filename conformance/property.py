@@ -50,6 +50,8 @@ class Property:
         family, traits = about["family"], TRAITS[method]
         head = about["architecture"].removeprefix(tiny.PREFIX[family])
         language = head == tiny.LM[family]
+        if head == tiny.CLASSIFIER and family not in tiny.HEAD:
+            return False
         if traits.architectures is not None and ("" if language else head) not in traits.architectures:
             return False
         there = self.families is None or (family in self.families and (language or self.any_head))

@@ -172,8 +172,6 @@ def model(
     setting = draw(st.sampled_from(settings(info)))
     if family == "t5" and not given and draw(st.booleans()):
         setting = {**setting, "more": tiny.V1_1}
-        if method in LORA:
-            own["target_modules"] = [tiny.GATED.get(name, name) for name in own["target_modules"]]
     return {
         "method": method,
         "family": family,

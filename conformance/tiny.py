@@ -24,7 +24,7 @@ FAMILIES: Mapping[str, dict[str, Any]] = {
     "roberta": {**WIDE, "type_vocab_size": 2, "pad_token_id": 1},
     "t5": {
         "vocab_size": VOCAB, "d_model": 8, "d_kv": 3, "d_ff": 12, "num_heads": 2, "pad_token_id": 0,
-        "relative_attention_num_buckets": 8, "relative_attention_max_distance": 6,
+        "relative_attention_num_buckets": 4, "relative_attention_max_distance": 4,
     },
     "bart": {
         "vocab_size": VOCAB, "d_model": 8, "encoder_attention_heads": 2, "decoder_attention_heads": 2,

@@ -114,7 +114,8 @@ def head(family: str, architecture: str) -> Structure:
 
 def prompted(family: str, architecture: str) -> Structure:
     """HF peft gives encoder-decoders a prompt of 2n rows, of which the first n are used."""
-    rows = {"num_transformer_submodules": 2} if family in tiny.ENCODER_DECODERS else {}
+    two = family in tiny.ENCODER_DECODERS and not architecture.endswith("EncoderModel")
+    rows = {"num_transformer_submodules": 2} if two else {}
     return head(family, architecture) | rows
 
 

@@ -46,9 +46,8 @@ def fit(model: Any, weights: dict[str, Any]) -> None:
     name = "final_logits_bias"
     if name in weights:
         weights[name] = weights[name].reshape(model.get_buffer(name).shape)
-    head = getattr(model, "lm_head", None)
-    if head is not None and "lm_head.weight" in weights and head.weight is model.get_input_embeddings().weight:
-        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    if "lm_head.weight" in weights and model.lm_head.weight is model.get_input_embeddings().weight:
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
 
 
 def values_of(case: Case, prefix: str) -> Arrays:

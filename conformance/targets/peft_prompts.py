@@ -50,7 +50,7 @@ def task_type(source: Mapping[str, Any]) -> str:
     (architecture,) = source["architectures"]
     if architecture.endswith(tiny.CLASSIFIER):
         return "SEQ_CLS"
-    if source["model_type"] in tiny.ENCODER_DECODERS:
+    if source["model_type"] in tiny.ENCODER_DECODERS and not architecture.endswith("EncoderModel"):
         return "SEQ_2_SEQ_LM"
     language = source["model_type"] in tiny.CAUSAL and architecture.endswith(tiny.LM[source["model_type"]])
     return "CAUSAL_LM" if language else "FEATURE_EXTRACTION"
