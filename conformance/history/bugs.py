@@ -5,7 +5,7 @@ other packages that each ran with, since a library of 2023 does not run with the
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -16,22 +16,16 @@ class Bug:
     bad: str  # release
     fixed: str | None  # release, or None: no release is without it
     symptom: str
-    method: str
-    level: str
-    property: str
+    place: str  # method/level/property: what must fail
     beside: Mapping[str, Sequence[str]]  # release of the library → what it needs beside it, as pip has it
     target: str = "peft"
     kind: str = "value"  # how the bad release fails, as in a verdict
     shows: str = ""  # an expression that finds this bug, not another one, in the detail of a failure
 
-    @property
-    def place(self) -> str:
-        return f"{self.method}/{self.level}/{self.property}"
-
 
 # ── Hugging Face peft ────────────────────────────────────────────────────────────────────────────────────────────────
 
-PEFT = "https://github.com/huggingface/peft/issues/"
+PEFT = "https://github.com/huggingface/peft/"
 WITH: Mapping[str, Sequence[str]] = {  # transformers, each with the releases of peft that run with it
     "4.30.2": ("0.5.0",),
     "4.36.2": ("0.6.0", "0.6.2", "0.7.0", "0.7.1", "0.8.2"),
@@ -48,13 +42,11 @@ BESIDE = {
 
 
 def peft(
-    number: int, bad: str, fixed: str | None, place: str, symptom: str, issue: str = "", shows: str = ""
+    issue: int | str, bad: str, fixed: str | None, place: str, symptom: str, shows: str = "", kind: str = "value"
 ) -> Bug:
-    method, level, property = place.split("/")
-    return Bug(
-        f"peft-{number}", "peft", issue or f"{PEFT}{number}", bad, fixed, symptom, method, level, property, BESIDE,
-        shows=shows,
-    )  # fmt: skip
+    """`issue` is a number, or a name of ours for what the notes of the fixed release mention without one."""
+    where = f"issues/{issue}" if isinstance(issue, int) else f"releases/tag/v{fixed}"
+    return Bug(f"peft-{issue}", "peft", PEFT + where, bad, fixed, symptom, place, BESIDE, kind=kind, shows=shows)
 
 
 BUGS: Sequence[Bug] = (
@@ -96,14 +88,14 @@ BUGS: Sequence[Bug] = (
     ),
     peft(
         3282, "0.19.1", "0.20.0", "lora/lifecycle/saved-keys",
-        "the file of the adapter foo has the tensors of foobar in it",
+        "the file of the adapter foo has the tensors of foobar in it", kind="names", shows="foobar",
     ),
     peft(
         3532, "0.20.0", "0.21.0", "dora/layer/unmerge",
         "DoRA of a Conv1D is unmerged along the wrong axis",
     ),
     peft(
-        3533, "0.20.0", "0.21.0", "dora/lifecycle/two-merged",
+        "dora-two", "0.20.0", "0.21.0", "dora/model/two-merged",
         "two DoRA adapters merged are not two DoRA adapters active",
     ),
     peft(

@@ -1,4 +1,4 @@
-"""Makes an environment for each release, asks its library one property, and compares the bad release with the fixed one.
+"""Makes an environment for each release, asks it one property, and compares the bad release with the fixed.
 
 An environment holds the library alone. What runs beside it is installed once for all releases that ran with it, and
 what this Python has is used where it fits: torch above all.
@@ -44,12 +44,19 @@ class Result:
 
     @property
     def verdict(self) -> str:
-        """caught; missed: the bad release passes, or fails in another way; false alarm: the fixed one fails as well."""
+        """caught: the bad release fails, the fixed one passes; caught, not alone: the fixed one fails in another way.
+
+        missed: the bad release does not fail, or not in this way; false alarm: the fixed one fails in this way too.
+        """
         if not self.bad.shows(self.bug):
             return "missed"
         if self.fixed is None or self.fixed.status == "pass":
             return "caught"
-        return "false alarm" if self.fixed.shows(self.bug) else "caught, and another"
+        return "false alarm" if self.fixed.shows(self.bug) else "caught, not alone"
+
+    @property
+    def ok(self) -> bool:
+        return self.verdict.startswith("caught")
 
 
 # ── asking ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -78,12 +85,11 @@ def asked(bug: Bug, python: Path, seeds: Sequence[int], where: Path) -> Answer:
     none, cases = where / "known.json", where / "cases"
     none.write_text("[]\n", encoding="utf-8")
     target = libraries.served(bug.target, str(python))
+    method, level, name = bug.place.split("/")
     answer = Answer("absent", None, "the release does not have what the property asks for")
     try:
         for seed in seeds:
-            for row in engine.check(
-                target, [bug.method], [bug.level], [bug.property], seed=seed, known=none, folder=cases
-            ):
+            for row in engine.check(target, [method], [level], [name], seed=seed, known=none, folder=cases):
                 if row["type"] == "result" and row["status"] != "undeclared":
                     answer = Answer(row["status"], row["kind"], row["detail"], seed)
             if answer.status != "pass":
