@@ -46,12 +46,15 @@ class Result:
     def verdict(self) -> str:
         """caught: the bad release fails, the fixed one passes; caught, not alone: the fixed one fails in another way.
 
-        missed: the bad release does not fail, or not in this way; false alarm: the fixed one fails in this way too.
+        missed: the bad release does not fail, or not in this way; false alarm: the fixed one fails in this way too;
+        unproven: the fixed one could not be asked.
         """
         if not self.bad.shows(self.bug):
             return "missed"
         if self.fixed is None or self.fixed.status == "pass":
             return "caught"
+        if self.fixed.status not in WRONG:
+            return "unproven"
         return "false alarm" if self.fixed.shows(self.bug) else "caught, not alone"
 
     @property
