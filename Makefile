@@ -19,13 +19,14 @@ say = printf '\n%s ...\n' $(1)
 verdict = && echo $(1) || { echo $(2); exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help test demo check bench docs install clean
+.PHONY: help test demo check bench history docs install clean
 
 help:
 	@echo "make test     install into .venv, then run all tests"
 	@echo "make demo     install into .venv, then the main job on a real pretrained sentence encoder (a few minutes)"
 	@echo "make check    lint, format and types"
 	@echo "make bench    the spec against torch and peft, the exporter against torch.onnx: measured here, now"
+	@echo "make history  the suite against bugs that shipped: each is found in the release that had it (half an hour)"
 	@echo "make docs     draw the pictures in docs/ again"
 	@echo "make clean    remove .venv and everything else that was made here"
 
@@ -46,6 +47,11 @@ check: $(INSTALLED)
 bench: $(INSTALLED)
 	@$(call say,"Measuring (both sides take turns; ratios are medians)")
 	@$(RUN) -m bench
+
+history: $(INSTALLED)
+	@$(call say,"Looking for bugs that shipped in the releases that had them")
+	@$(RUN) -m refpeft history --dir out/history \
+	  $(call verdict,"All is well: every bug was found.","Not well: see the table above.")
 
 docs: $(INSTALLED)
 	@$(call say,"Drawing docs/")

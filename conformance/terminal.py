@@ -1,6 +1,7 @@
 """A report on the terminal: the matrix, what differs, where the time went, and the verdict."""
 
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from rich.text import Text
 from refpeft.conformance.report import STATUSES, Event, Report
 
 if TYPE_CHECKING:
+    from refpeft.conformance.history import Answer, Bug, Result
     from refpeft.conformance.mutants import Kill
 
 NBSP = "\u00a0"
@@ -158,3 +160,39 @@ def show_mutants(kills: Mapping[str, Sequence["Kill"]], console: Console) -> Non
     survivors = [name for name, found in kills.items() if not all(kill.by for kill in found)]
     verdict = f"Survived on some seed: {', '.join(survivors)}." if survivors else f"All {len(kills)} were found out."
     console.print(Text("\n" + verdict, style="bold red" if survivors else "bold green"))
+
+
+# ── bugs that shipped ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def show_bugs(bugs: Sequence["Bug"], console: Console) -> None:
+    table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False, header_style="bold")
+    for name in ("bug", "releases", "property", "what it did"):
+        table.add_column(name, no_wrap=name != "what it did")
+    for bug in bugs:
+        table.add_row(bug.name, f"{bug.bad} → {bug.fixed or 'none'}", bug.place, Text(bug.symptom, style="dim"))
+    console.print(table)
+
+
+def show_history(results: Sequence["Result"], console: Console) -> None:
+    """Each bug, what the property named said of the bad release and of the fixed one, and the verdict."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for name in ("bug", "property", "release", "said", "verdict"):
+        table.add_column(name, no_wrap=name in ("bug", "verdict"), overflow="fold")
+    for result in results:
+        bug, colour = result.bug, "green" if result.ok else "bold red"
+        verdict = Text(result.verdict, style=colour)
+        table.add_row(bug.name, bug.place, bug.bad, said(result.bad), verdict)
+        table.add_row(Text(), Text(), bug.fixed or "none", said(result.fixed) if result.fixed else Text())
+    console.print(table)
+    counts = Counter(r.verdict for r in results)
+    summary = "; ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items()))
+    wrong = [r.bug.name for r in results if not r.ok]
+    text = f"{len(results)} bugs: {summary}" + (f" ({', '.join(wrong)})." if wrong else ".")
+    console.print(Text(f"\n{text}", style="bold red" if wrong else "bold green"))
+
+
+def said(answer: "Answer") -> Text:
+    if answer.status == "pass":
+        return Text("passes", style="green")
+    return Text(f"{answer.kind or answer.status}: {answer.detail}")

@@ -108,6 +108,11 @@ def version(name: str) -> str | None:
     return None if found is None else f"{package} {found.version}{where}"
 
 
+def served(target: str, python: str) -> str:
+    """A target that answers from the environment of another python, as a program."""
+    return f"program:{shlex.join([python, '-m', 'refpeft.conformance.serve', target])}"
+
+
 Run = Callable[[Sequence[str]], object]
 
 

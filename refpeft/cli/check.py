@@ -145,7 +145,7 @@ def elsewhere(target: str, python: str | None) -> str:
     from refpeft.conformance.targets import libraries
 
     python = python or libraries.elsewhere(target)
-    return f"program:{shlex.join([python, '-m', 'refpeft.conformance.serve', target])}" if python else target
+    return libraries.served(target, python) if python else target
 
 
 def finish(report: "Report", views: dict[str, Path | None]) -> None:

@@ -282,7 +282,7 @@ def test_the_version() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["check", "replay", "report", "targets", "mutants", "methods", "audit", "export", "generate"]
+    "command", ["check", "replay", "report", "targets", "mutants", "history", "methods", "audit", "export", "generate"]
 )
 def test_every_command_explains_itself(command: str) -> None:
     result = run(command, "--help")
