@@ -286,6 +286,17 @@ class KeepsAlpha(Session):
         super().weighted(adapter, of, [w * self.adapters[of[0]].config.scale for w in weights], how)
 
 
+class PatternsTwice(Session):
+    """The scales of the patterns are in the weighted adapter's tensors, and its config has the patterns still."""
+
+    def weighted(self, adapter: str, of: Sequence[str], weights: Sequence[float], how: str) -> None:
+        super().weighted(adapter, of, weights, how)
+        for name in self.active:
+            cfg = self.adapters[name].config
+            twice = {path: α * α / cfg.r for path, α in cfg.alpha_pattern.items()}
+            self.adapters[name] = self.adapters[name].replace(config=replace(cfg, alpha_pattern=twice))
+
+
 class SavesNeighbour(Session):
     """Saving foo also writes what belongs to foobar."""
 

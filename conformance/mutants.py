@@ -112,6 +112,9 @@ MATRIX: Mapping[str, Mutant] = {  # of LoRA and its kin
     "weight-zero-still-adds": Mutant(WEIGHTED, of_session=m.ZeroAdds, methods=SUMS),
     "negative-weight-sign-lost": Mutant(WEIGHTED, of_session=m.SignLost, methods=SUMS),
     "weighted-scaled-twice": Mutant(WEIGHTED, of_session=m.KeepsAlpha, methods=SUMS),
+    "weighted-keeps-patterns": Mutant(
+        ("lifecycle", "weighted-patterns"), of_session=m.PatternsTwice, methods=("lora",)
+    ),
     "save-foo-writes-foobar": Mutant(("lifecycle", "saved-keys"), of_session=m.SavesNeighbour),
     "prefix-names-lose-tensors": Mutant(("lifecycle", "saved-modules"), of_session=m.LosesByName),
     "saved-patterns-sorted": Mutant(("lifecycle", "saved-patterns"), of_session=m.SortsPatterns),

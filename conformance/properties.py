@@ -327,6 +327,16 @@ LIFE = [
         methods=["lora", "rslora"],
     ),
     life(
+        "weighted-patterns",
+        "Adapters side by side, each with weight 1, are both of them: what a pattern scales is scaled once.",
+        [[*BOTH, *weighted("cat", [1.0, 1.0])]],
+        ["several", "weighted", "patterns"],
+        ["L3"],
+        adapters=lambda s: {"first": s["config"], "second": s["config"]},
+        configs=lambda s: {"alpha_pattern": {s["config"]["target_modules"][0]: 12.0}},
+        methods=["lora"],
+    ),
+    life(
         "save-load",
         "Saved and loaded beside each other, adapters whose names contain each other are as before.",
         [

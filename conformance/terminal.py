@@ -188,11 +188,11 @@ def show_history(results: Sequence["Result"], console: Console) -> None:
     counts = Counter(r.verdict for r in results)
     summary = "; ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items()))
     wrong = [r.bug.name for r in results if not r.ok]
-    text = f"{len(results)} bugs: {summary}" + (f" ({', '.join(wrong)})." if wrong else ".")
+    text = f"{len(results)} bug{'s' * (len(results) != 1)}: {summary}" + (f" ({', '.join(wrong)})." if wrong else ".")
     console.print(Text(f"\n{text}", style="bold red" if wrong else "bold green"))
 
 
 def said(answer: "Answer") -> Text:
     if answer.status == "pass":
         return Text("passes", style="green")
-    return Text(f"{answer.kind or answer.status}: {answer.detail}")
+    return Text(answer.detail or answer.status)

@@ -78,6 +78,10 @@ BUGS: Sequence[Bug] = (
         "the bias of B is merged without the scale α/r",
     ),
     peft(
+        2550, "0.15.2", "0.16.0", "lora/lifecycle/weighted-patterns",
+        "'cat' keeps the alpha_pattern of the first adapter, whose scale is in the tensors already",
+    ),
+    peft(
         2918, "0.18.1", "0.19.0", "lora/lifecycle/weighted",
         "weight −1 adds ΔW instead of subtracting it", shows="^4/logits",  # the sum with this weight
     ),

@@ -78,7 +78,7 @@ def lora_config(config: Config, model: Any) -> Any:
     return adapters.LoRAConfig(
         selfattn_lora=bool(matrices), intermediate_lora=("intermediate_lora", None) in wanted,
         output_lora=("output_lora", None) in wanted, attn_matrices=["q", "k", "v"] if None in matrices else matrices,
-        r=config["r"], alpha=config["lora_alpha"], use_dora=config.get("use_dora", False),
+        r=config["r"], alpha=config["lora_alpha"], **({"use_dora": True} if config.get("use_dora") else {}),
     )  # fmt: skip
 
 

@@ -158,7 +158,7 @@ def test_verdicts(
     file = tmp_path / "rows.jsonl"
     ran = CliRunner().invoke(app, ["history", "peft-1355", "--json", str(file)])
     assert ran.exit_code == (0 if verdict.startswith("caught") else 1)
-    assert f"1 bugs: 1 {verdict}" in ran.stdout
+    assert f"1 bug: 1 {verdict}" in ran.stdout
     assert f'"verdict": "{verdict}"' in file.read_text(encoding="utf-8")
 
 
