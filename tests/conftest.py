@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from importlib.util import find_spec
+from pathlib import Path
 from shutil import which
 
 import hypothesis
@@ -27,6 +28,9 @@ MISSING = {
     marker: [name for name in names if not (which(name) if marker in PROGRAMS else find_spec(name))]
     for marker, (names, _) in NEEDS.items()
 }
+NPM = Path(__file__).parents[1] / "examples" / "training" / "node_modules" / "onnxruntime-node"
+NEEDS["npm"] = (("onnxruntime-node",), "npm install in examples/training")
+MISSING["npm"] = [] if NPM.is_dir() else ["onnxruntime-node"]
 for name, library in LIBRARIES.items():  # here, or in an environment of its own
     NEEDS[name] = ((library.module,), f"refpeft targets --install {name}")
     MISSING[name] = [] if find_spec(library.module) or elsewhere(name) else [library.module]

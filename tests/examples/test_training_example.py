@@ -94,7 +94,7 @@ def test_the_loop_in_javascript(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.node
 @pytest.mark.ort
-@pytest.mark.skipif(not (EXAMPLE / "node_modules" / "onnxruntime-node").is_dir(), reason="npm install was not run")
+@pytest.mark.npm
 def test_training_in_node_is_the_specifications(folder: Path, tmp_path: Path) -> None:
     """The program compares the losses by itself."""
     said = ran("node", EXAMPLE / "train.mjs", folder, tmp_path / "trained.safetensors")
