@@ -51,15 +51,16 @@ def read(
     most = shift.max() if isinstance(shift, np.ndarray) else shift if isinstance(shift, int) else 0
     if position_ids is not None and c.relative:
         raise ValueError(f"a {c.family} model has relative positions, but position_ids were given")
-    last_place = None if sizes[1] is None else sizes[1] - most - c.position_offset
+    before = 0 if prompt is None else prompt.length  # places that the mask of a longer sequence does not mention
+    moved = before if prompt and prompt.placed else 0
+    last_place = None if sizes[1] is None else sizes[1] - most - c.position_offset - moved
     check("position_ids", position_ids, (len(position_ids) if is_row(position_ids) else b, s), last_place)
     if prompt is not None and isinstance(ids, np.ndarray) and np.ndim(prompt.ids) == 2 and len(prompt.ids) != b:
         raise ValueError(f"a prompt is given for each of {len(prompt.ids)} rows, but the batch has {b}")
-    before = 0 if prompt is None else prompt.length  # places that the mask of a longer sequence does not mention
     check(f"{side}attention_mask", attention_mask, (b, (start - before if before and start else start) + s), None)
     unused = c.position_offset if c.positions == "index" else (c.pad_token_id or 0) + 1
     room = None if sizes[1] is None else sizes[1] - unused
-    placed = before if prompt and prompt.placed and not start else 0
+    placed = 0 if start else moved
     counted = isinstance(ids, np.ndarray) and position_ids is None and room is not None
     if counted and (length := start + s + placed + most) > room:
         raise ValueError(f"a sequence of {length} positions does not fit the model, which has {room}")
@@ -75,6 +76,8 @@ def read(
             front = prompt.ids + np.zeros_like(ids[:, 0])[:, None]
             mask = visible(causal, np.concatenate([front, ids], axis=1), 0, attention_mask)
             return Inputs(ids, mask, types, place(c, ids, shift, position_ids), front)
+        elif position_ids is not None:
+            position_ids = position_ids + moved
         elif not prompt.placed:
             shift = shift - prompt.length  # which are among the positions that came before
     places = place(c, ids, shift if position_ids is not None else start + shift, position_ids)

@@ -49,8 +49,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    for marker, names in MISSING.items():
-        if names:
-            terminalreporter.write_line(
-                f"Tests marked '{marker}' were not run: {', '.join(names)} not installed ({NEEDS[marker][1]})"
-            )
+    """What was not run, and what would bring it; the libraries with an environment of their own in one line."""
+    absent = [marker for marker, names in MISSING.items() if names]
+    for marker in absent:
+        if marker not in LIBRARIES:
+            names = ", ".join(MISSING[marker])
+            terminalreporter.write_line(f"Not run: tests marked '{marker}' ({names} is missing: {NEEDS[marker][1]})")
+    if libraries := [marker for marker in absent if marker in LIBRARIES]:
+        bring = "refpeft targets --install NAME brings one"
+        terminalreporter.write_line(f"Not run: tests of the libraries {', '.join(libraries)} ({bring})")

@@ -186,6 +186,22 @@ def test_rows_say_which_prompt_a_row_has() -> None:
         model(IDS, members)
 
 
+@pytest.mark.parametrize("placement", ["before", "after_embedding"])
+def test_positions_that_are_given_are_the_tokens_in_every_step(placement: str) -> None:
+    """PT5, with keys and values kept: the tokens stand where the whole sequence has them."""
+    model = tiny("gpt2")
+    adapter = fresh(model, placement=placement)
+    mask = np.array([[1] * 6, [0, 0, 1, 1, 1, 1]])
+    places = np.maximum(mask.cumsum(1) - 1, 0)
+    whole, _ = model(IDS, adapter, mask, position_ids=places)
+    _, cache = model.decode(IDS[:, :4], None, adapter, mask[:, :4], places[:, :4])
+    last, _ = model.decode(IDS[:, 4:], cache, adapter, mask, places[:, 4:])
+    same(last, whole[:, -2:])
+    room = model.params["transformer.wpe.weight"].shape[0]
+    with pytest.raises(ValueError, match="position_ids holds"):
+        model(IDS, adapter, position_ids=places + room - 5 - (placement == "before"))
+
+
 def test_votes() -> None:
     assert refpeft.vote(np.array([[0, 2, 5], [1, 2, 5], [1, 2, 4]])).tolist() == [1, 2, 5]
     assert refpeft.vote(np.array([[3], [1]])).tolist() == [1]  # of several, the smallest
