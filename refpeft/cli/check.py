@@ -188,13 +188,17 @@ def executor(workers: int, dask: str | None) -> Iterator[Executor | None]:
             yield client.get_executor()
     elif workers > 1:
         from concurrent.futures import ProcessPoolExecutor
-        from multiprocessing import get_context
+        from multiprocessing import active_children, get_context
 
         pool = ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_DFL))
         try:
             yield pool
+        except BaseException:
+            for worker in active_children():  # or the wait below would be for the work that they have begun
+                worker.terminate()
+            raise
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(wait=True, cancel_futures=True)
     else:
         yield None
 
