@@ -6,8 +6,6 @@ An adapter is added with the config that says in AdapterHub's terms what the cas
 
 import contextlib
 import os
-import tempfile
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +23,8 @@ from refpeft.conformance import tiny
 from refpeft.conformance.case import Case, read
 from refpeft.conformance.targets.adapterhub import METHODS, Place, head_places
 from refpeft.conformance.targets.base import Arrays, Skip
-from refpeft.conformance.targets.models import base_model, buildable, output, values_of
-from refpeft.conformance.targets.spec import answers, real
+from refpeft.conformance.targets.models import Driver, base_model, buildable, output, values_of
+from refpeft.conformance.targets.spec import real
 from refpeft.conformance.targets.tensors import array, quietly, tensor
 from refpeft.ops import Array
 
@@ -53,7 +51,7 @@ SUMS = ("lora", "dora", "prompt_tuning")  # whose adapters do not add up in a St
 HEADS = ("disable", "several", "delete", "save")  # for the head, which the method trains, belongs to no adapter there
 
 
-class AdapterHub:
+class AdapterHub(Driver):
     def __init__(self) -> None:
         quietly("transformers", "adapters")
         self.declared = {
@@ -65,19 +63,11 @@ class AdapterHub:
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }  # fmt: skip
 
-    def info(self) -> Mapping[str, Any]:
-        return self.declared
+    def of_case(self, case: Case) -> "Whole":
+        return Whole(case)
 
-    def run(self, case: Case) -> Arrays:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if "steps" in case.meta:
-                with tempfile.TemporaryDirectory() as folder:
-                    return Session(case, Path(folder)).run(case.meta["steps"])
-            return answers(Whole(case), case.meta["want"])
-
-    def close(self) -> None:
-        pass
+    def of_life(self, case: Case, folder: Path) -> "Session":
+        return Session(case, folder)
 
 
 def adapted(family: str) -> bool:

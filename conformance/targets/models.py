@@ -1,6 +1,10 @@
 """What the targets that run on transformers share: its models made from cases."""
 
-from typing import Any
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import transformers
@@ -8,8 +12,33 @@ import transformers
 from refpeft.conformance import tiny
 from refpeft.conformance.case import Case
 from refpeft.conformance.targets.base import Arrays
+from refpeft.conformance.targets.spec import answers
 from refpeft.conformance.targets.tensors import tensor
 from refpeft.ops import Array
+
+
+class Driver(Protocol):
+    """Whole models, and lives of them, in this process; a library's warnings are not what is asked about."""
+
+    declared: Mapping[str, Any]
+
+    def of_case(self, case: Case) -> Any: ...
+    def of_life(self, case: Case, folder: Path) -> Any: ...
+
+    def info(self) -> Mapping[str, Any]:
+        return self.declared
+
+    def run(self, case: Case) -> Arrays:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if "steps" in case.meta:
+                with tempfile.TemporaryDirectory() as folder:
+                    found: Arrays = self.of_life(case, Path(folder)).run(case.meta["steps"])
+                    return found
+            return answers(self.of_case(case), case.meta["want"])
+
+    def close(self) -> None:
+        pass
 
 
 def buildable(family: str) -> bool:

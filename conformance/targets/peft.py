@@ -9,7 +9,6 @@ import inspect
 import os
 import re
 import tempfile
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,8 @@ from refpeft.conformance import tiny
 from refpeft.conformance.case import DTYPES, Case, read
 from refpeft.conformance.targets import peft_prompts as prompts
 from refpeft.conformance.targets.base import FEATURES, Arrays, Skip
-from refpeft.conformance.targets.models import base_model, buildable, decoder_of, output, values_of
-from refpeft.conformance.targets.spec import answers, mask_of, real
+from refpeft.conformance.targets.models import Driver, base_model, buildable, decoder_of, output, values_of
+from refpeft.conformance.targets.spec import mask_of, real
 from refpeft.conformance.targets.tensors import array, quietly, tensor
 from refpeft.ops import Array
 
@@ -45,7 +44,7 @@ NEEDED = {"bias": "lora_bias", "patterns": "alpha_pattern"}  # features that sta
 ABSENT = ("rows", "pull")  # features that no version has
 
 
-class Peft:
+class Peft(Driver):
     def __init__(self) -> None:
         quietly("transformers")
         self.declared = {
@@ -62,20 +61,11 @@ class Peft:
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }  # fmt: skip
 
-    def info(self) -> Mapping[str, Any]:
-        return self.declared
+    def of_case(self, case: Case) -> "Layer | Whole":
+        return Layer(case) if case.level == "layer" else Whole(case)
 
-    def run(self, case: Case) -> Arrays:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if "steps" in case.meta:
-                with tempfile.TemporaryDirectory() as folder:
-                    return Session(case, Path(folder)).run(case.meta["steps"])
-            subject = Layer(case) if case.level == "layer" else Whole(case)
-            return answers(subject, case.meta["want"])
-
-    def close(self) -> None:
-        pass
+    def of_life(self, case: Case, folder: Path) -> "Session":
+        return Session(case, folder)
 
 
 # ── what this version has, found out by trying ───────────────────────────────────────────────────────────────────────

@@ -25,8 +25,8 @@ import numpy as np
 from refpeft import tune
 from refpeft.adapter import Adapter
 from refpeft.checkpoint import bottleneck
-from refpeft.checkpoint.bottleneck import CONFIG, FILE, take
-from refpeft.checkpoint.safetensors import Malformed, show
+from refpeft.checkpoint.bottleneck import CONFIG, FILE
+from refpeft.checkpoint.safetensors import Malformed, show, take
 from refpeft.methods import METHODS, prefix_tuning
 from refpeft.model import Model
 from refpeft.ops import Array, is_half
@@ -83,7 +83,7 @@ def read(raw: Raw, tensors: Mapping[str, Array], model: Model) -> Adapter:
         raise Malformed(f"{CONFIG}: {e}") from None
     params = places(rest, cfg)
     for n, tensor in tune.saved_whole(cfg, model).items():
-        params[n] = take(rest, n.removeprefix(base), model.params[tensor].shape, model.params[tensor].dtype)
+        params[n] = take(FILE, rest, n.removeprefix(base), model.params[tensor].shape, model.params[tensor].dtype)
     if rest:
         raise Malformed(f"{FILE}: tensor {show(min(rest))} is not one that this adapter has")
     return Adapter(architecture, cfg, params)
@@ -166,7 +166,7 @@ def of_layer(role: str, r: int, matrices: Sequence[str], rest: Tensors, model: M
     (o, i), dtype = part.W.shape, np.float32 if is_half(part.W.dtype) else part.W.dtype
     stem = site.path.removeprefix(bottleneck.base_of(model)) + ".loras"
     k, d = (len(matrices), o // 3) if role.endswith(QKV) else (1, o)
-    A, B = take(rest, f"{stem}.lora_A", (k * r, i), dtype), take(rest, f"{stem}.lora_B", (k * d, r), dtype)
+    A, B = take(FILE, rest, f"{stem}.lora_A", (k * r, i), dtype), take(FILE, rest, f"{stem}.lora_B", (k * d, r), dtype)
     if role.endswith(QKV):
         wide = np.zeros((o, k * r), dtype)
         for n, key in enumerate(matrices):
@@ -183,7 +183,7 @@ def prompt(config: Raw, model: Model) -> tuple[dict[str, Any], Any]:
     n, shape = positive(config, "prompt_length"), (positive(config, "prompt_length"), model.config.hidden_size)
 
     def places(rest: Tensors, cfg: Any) -> Tensors:
-        return {P: take(rest, "prompt_tuning.prompt_tunings.prompt_embedding.weight", shape, dtype_of(model))}
+        return {P: take(FILE, rest, "prompt_tuning.prompt_tunings.prompt_embedding.weight", shape, dtype_of(model))}
 
     return {"num_virtual_tokens": n, "placement": "after_embedding"}, places
 
@@ -210,9 +210,9 @@ def prefix(config: Raw, model: Model) -> tuple[dict[str, Any], Any]:
 def once(rest: Tensors, name: str, shape: tuple[int, ...], dtype: Any) -> Array:
     """A tensor that stands under the model's name for it and those of the layers, the same everywhere."""
     first = f"prefix_tuning.prefix_tunings.self_prefix.{name}"
-    a = take(rest, first, shape, dtype)
+    a = take(FILE, rest, first, shape, dtype)
     for other in [n for n in rest if n.endswith("pool.prefix_tunings.self_prefix." + name)]:
-        if not np.array_equal(take(rest, other, shape, dtype), a):
+        if not np.array_equal(take(FILE, rest, other, shape, dtype), a):
             raise Malformed(f"{FILE}: {other} must be equal to {first}, found other values")
     return a
 

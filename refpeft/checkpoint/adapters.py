@@ -142,7 +142,7 @@ def take(found: dict[str, Array], aliases: list[str], name: str, shape: tuple[in
     at = next((alias for alias in aliases if alias in found), None)
     if at is None:
         raise Malformed(f"{FILE}: tensor {PREFIX + aliases[0]!r} is missing{elsewhere(found, m)}")
-    return fitting(f"{FILE}: tensor {PREFIX + at!r}", found.pop(at), shape, dtype)
+    return fitting(FILE, {PREFIX + at: found.pop(at)}, PREFIX + at, shape, dtype)
 
 
 def elsewhere(found: Mapping[str, Array], m: Model) -> str:

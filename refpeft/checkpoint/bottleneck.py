@@ -16,7 +16,7 @@ the model's own names, from where AdapterHub loads it into the model too. A conf
 what is equal to the model's own, to the bit, is not held to be trained.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from refpeft import __version__, bottleneck, tune
 from refpeft.adapter import Adapter
 from refpeft.checkpoint import folder, safetensors
 from refpeft.checkpoint.families import FAMILIES
-from refpeft.checkpoint.safetensors import Malformed, fitting, show
+from refpeft.checkpoint.safetensors import Malformed, show, take
 from refpeft.methods import METHODS as ALL
 from refpeft.model import Model
 from refpeft.ops import Array, is_half
@@ -121,7 +121,7 @@ def read(raw: Mapping[str, Any], tensors: Mapping[str, Array], model: Model) -> 
         if p.layer not in cfg.leave_out or any(n.startswith(stem) for n in rest):
             params |= one(cfg, p, rest, stem, model)
     for n, tensor in whole(cfg, model).items():
-        params[n] = take(rest, n.removeprefix(base), model.params[tensor].shape, model.params[tensor].dtype)
+        params[n] = take(FILE, rest, n.removeprefix(base), model.params[tensor].shape, model.params[tensor].dtype)
     if rest:
         raise Malformed(f"{FILE}: tensor {show(min(rest))} is not one that this adapter has")
     return Adapter(method, cfg, params)
@@ -134,12 +134,12 @@ def one(
     like = model.params[model.sites[p.last].weight].dtype
     dtype = np.float32 if is_half(like) else like
     params = {
-        bottleneck.name(p, symbol): take(rest, stem + stored(bottleneck.leaf(symbol), cfg), shape, dtype)
+        bottleneck.name(p, symbol): take(FILE, rest, stem + stored(bottleneck.leaf(symbol), cfg), shape, dtype)
         for symbol, shape in bottleneck.shapes(cfg, p.layer, model).items()
     }
     for s in ("weight", "bias") if cfg.ln_before else ():
         once, name = params[f"{p.module}.adapters.adapter_norm_before.{s}"], f"{stem}adapter_down.0.{s}"
-        if not np.array_equal(take(rest, name, once.shape, dtype), once):
+        if not np.array_equal(take(FILE, rest, name, once.shape, dtype), once):
             raise Malformed(f"{FILE}: {name} must be equal to adapter_norm_before.{s}, found other values")
     return params
 
@@ -179,13 +179,6 @@ def heads_in(tensors: Mapping[str, Array], model: Model, given: Mapping[str, Any
 def whole(cfg: bottleneck.Config, model: Model) -> dict[str, str]:
     """What is trained whole: the adapter's name for it → the model's."""
     return (bottleneck.norms(model) if cfg.train_norms else {}) | tune.saved_whole(cfg, model)
-
-
-def take(rest: dict[str, Array], name: str, shape: Sequence[int], dtype: Any) -> Array:
-    """One tensor, taken out of those left."""
-    if name not in rest:
-        raise Malformed(f"{FILE}: tensor {name!r} is missing")
-    return fitting(f"{FILE}: tensor {name!r}", rest.pop(name), shape, dtype)
 
 
 def unnamed(name: str, adapter: str) -> str:

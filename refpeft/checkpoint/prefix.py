@@ -13,7 +13,7 @@ import numpy as np
 
 from refpeft import tune
 from refpeft.adapter import Adapter
-from refpeft.checkpoint.safetensors import Malformed, fitting, show
+from refpeft.checkpoint.safetensors import Malformed, show, take
 from refpeft.methods import METHODS as ALL
 from refpeft.methods import prefix_tuning
 from refpeft.model import Model
@@ -58,9 +58,9 @@ def read(raw: Mapping[str, Any], tensors: Mapping[str, Array], model: Model) -> 
     like = model.params[model.sites["embed.token"].weight].dtype
     width = 2 * model.config.num_layers * cfg.token_dim
     found = dict(tensors)
-    params = {P: take(found, P, (cfg.num_virtual_tokens, width), np.float32 if is_half(like) else like)}
+    params = {P: take(FILE, found, P, (cfg.num_virtual_tokens, width), np.float32 if is_half(like) else like)}
     for name, tensor in whole.items():
-        params[name] = take(found, PREFIX + name, model.params[tensor].shape, model.params[tensor].dtype)
+        params[name] = take(FILE, found, PREFIX + name, model.params[tensor].shape, model.params[tensor].dtype)
     if found:
         raise Malformed(f"{FILE}: tensor {show(min(found))} is not one that this adapter has")
     return Adapter(method, cfg, params)
@@ -69,13 +69,6 @@ def read(raw: Mapping[str, Any], tensors: Mapping[str, Array], model: Model) -> 
 def one_stack(model: Model) -> None:
     if any(role.startswith("decoder.") for role in model.sites):
         raise ValueError("HF peft has no prefixes for the parts of an encoder-decoder that are as the paper describes")
-
-
-def take(found: dict[str, Array], name: str, shape: tuple[int, ...], dtype: Any) -> Array:
-    """One tensor, taken out of those found."""
-    if name not in found:
-        raise Malformed(f"{FILE}: tensor {name!r} is missing")
-    return fitting(f"{FILE}: tensor {name!r}", found.pop(name), shape, dtype)
 
 
 def write(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Array]]:

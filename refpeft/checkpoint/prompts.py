@@ -41,10 +41,10 @@ def read(raw: Mapping[str, Any], tensors: Mapping[str, Array], model: Model) -> 
     except ValueError as e:
         raise Malformed(f"{CONFIG}: {e}") from None
     shape, dtype = (cfg.total, model.config.hidden_size), dtype_of(model)
-    params = {P: taken(tensors, P, shape, dtype)}
+    params = {P: fitting(FILE, tensors, P, shape, dtype)}
     for name, tensor in whole.items():
         like = model.params[tensor]
-        params[name] = taken(tensors, PREFIX + name, like.shape, like.dtype)
+        params[name] = fitting(FILE, tensors, PREFIX + name, like.shape, like.dtype)
     twins = {other for own, other in models.TWINS.items() if own in whole}
     for name in sorted(tensors.keys() - params.keys()):
         if not name.startswith(PREFIX) or name.removeprefix(PREFIX) not in whole.keys() | twins:
@@ -67,12 +67,6 @@ def fields(method: str, raw: Mapping[str, Any], tensors: Mapping[str, Array]) ->
         saved = [name for name in dict.fromkeys([*saved, *HEADS]) if name not in HEADS or name in own]
         found["modules_to_save"] = saved or None
     return {name: value for name, value in found.items() if value is not None}
-
-
-def taken(tensors: Mapping[str, Array], name: str, shape: tuple[int, ...], dtype: Any) -> Array:
-    if name not in tensors:
-        raise Malformed(f"{FILE}: tensor {name!r} is missing")
-    return fitting(f"{FILE}: tensor {name!r}", tensors[name], shape, dtype)
 
 
 def write(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Array]]:

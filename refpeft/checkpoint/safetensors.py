@@ -214,10 +214,21 @@ def dtype_name(name: str, a: Array) -> str:
     return NAMES[a.dtype]
 
 
-def fitting(where: str, a: Array, shape: Sequence[int], dtype: Any) -> Array:
-    """A tensor in the dtype wanted, if it is floats of this shape. `where`: the file and the tensor, for the error."""
+def fitting(file: str, tensors: Mapping[str, Array], name: str, shape: Sequence[int], dtype: Any) -> Array:
+    """One of a file's tensors in the dtype wanted, if it is there, and floats of this shape."""
+    where = f"{file}: tensor {name!r}"
+    if name not in tensors:
+        raise Malformed(f"{where} is missing")
+    a = tensors[name]
     if a.shape != tuple(shape):
         raise Malformed(f"{where}: expected shape {list(shape)}, found {show(list(a.shape))}")
     if not (a.dtype.kind == "f" or is_half(a.dtype)):
         raise Malformed(f"{where}: expected a float dtype, found {a.dtype}")
     return a.astype(dtype, copy=False)
+
+
+def take(file: str, rest: dict[str, Array], name: str, shape: Sequence[int], dtype: Any) -> Array:
+    """The same, taken out of those that are left."""
+    a = fitting(file, rest, name, shape, dtype)
+    del rest[name]
+    return a

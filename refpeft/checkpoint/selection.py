@@ -41,17 +41,12 @@ def read(raw: Mapping[str, Any], tensors: Mapping[str, Array], model: Model) -> 
         start = outline(method, cfg, model).params
     except ValueError as e:
         raise Malformed(f"adapter_config.json: {e}") from None
-    found = {name.removeprefix(PREFIX).replace(NORM, "."): a for name, a in tensors.items()}
-    params = {name: checked(name, like, found, model) for name, like in start.items()}
+    plain = {PREFIX + name.removeprefix(PREFIX).replace(NORM, "."): a for name, a in tensors.items()}
+    params = {n: fitting(FILE, plain, PREFIX + n, like.shape, like.dtype) for n, like in start.items()}
+    found = {name.removeprefix(PREFIX): a for name, a in plain.items()}
     for name in found.keys() - params.keys() - repeated(found, model):
         raise Malformed(f"{FILE}: tensor {show(PREFIX + name)} is not one that this adapter has")
     return Adapter(method, cfg, params)
-
-
-def checked(name: str, like: Array, found: Mapping[str, Array], model: Model) -> Array:
-    if name not in found:
-        raise Malformed(f"{FILE}: tensor {PREFIX + name!r} is missing")
-    return fitting(f"{FILE}: tensor {PREFIX + name!r}", found[name], like.shape, like.dtype)
 
 
 def repeated(found: Mapping[str, Array], model: Model) -> set[str]:
