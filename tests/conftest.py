@@ -11,6 +11,7 @@ from pathlib import Path
 from shutil import which
 
 import hypothesis
+import numpy as np
 import pytest
 
 from refpeft.conformance.targets.libraries import LIBRARIES, elsewhere
@@ -38,6 +39,14 @@ for name, library in LIBRARIES.items():  # here, or in an environment of its own
 hypothesis.settings.register_profile("dev", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+@pytest.fixture(autouse=True)
+def same_numbers(request: pytest.FixtureRequest) -> None:
+    """A module's own generator begins anew for each test: what is drawn must not depend on what ran before it."""
+    module = getattr(request, "module", None)
+    if isinstance(getattr(module, "rng", None), np.random.Generator):
+        module.rng = np.random.default_rng(0)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
