@@ -126,7 +126,7 @@ def export_model(model: Path, adapters: list[Path], *options: Any) -> Any:
 
 
 def given(optimizer: str | None, words: list[str]) -> dict[str, Any]:
-    from refpeft.cli.train import assigned
+    from refpeft.cli.asked import assigned
 
     options = dict(assigned("--set", word) for word in words)
     return options if optimizer is None else {"optimizer": optimizer, **options}
