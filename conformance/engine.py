@@ -22,6 +22,7 @@ from typing import Any
 import hypothesis
 import numpy as np
 from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.database import DirectoryBasedExampleDatabase, ExampleDatabase
 from hypothesis.errors import Flaky
 
 from refpeft import SPEC_VERSION
@@ -57,6 +58,7 @@ class Options:
     folder: str | None = CASES  # where a case that fails is stored; None: nowhere
     shrink: bool = True
     known: str | None = None  # path of a file of known failures; None: the one shipped for the target, if any
+    database: str | None = None  # a folder for Hypothesis to remember what failed
 
 
 @dataclass
@@ -90,7 +92,7 @@ class Outcome:
 
 
 def check(
-    target: str,
+    target: str | Target,
     methods: Sequence[str] | None = None,
     levels: Sequence[str] | None = None,
     properties: Sequence[str] | None = None,
@@ -102,10 +104,14 @@ def check(
     known: str | Path | None = None,
     progress: Callable[[Event], None] | None = None,
     folder: str | Path = CASES,
+    database: str | Path | None = None,
 ) -> Iterator[Event]:
-    """The events of a run: a header, one result for each method, level and property, a footer."""
-    info = dict(opened(target).info())
-    options = Options(seed, examples, text(model), str(folder), known=text(known))
+    """The events of a run: a header, one result for each method, level and property, a footer.
+
+    `database`: a folder in which Hypothesis keeps what failed, to be tried first by the next run; what is drawn then is
+    new in every run."""
+    info = dict(here(target).info())
+    options = Options(seed, examples, text(model), str(folder), known=text(known), database=text(database))
     units = chosen(info, methods, ["model"] if model else levels, properties)
     units = [u for u in units if not model or find(u).fits(u.method, about(str(model)))][shard[0] - 1 :: shard[1]]
     knowledge.load(info, options.known)  # better to hear of a mistake in it now
@@ -116,7 +122,7 @@ def check(
             progress(event)
         return event
 
-    yield emit(header(target, info, options, shard) | {"units": len(units)})
+    yield emit(header(named(target), info, options, shard) | {"units": len(units)})
     for row in results(target, units, options, executor):
         counts[row["status"]] += 1
         seconds = {part: s + row[f"{part}_seconds"] for part, s in seconds.items()}
@@ -171,7 +177,9 @@ def chosen(
     ]
 
 
-def results(target: str, units: Sequence[Unit], options: Options, executor: Executor | None) -> Iterator[Event]:
+def results(
+    target: str | Target, units: Sequence[Unit], options: Options, executor: Executor | None
+) -> Iterator[Event]:
     if executor is None:
         for unit in units:
             yield run_unit(target, unit, options)
@@ -179,6 +187,15 @@ def results(target: str, units: Sequence[Unit], options: Options, executor: Exec
     futures: list[Future[Event]] = [executor.submit(run_unit, target, unit, options) for unit in units]
     for future in as_completed(futures):
         yield future.result()
+
+
+def here(target: str | Target) -> Target:
+    """The target, or the one of this name."""
+    return opened(target) if isinstance(target, str) else target
+
+
+def named(target: str | Target) -> str:
+    return target if isinstance(target, str) else f"{type(target).__module__}:{type(target).__qualname__}"
 
 
 @cache
@@ -200,10 +217,10 @@ def declared(info: Mapping[str, Any], unit: Unit, prop: Property) -> bool:
     return able and not prop.structure(unit.method, info).is_empty
 
 
-def run_unit(target: str, unit: Unit, options: Options) -> Event:
+def run_unit(target: str | Target, unit: Unit, options: Options) -> Event:
     """The result of one property: known failures first, then drawn cases until one is wrong; that one made small."""
     prop, clock = find(unit), Clock()
-    implementation = opened(target)
+    implementation = here(target)
     info = told(implementation, options, unit.method)
     clock.target = time.perf_counter() - clock.began
     row: Event = {
@@ -223,7 +240,7 @@ def run_unit(target: str, unit: Unit, options: Options) -> Event:
             "case": str(stale.case),
         }
     else:
-        row |= drawn(implementation, target, unit, prop, entries, options, clock)
+        row |= drawn(implementation, named(target), unit, prop, entries, options, clock)
     return row | clock.read()
 
 
@@ -251,7 +268,7 @@ def drawn(
     tally, ratios, skips = Counter[str](), list[float](), [""]
     met: list[knowledge.Entry] = []
     info = told(target, options, unit.method)
-    phases = [Phase.generate, Phase.shrink] if options.shrink else [Phase.generate]
+    phases = [Phase.reuse, Phase.generate, *([Phase.shrink] if options.shrink else [])]
 
     def ask(structure: dict[str, Any]) -> None:
         case = prop.case(unit.method, structure, options.seed)
@@ -269,16 +286,17 @@ def drawn(
             ratios.append(verdict.ratio or 0.0)
         tally["skip" if outcome.skipped else "known" if entry else "pass"] += 1
 
-    @hypothesis.seed(zlib.crc32(f"{options.seed} {unit}".encode()))
     @settings(
         max_examples=options.examples or (ON_REAL_WEIGHTS if options.model else EXAMPLES[unit.level]),
-        database=None, deadline=None, phases=phases,
+        database=remembered(options, unit), deadline=None, phases=phases,
         suppress_health_check=list(HealthCheck), report_multiple_bugs=False, verbosity=hypothesis.Verbosity.quiet,
     )  # fmt: skip
     @given(prop.structure(unit.method, info))
     def each(structure: dict[str, Any]) -> None:
         ask(structure)
 
+    if options.database is None:  # Hypothesis remembers nothing of what it draws from a seed
+        each = hypothesis.seed(zlib.crc32(f"{options.seed} {unit}".encode()))(each)
     try:
         for structure in prop.corners(unit.method, info):
             ask(structure)
@@ -290,6 +308,13 @@ def drawn(
     if entry := next(iter([*met, *entries]), None):
         return row | {"status": "known", "detail": entry.reason, **stored(entry.case, name)}
     return row | ({"status": "pass"} if tally["pass"] else {"status": "skip", "detail": skips[-1]})
+
+
+def remembered(options: Options, unit: Unit) -> ExampleDatabase | None:
+    """What failed before of this unit; each has a folder of its own, since examples mean nothing to others."""
+    if options.database is None:
+        return None
+    return DirectoryBasedExampleDatabase(Path(options.database) / f"{unit.method}-{unit.level}-{unit.property}")
 
 
 def failure(name: str, case: Case, verdict: Verdict, options: Options) -> Event:

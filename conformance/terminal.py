@@ -140,7 +140,10 @@ def number(x: float) -> str:
 def times(report: Report) -> Text:
     parts = ", ".join(f"{name} {value:.1f} s" for name, value in report.seconds.items())
     where = " in processes side by side" if report.parallel else ""
-    return Text(f"{report.wall:.1f} s: {parts}{where}", style="dim")
+    cases = sum(result.get("examples", 0) for result in report.results)
+    share = report.seconds.get("target", 0.0) / (sum(report.seconds.values()) or 1)
+    rate = f"{cases:,} cases, {cases / (report.wall or 1):.0f} a second, {share:.0%} of the time in the target"
+    return Text(f"{report.wall:.1f} s: {parts}{where}\n{rate}", style="dim")
 
 
 # ── the mutants ──────────────────────────────────────────────────────────────────────────────────────────────────────

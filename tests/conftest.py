@@ -23,6 +23,7 @@ NEEDS = {  # marker → its libraries or programs, and what brings them
     "node": (("node",), "node.js"),
     "cc": (("cc",), "a C compiler"),
     "jsonschema": (("jsonschema",), "the extra [dev]"),
+    "dask": (("distributed",), "the extra [dask]"),
 }
 PROGRAMS = ("node", "cc")
 MISSING = {

@@ -46,6 +46,12 @@ Known = Annotated[Path | None, typer.Option(metavar="FILE", help="Known failures
 Update = Annotated[
     bool, typer.Option("--update", help="Write what fails into the file of --known, and take out what no longer does.")
 ]
+Database = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", help="Try first what failed before, as Hypothesis keeps it here; draw anew each time."
+    ),
+]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results as JSON lines.")]
 Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one HTML page.")]
 Junit = Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Write the report as JUnit XML.")]
@@ -79,6 +85,7 @@ def check(
     python: Python = None,
     known: Known = None,
     update: Update = False,
+    database: Database = None,
     json_file: Json = None,
     html: Html = None,
     junit: Junit = None,
@@ -118,7 +125,9 @@ def check(
         known.write_text("[]\n", encoding="utf-8")
     views = {"html": html, "junit": junit, "svg": svg}
     writable(json_file, known, *views.values())
-    options: dict[str, Any] = {"examples": examples, "seed": seed, "shard": part(shard), "known": known}
+    options: dict[str, Any] = {
+        "examples": examples, "seed": seed, "shard": part(shard), "known": known, "database": database,
+    }  # fmt: skip
     if model:
         options["model"] = model
     seen: list[Event] = []
@@ -182,8 +191,10 @@ def part(shard: str) -> tuple[int, int]:
 @contextmanager
 def executor(workers: int, dask: str | None) -> Iterator[Executor | None]:
     if dask:
-        from distributed import Client  # type: ignore[import-not-found, unused-ignore]
-
+        try:
+            from distributed import Client  # type: ignore[import-not-found, unused-ignore]
+        except ImportError:
+            raise ValueError("--dask needs distributed: pip install 'refpeft[dask]'") from None
         with Client(dask) as client:
             yield client.get_executor()
     elif workers > 1:
