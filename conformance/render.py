@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from refpeft.conformance.case import Case
 from refpeft.conformance.docs import doc
-from refpeft.conformance.report import STATUSES, Event, Report, key, unique
+from refpeft.conformance.report import LEVELS, STATUSES, Event, Report, key, unique
+from refpeft.conformance.site import Site
 from refpeft.methods import METHODS
 
 # ── JUnit ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -75,6 +77,16 @@ def html(report: Report) -> str:
     return environment().get_template("report.html.jinja").render(report=report, statuses=STATUSES)
 
 
+def site_html(site: Site) -> str:
+    """Several implementations as one page."""
+    return environment().get_template("site.html.jinja").render(**shown(site))
+
+
+def shown(site: Site) -> dict[str, Any]:
+    present = {result["status"] for _, result in site.statements}
+    return {"site": site, "statuses": STATUSES, "levels": LEVELS, "present": present}
+
+
 def environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -83,7 +95,14 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = {"number": number, "seconds": seconds, "anchor": anchor, "near": near, "along": along}
+    filters = {
+        "number": number,
+        "seconds": seconds,
+        "anchor": anchor,
+        "near": near,
+        "along": along,
+        "quoted": shlex.quote,
+    }
     environment.filters.update(filters, claims=claims, case=case)
     return environment
 
@@ -194,6 +213,20 @@ def svg(report: Report) -> str:
         widest, tallest = max(widest, x + lean), max(tallest, head + len(methods) * STEP + 34)
     layout = {"blocks": blocks, "head": head, "step": STEP, "width": widest, "height": y + tallest}
     return environment().get_template("matrix.svg.jinja").render(report=report, statuses=STATUSES, **layout)
+
+
+PART = 13
+
+
+def site_svg(site: Site) -> str:
+    """Several implementations as one picture."""
+    left = MARGIN + math.ceil(LETTER * max(map(len, site.methods), default=0)) + 10
+    longest = LETTER * max(len(f"{i.name} {i.version}") for i in site.implementations)
+    wide, top = len(LEVELS) * PART + 12, 58 + math.ceil(longest * math.sin(math.radians(40)))
+    width = max(720, left + len(site.implementations) * wide + math.ceil(longest * 0.77))
+    layout = {"left": left, "top": top, "wide": wide, "part": PART, "step": STEP, "width": width}
+    height = top + len(site.methods) * STEP + 40
+    return environment().get_template("site.svg.jinja").render(**shown(site), **layout, height=height)
 
 
 def badge(report: Report) -> str:

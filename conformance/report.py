@@ -193,11 +193,6 @@ def read(path: Path) -> Report:
     return build(events, str(path))
 
 
-def read_reports(paths: Sequence[Path]) -> Report:
-    """One report from the shards of one run, in any order."""
-    return join([read(path) for path in paths])
-
-
 SAME = ("target", "spec_version", "seed", "examples", "model")
 
 

@@ -11,11 +11,12 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from refpeft.conformance.report import STATUSES, Event, Report
+from refpeft.conformance.report import LEVELS, STATUSES, Event, Report
 
 if TYPE_CHECKING:
     from refpeft.conformance.history import Answer, Bug, Result
     from refpeft.conformance.mutants import Kill
+    from refpeft.conformance.site import Cell, Site
 
 NBSP = "\u00a0"
 COLOURS = {
@@ -144,6 +145,34 @@ def times(report: Report) -> Text:
     share = report.seconds.get("target", 0.0) / (sum(report.seconds.values()) or 1)
     rate = f"{cases:,} cases, {cases / (report.wall or 1):.0f} a second, {share:.0%} of the time in the target"
     return Text(f"{report.wall:.1f} s: {parts}{where}\n{rate}", style="dim")
+
+
+# ── several implementations ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def show_site(site: "Site", console: Console) -> None:
+    """Methods down, implementations across: the symbols of layer, model, lifecycle and export."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    table.add_column("method", style="cyan", no_wrap=True)
+    for i in site.implementations:
+        table.add_column(f"{i.name}\n{i.version}", no_wrap=True)
+    for method in site.methods:
+        cells = [i.cell(method) for i in site.implementations]
+        table.add_row(method, *(marks(cell) for cell in cells))
+    console.print(table)
+    console.print(Text(f"\nThe four marks of a cell: {', '.join(LEVELS)}.", style="dim"))
+    for i in site.implementations:
+        style = "green" if i.latest.ok else "red"
+        console.print(Text.assemble((i.latest.target, "bold"), "  ", (i.latest.verdict, style)))
+    console.print(Text(site.verdict, style="bold green" if site.ok else "bold red"))
+
+
+def marks(cell: "Cell") -> Text:
+    text = Text()
+    for level in LEVELS:
+        status = cell.worst(level)
+        text.append(STATUSES[status][0] if cell.levels else "", style=COLOURS[status])
+    return text
 
 
 # ── the mutants ──────────────────────────────────────────────────────────────────────────────────────────────────────

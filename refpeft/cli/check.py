@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from refpeft.conformance.case import Case
     from refpeft.conformance.engine import Outcome
     from refpeft.conformance.report import Event, Report
+    from refpeft.conformance.site import Site
 
 Target = Annotated[str, typer.Argument(metavar="TARGET", help="What to check; see [bold]refpeft targets[/bold].")]
 Names = list[str] | None
@@ -48,9 +49,7 @@ Update = Annotated[
 ]
 Database = Annotated[
     Path | None,
-    typer.Option(
-        metavar="DIR", help="Try first what failed before, as Hypothesis keeps it here; draw anew each time."
-    ),
+    typer.Option(metavar="DIR", help="Try first what failed before, as Hypothesis keeps it here; draw anew each time."),
 ]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results as JSON lines.")]
 Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one HTML page.")]
@@ -259,16 +258,38 @@ def progress(total: int | None = None) -> Iterator[Callable[["Event | str"], Non
 
 
 def report(files: Reports, html: Html = None, junit: Junit = None, svg: Svg = None, badge: Badge = None) -> None:
-    """Show a report again, or join the shards of one run.
+    """Show a report again, join the shards of one run, or see several implementations side by side.
 
     [cyan]refpeft report run.jsonl --html report.html[/cyan]
     [cyan]refpeft report part*.jsonl[/cyan]
-    """
-    from refpeft.conformance.report import read_reports
+    [cyan]refpeft report peft.jsonl adapters.jsonl lycoris.jsonl --html who.html --svg who.svg[/cyan]
 
-    views = {"html": html, "junit": junit, "svg": svg, "badge": badge}
-    writable(*views.values())
-    finish(read_reports(files), views)
+    Older runs of an implementation, given too, are its history.
+    """
+    from refpeft.conformance.site import gathered, read_runs
+
+    writable(html, junit, svg, badge)
+    runs = read_runs(files)
+    if len(runs) == 1:
+        finish(runs[0], {"html": html, "junit": junit, "svg": svg, "badge": badge})
+    if junit or badge:
+        raise ValueError(f"--{'junit' if junit else 'badge'} is of one run, and these are {len(runs)}")
+    side_by_side(gathered(runs), html, svg)
+
+
+def side_by_side(site: "Site", html: Path | None, svg: Path | None) -> None:
+    """Several implementations: a table, a page, a picture."""
+    from rich.console import Console
+
+    from refpeft.conformance import render, terminal
+
+    console = Console(highlight=False)
+    terminal.show_site(site, console)
+    for name, path, make in (("html", html, render.site_html), ("svg", svg, render.site_svg)):
+        if path:
+            path.write_text(make(site), encoding="utf-8")
+            console.print(f"[dim]{name:5}  {path}[/dim]", soft_wrap=True)
+    raise typer.Exit(0 if site.ok else 1)
 
 
 def replay(case: CaseFile, target: Target, python: Python = None, json_file: Json = None) -> None:
