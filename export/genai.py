@@ -5,8 +5,8 @@
     generator.set_model_input("adapter_ids", ids)              of the form multi
 
 It says again what the signature and config.json say: names, layers, heads, the ids that begin, end and pad a text. Its
-type is `decoder`, genai's word for whatever takes keys and values one by one. By a family's name it expects what its own
-builder makes of that family: of `gpt2`, keys and values of a layer in one tensor.
+type is `decoder`, genai's word for whatever takes keys and values one by one. By a family's name it expects what is
+usual there: of `gpt2`, the keys and values of a layer in one tensor.
 
 genai begins every text with an empty past. A folder of the form prefix, whose past is the adapter, has no such file, so
 that genai refuses it: it would run the bare model.
@@ -66,8 +66,8 @@ def described(folder: Path, made: Made) -> dict[str, Any]:
 
 
 def names(values: Sequence[str]) -> dict[str, str]:
-    """Of the inputs or outputs those that genai knows: some alone, the caches of all layers by one pattern. Others, like
-    adapter_ids, it takes under their own names."""
+    """Of the inputs or outputs those that genai knows: some alone, the caches of all layers by one pattern. Others,
+    like adapter_ids, it takes under their own names."""
     return {name: name for name in KNOWN if name in values} | {
         field: name for field, name in CACHES.items() if name % 0 in values
     }
