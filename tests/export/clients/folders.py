@@ -16,6 +16,7 @@ from tests.models import tiny
 
 Rows = list[list[int]]
 NEW = 8
+ENDS = [7, 14, 22]  # tokens that end a text: these models write one of them soon, late or never
 WRITERS: Mapping[str, tuple[str, str, str, dict[str, Any]]] = {  # case → form, family, method, options
     "gpt2": ("merged", "gpt2", "lora", {}),
     "llama": ("merged", "llama", "lora", {}),
@@ -32,12 +33,12 @@ WRITERS: Mapping[str, tuple[str, str, str, dict[str, Any]]] = {  # case → form
 }
 READERS: Mapping[str, tuple[str, str, str]] = {  # case → form, family, architecture
     "bert": ("merged", "bert", "Model"),
-    "bert fills in": ("merged", "bert", "ForMaskedLM"),
-    "bert tags": ("merged", "bert", "ForTokenClassification"),
-    "bert classifies": ("merged", "bert", "ForSequenceClassification"),
-    "roberta classifies": ("merged", "roberta", "ForSequenceClassification"),
-    "gpt2 classifies": ("merged", "gpt2", "ForSequenceClassification"),
-    "llama classifies": ("merged", "llama", "ForSequenceClassification"),
+    "bert-fills-in": ("merged", "bert", "ForMaskedLM"),
+    "bert-tags": ("merged", "bert", "ForTokenClassification"),
+    "bert-classifies": ("merged", "bert", "ForSequenceClassification"),
+    "roberta-classifies": ("merged", "roberta", "ForSequenceClassification"),
+    "gpt2-classifies": ("merged", "gpt2", "ForSequenceClassification"),
+    "llama-classifies": ("merged", "llama", "ForSequenceClassification"),
     "unmerged": ("unmerged", "bert", "ForSequenceClassification"),
     "inputs": ("inputs", "bert", "ForSequenceClassification"),
 }
@@ -59,12 +60,12 @@ def make(root: Path) -> None:
 
 
 def checkpoint(at: Path, model: Any) -> Path:
-    """With a tokenizer, and three tokens that end a text: these models write one of them soon, late or never."""
+    """With a tokenizer."""
     refpeft.save(model, at)
     words().save(str(at / "tokenizer.json"))
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>", "pad_token": "a"}
     (at / "tokenizer_config.json").write_text(json.dumps(about))
-    (at / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 14, 22], "pad_token_id": 0}))
+    (at / "generation_config.json").write_text(json.dumps({"eos_token_id": ENDS, "pad_token_id": 0}))
     return at
 
 

@@ -1,6 +1,6 @@
 // Runs in node with transformers.js: questions about exported folders as JSON in, answers as JSON out.
 //
-//     node in_transformers.mjs PACKAGE node|web        the build for node, or the one that browsers load
+//     node in_transformers.mjs PACKAGE node|web ROOT        the build for node, or the one that browsers load
 //
 // The web build asks whether it is in node; here it is told no. It fetches folders over HTTP, and runs on wasm.
 
@@ -9,7 +9,7 @@ import { readFile } from "node:fs/promises";
 import { readFileSync } from "node:fs";
 import { pathToFileURL } from "node:url";
 
-const [home, build] = process.argv.slice(2);
+const [home, build, root] = process.argv.slice(2);
 const questions = JSON.parse(readFileSync(0));
 const web = build === "web";
 if (web) Object.defineProperty(process, "release", { value: { name: "browser" } });
@@ -18,7 +18,7 @@ const transformers = await import(pathToFileURL(`${home}/dist/${file}`));
 const { env, Tensor, DynamicCache } = transformers;
 
 const server = createServer(async (request, response) => {
-  const data = await readFile(decodeURIComponent(request.url)).catch(() => null);
+  const data = await readFile(root + decodeURIComponent(request.url)).catch(() => null);
   response.writeHead(data ? 200 : 404, data ? { "content-length": data.length } : {});
   response.end(request.method === "HEAD" || !data ? undefined : data);
 });
@@ -39,7 +39,7 @@ const int64 = (rows) => {
 const numbers = (value) => (Array.isArray(value) ? value.map(numbers) : Number(value));
 
 async function answer(q) {
-  const where = web ? q.folder.slice(1) : q.folder;
+  const where = web ? q.folder.slice(root.length + 1) : q.folder;
   const options = { subfolder: "", dtype: "fp32", device: web ? "wasm" : "cpu", ...q.options };
   if (q.text !== undefined) {
     const write = await transformers.pipeline("text-generation", where, options);
