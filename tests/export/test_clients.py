@@ -81,7 +81,8 @@ def answers(client: str, root: Path) -> Mapping[str, Json]:
 def command(client: str, root: Path) -> list[str]:
     if client in libraries.EVERY:
         return [libraries.elsewhere(client) or sys.executable, str(HERE / f"in_{client}.py")]
-    return ["node", str(HERE / "in_transformers.mjs"), str(libraries.package_of("transformersjs")), client, str(root)]
+    script, package = str(HERE / "in_transformers.mjs"), str(libraries.package_of("transformersjs"))
+    return ["node", "--liftoff-only", script, package, client, str(root)]  # node waits until all wasm is optimised
 
 
 def prompts(client: str, case: str) -> list[list[int]]:

@@ -19,7 +19,7 @@ const { env, Tensor, DynamicCache } = transformers;
 
 const server = createServer(async (request, response) => {
   const data = await readFile(root + decodeURIComponent(request.url)).catch(() => null);
-  response.writeHead(data ? 200 : 404, data ? { "content-length": data.length } : {});
+  response.writeHead(data ? 200 : 404, { connection: "close", ...(data && { "content-length": data.length }) });
   response.end(request.method === "HEAD" || !data ? undefined : data);
 });
 if (web) {
