@@ -69,9 +69,10 @@ def answers(client: str, root: Path) -> Mapping[str, Json]:
     """All that a client is asked, by `writers/case` or `readers/case`."""
     asked = {f"writers/{case}": written(client, root / "writers" / case, case) for case in WRITERS}
     asked |= {} if client == "genai" else {f"readers/{case}": read(client, root, case) for case in READERS}
-    asked |= (
-        {} if client == "optimum" else {"text": {"folder": str(root / "writers" / "gpt2"), "text": TEXT, "new": NEW}}
-    )
+    if client == "genai":
+        asked["padded"] = {**asked["writers/llama"], "new": 0, "feeds": padded(UNEVEN)}
+    if client != "optimum":
+        asked["text"] = {"folder": str(root / "writers" / "gpt2"), "text": TEXT, "new": NEW}
     words = json.dumps(list(asked.values()))
     run = subprocess.run(command(client, root), input=words, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
@@ -184,6 +185,16 @@ def test_it_reads_the_tokenizer(client: str, case: str, root: Path) -> None:
         return
     (new,) = generated(root, "gpt2", [ids])
     assert found["text"] == words().decode([*ids, *new])
+
+
+@pytest.mark.ort
+@pytest.mark.genai
+def test_genai_does_not_mask_padding(root: Path) -> None:
+    """As the page says; the padding here is pad_token_id of its own config."""
+    written = json.loads((root / "writers" / "llama" / "genai_config.json").read_text())
+    assert written["model"]["pad_token_id"] == padded(UNEVEN)["input_ids"][1][0] == 0
+    found = answers("genai", root)["padded"]["answer"]
+    assert found == {"attention_mask": [[1] * 5] * 2, "position_ids": [[0, 1, 2, 3, 4]] * 2}
 
 
 # ── the page ─────────────────────────────────────────────────────────────────────────────────────────────────────────

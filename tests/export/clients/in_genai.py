@@ -25,6 +25,8 @@ def answer(q: dict[str, Any]) -> Any:
     if q["adapter_ids"]:
         generator.set_model_input("adapter_ids", np.array(q["adapter_ids"], np.int64))
     generator.append_tokens(ids)
+    if not q["new"]:
+        return {name: generator.get_input(name).tolist() for name in ("attention_mask", "position_ids")}
     while not generator.is_done():
         generator.generate_next_token()
     return [generator.get_sequence(k)[ids.shape[1] :].tolist() for k in range(len(ids))]
