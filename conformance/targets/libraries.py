@@ -3,7 +3,7 @@
 `refpeft targets --install NAME` makes the environment, and `refpeft check NAME` finds it; one that has the library
 already needs neither. refpeft itself is not installed there: it is shared, so that both sides are of one version.
 
-Clients are no targets: they load what `refpeft export` writes, and the tests run them (docs/export.md).
+Tools are no targets: the tests run them, on what `refpeft export` writes (docs/export.md), or for what they merge.
 """
 
 import json
@@ -77,19 +77,22 @@ LIBRARIES: Mapping[str, Library] = {
     ),
     "flax": Library("Flax NNX, layers", "flax", ("flax==0.12.8",), HERE + "flax:loaded"),
 }
-CLIENTS: Mapping[str, Library] = {
+TOOLS: Mapping[str, Library] = {
     "optimum": Library(
-        "Hugging Face optimum, ORTModelFor…", "optimum", ("optimum-onnx[onnxruntime]==0.1.0", "torch>=2.0")
+        "Hugging Face optimum, loads exports", "optimum", ("optimum-onnx[onnxruntime]==0.1.0", "torch>=2.0")
     ),
-    "genai": Library("Microsoft's onnxruntime-genai", "onnxruntime_genai", ("onnxruntime-genai==0.18.0",)),
+    "genai": Library(
+        "Microsoft's onnxruntime-genai, loads exports", "onnxruntime_genai", ("onnxruntime-genai==0.18.0",)
+    ),
     "transformersjs": Library(
-        "Hugging Face transformers.js, in node",
+        "Hugging Face transformers.js, loads exports",
         "@huggingface/transformers",
         ("@huggingface/transformers@4.3.1",),
         npm=True,
     ),
+    "mergekit": Library("Arcee's mergekit, merges for refpeft audit", "mergekit", ("mergekit==0.1.5", "torch>=2.0")),
 }
-EVERY: Mapping[str, Library] = {**LIBRARIES, **CLIENTS}
+EVERY: Mapping[str, Library] = {**LIBRARIES, **TOOLS}
 
 
 # ── environments ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -318,7 +318,7 @@ Where = Annotated[
 
 
 def targets(install: Install = None, where: Where = None, json_file: Json = None) -> None:
-    """List what can be checked, and whether it is installed; then programs that load exported folders.
+    """List what can be checked, and whether it is installed; then tools that our tests run.
 
     Libraries that are no part of refpeft get environments of their own:
     [cyan]refpeft targets --install loralib[/cyan]
@@ -334,15 +334,15 @@ def targets(install: Install = None, where: Where = None, json_file: Json = None
         raise ValueError("--dir needs --install NAME, what to make there")
     for name in install or ():
         python = libraries.install(name, where)
-        if name in libraries.CLIENTS:
-            typer.echo(f"{(where or libraries.folder()) / name}: {libraries.CLIENTS[name].requires[0]}", err=True)
+        if name in libraries.TOOLS:
+            typer.echo(f"{(where or libraries.folder()) / name}: {libraries.TOOLS[name].requires[0]}", err=True)
             continue
         there = f" --python {shlex.quote(str(python))}" if where else ""
         typer.echo(f"{python.parents[1]}: refpeft check {name}{there}", err=True)
     if install:
         return
     about = {name: about for name, (about, _) in TARGETS.items()}
-    about |= {name: f"{client.about}: loads what we export" for name, client in libraries.CLIENTS.items()}
+    about |= {name: tool.about for name, tool in libraries.TOOLS.items()}
     rows = [{"name": name, "about": text, **installed(name)} for name, text in about.items()]
     table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False, header_style="bold")
     table.add_column("target", style="bold cyan", no_wrap=True)

@@ -158,7 +158,7 @@ def test_a_package_of_npms_is_installed_by_npm_and_runs_no_scripts(nowhere: Path
     (words,) = asked
     assert words[:4] == ["npm", "install", "--prefix", str(nowhere / "transformersjs")]
     assert "--ignore-scripts" in words
-    assert words[-1] == libraries.CLIENTS["transformersjs"].requires[0]
+    assert words[-1] == libraries.TOOLS["transformersjs"].requires[0]
     assert not libraries.present("transformersjs")
     found.mkdir(parents=True)
     (found / "package.json").write_text('{"version": "9.9"}')
@@ -166,10 +166,10 @@ def test_a_package_of_npms_is_installed_by_npm_and_runs_no_scripts(nowhere: Path
     assert libraries.version("transformersjs") == f"@huggingface/transformers 9.9 in {nowhere / 'transformersjs'}"
 
 
-def test_clients_are_listed_and_are_no_targets(nowhere: Path, tmp_path: Path) -> None:
+def test_tools_are_listed_and_are_no_targets(nowhere: Path, tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["targets", "--json", str(tmp_path / "t.jsonl")]).exit_code == 0
     rows = {row["name"]: row for row in map(json.loads, (tmp_path / "t.jsonl").read_text().splitlines())}
-    for name in libraries.CLIENTS:
+    for name in libraries.TOOLS:
         assert name not in TARGETS
         assert rows[name]["here"] == f"refpeft targets --install {name}"
 
