@@ -72,7 +72,8 @@ def export(
     Before it counts as done it is run on onnxruntime and compared with the
     specification in float64. A ratio of about 1 means: off by no more than
     rounding explains; above 10 nothing is kept. bfloat16 checkpoints become
-    float32.
+    float32. The folder loads as it is in optimum, transformers.js and, with
+    --decode, onnxruntime-genai (docs/export.md says which forms).
 
     [b]--form[/]
     merged     the adapters folded into the weights: nothing to pay when it runs

@@ -151,6 +151,29 @@ def test_install_makes_an_environment_that_has_this_refpeft_and_nothing_else_of_
     assert again == asked
 
 
+def test_a_package_of_npms_is_installed_by_npm_and_runs_no_scripts(nowhere: Path) -> None:
+    asked: list[Sequence[str]] = []
+    found = libraries.install("transformersjs", None, asked.append)
+    assert found == nowhere / "transformersjs" / "node_modules" / "@huggingface" / "transformers"
+    (words,) = asked
+    assert words[:4] == ["npm", "install", "--prefix", str(nowhere / "transformersjs")]
+    assert "--ignore-scripts" in words
+    assert words[-1] == libraries.TOOLS["transformersjs"].requires[0]
+    assert not libraries.present("transformersjs")
+    found.mkdir(parents=True)
+    (found / "package.json").write_text('{"version": "9.9"}')
+    assert libraries.present("transformersjs")
+    assert libraries.version("transformersjs") == f"@huggingface/transformers 9.9 in {nowhere / 'transformersjs'}"
+
+
+def test_tools_are_listed_and_are_no_targets(nowhere: Path, tmp_path: Path) -> None:
+    assert CliRunner().invoke(app, ["targets", "--json", str(tmp_path / "t.jsonl")]).exit_code == 0
+    rows = {row["name"]: row for row in map(json.loads, (tmp_path / "t.jsonl").read_text().splitlines())}
+    for name in libraries.TOOLS:
+        assert name not in TARGETS
+        assert rows[name]["here"] == f"refpeft targets --install {name}"
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
