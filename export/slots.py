@@ -7,6 +7,7 @@
       dora                        <module>.lora_gain        [o]             g = m/‖W + s B A‖    1
     prompt_tuning, p_tuning       prompt_embeddings         [n, d]          P                    no rows
     prefix_tuning, p_tuning_v2    prompt_embeddings         [n, 2 L t]      P                    no rows
+      of an encoder-decoder       … and encoder.…, cross.…                  of all its attentions
     all that replace the model's  <tensor>                  as it is        φ                    the model's own
     own tensors, trained heads    <module>.trainable_tokens_delta  [k, d]   R                    the model's own
 
@@ -70,9 +71,9 @@ def of_one(adapter: Adapter, model: Model, dtype: Any) -> dict[str, Slot]:
     if adapter.method in LORA:
         found |= low_rank(adapter, model, dtype)
     elif adapter.method in PROMPTS + PREFIXES:
-        n = adapter.config.num_virtual_tokens
-        rows = adapter.params[P][:n]
-        found[P] = Slot(("virtual_tokens", rows.shape[1]), rows, rows[:0], own=True)
+        for name in (n for n in adapter.params if own(adapter, n)):
+            rows = adapter.params[name][: adapter.config.num_virtual_tokens]
+            found[name] = Slot(("virtual_tokens", rows.shape[1]), rows, rows[:0], own=True)
     elif not substitutes(adapter):
         raise NotImplementedError(f"{adapter.method} has no slots: its parameters are not what a layer runs with")
     return found
@@ -133,7 +134,7 @@ def hooks(adapters: Sequence[Adapter], values: Mapping[str, Any], model: Model) 
         elif adapter.method in LORA:
             then.append(Hooks(part=layers(adapter, fed)))
         elif adapter.method in PREFIXES:
-            then.append(each([named.replace(params={P: fed[P]})], model))
+            then.append(each([named.replace(params={n: fed[n] for n in fed if own(adapter, n)})], model))
     first = [each([a], model) for a in whole if substitutes(a)]
     return compose([*first, Hooks(part=wrapped(whole)), *then])
 

@@ -262,7 +262,7 @@ def distances(m: Parts, at: str, ids: Array, past: Sequence[Pair] | None) -> Bia
     @cache
     def columns(before: int) -> tuple[Array, Back]:
         """[s, t, h] for the tokens, or for the places `before` them."""
-        keys = np.arange(before) - before if before else np.arange(start + s, like=ids)
+        keys = np.arange(before, like=ids) - before if before else np.arange(start + s, like=ids)
         return part.run(buckets(keys[None, :] - queries, n, longest, both=not m.config.causal_at(at)))
 
     def bias(memories: Sequence[Memory]) -> tuple[Array, Back]:
@@ -334,6 +334,15 @@ def mlp(m: Parts, at: str) -> Run:
         return z, back
 
     return gated if m.config.gated else plain
+
+
+def head(m: Parts, x: Array, inputs: Inputs) -> tuple[Array, list[Back]]:
+    """The steps after the last layer."""
+    backs = []
+    for step in m.config.head:
+        x, back = head_step(m, step, inputs)(x)
+        backs.append(back)
+    return x, backs
 
 
 def head_step(m: Parts, step: str, inputs: Inputs) -> Run:
