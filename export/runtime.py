@@ -153,7 +153,12 @@ class Runner:
         """The same with values that stay where they are, on the device too."""
         fixed = {name: require().OrtValue.ortvalue_from_numpy(a) for name, a in self.fixed.items()}
         values = {**fixed, **feeds}
-        found: list[Any] = self.session.run_with_ort_values(list(wanted), values, self.options(feeds))
+        options = self.options(feeds)
+        try:
+            found: list[Any] = self.session.run_with_ort_values(list(wanted), values, options)
+        except Exception as error:  # of types of its own
+            words = " ".join(str(error).split())
+            raise ValueError(f"{self.folder}: onnxruntime cannot run it: {words[:300]}") from None
         return found
 
     def options(self, feeds: Mapping[str, Any]) -> Any:

@@ -4,7 +4,8 @@
     decoder_model_merged.onnx   input_ids [b, s], encoder_attention_mask [b, t], encoder_hidden_states m,
                                 past_key_values.N.decoder.key and .value [b, h, past, e],
                                 past_key_values.N.encoder.key and .value [b, h, known, e]
-                                →  logits, present.N.decoder. … [b, h, past + s, e], present.N.encoder. … [b, h, n + t, e]
+                                →  logits [b, s, v] and the same with `present` for `past_key_values`,
+                                [b, h, past + s, e] and [b, h, n + t, e]
 
 n are the rows that a soft prompt puts before the text, 0 without one. Both pasts may be empty, and one graph does the
 first step and all others without a branch: of m, the rows from `known` on are turned to keys and values, K = [known;
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from refpeft.config import Config
 from refpeft.export.form import Outputs, Subject
 from refpeft.export.signature import BATCH, DECODED, HIDDEN, INT, PAST, SEQUENCE, last, output_name
 from refpeft.export.sizes import Size
@@ -31,15 +33,15 @@ KNOWN = "past_encoder_sequence"
 IDS, DECODER_IDS, MASK, STATES = "input_ids", "decoder_input_ids", "encoder_attention_mask", "encoder_hidden_states"
 
 
-def caches(model: Model, what: str) -> list[str]:
+def caches(c: Config, what: str) -> list[str]:
     """Keys and values of each layer: of the decoder's own attention, then of that to the encoder."""
-    layers = range(model.config.num_decoder_layers or 0)
+    layers = range(c.num_decoder_layers or 0)
     return [f"{what}.{n}.{side}.{kind}" for n in layers for side in ("decoder", "encoder") for kind in ("key", "value")]
 
 
 def inputs(model: Model) -> tuple[list[str], list[str]]:
     """Of the encoder, and of the decoder."""
-    return [IDS, "attention_mask"], [DECODER_IDS, MASK, STATES, *caches(model, "past_key_values")]
+    return [IDS, "attention_mask"], [DECODER_IDS, MASK, STATES, *caches(model.config, "past_key_values")]
 
 
 def run(graph: Graph, model: Model, hooks: Hooks, subject: Subject) -> tuple[list[str], Outputs]:
@@ -65,7 +67,7 @@ def decoder(graph: Graph, model: Model, hooks: Hooks, subject: Subject) -> Outpu
     mask = visible(False, seen, 0, extended(seen, prompt) if prompt else seen)
     rows = seen.shape[1] + (prompt.length if prompt else 0)
     states = graph.input(STATES, dtype, (BATCH, rows, c.hidden_size))
-    names = caches(model, "past_key_values")
+    names = caches(c, "past_key_values")
     lengths = {"decoder": PAST, "encoder": KNOWN}
     shapes = [(BATCH, c.num_heads, lengths[n.split(".")[2]], c.head_dim) for n in names]
     given = [graph.input(n, dtype, shape, shown(model, shape)) for n, shape in zip(names, shapes, strict=True)]
@@ -75,7 +77,7 @@ def decoder(graph: Graph, model: Model, hooks: Hooks, subject: Subject) -> Outpu
     logits: Any = head(m, x, target)[0]
     kept: list[Any] = [y.swapaxes(1, 2) for pair in present for y in pair]
     logits = last(logits, {*graph.live(kept)}, {}) if subject.last_logits else logits
-    return {output_name(model): logits, **dict(zip(caches(model, "present"), kept, strict=True))}
+    return {output_name(model): logits, **dict(zip(caches(c, "present"), kept, strict=True))}
 
 
 def shown(model: Model, shape: Sequence[Any]) -> Sequence[Any]:
@@ -100,10 +102,10 @@ def after(x: Symbol, n: Size) -> Any:
     """x[:, n:], all of it or less; none where n is all."""
     g = x.graph
     bounds = [g.ints([n]), *(g.constant([k], INT) for k in (END, 1))]
-    return g.emit("Slice", (x, *bounds), x.dtype, (x.shape[0], x.shape[1] - n, *x.shape[2:]))
+    length: Any = x.shape[1]
+    return g.emit("Slice", (x, *bounds), x.dtype, (x.shape[0], length - n, *x.shape[2:]))
 
 
-def start(model: Model, dtype: Any, batch: int) -> dict[str, Any]:
+def start(c: Config, dtype: Any, batch: int) -> dict[str, Any]:
     """The keys and values before the first step: none."""
-    c = model.config
-    return {name: np.zeros((batch, c.num_heads, 0, c.head_dim), dtype) for name in caches(model, "past_key_values")}
+    return {name: np.zeros((batch, c.num_heads, 0, c.head_dim), dtype) for name in caches(c, "past_key_values")}

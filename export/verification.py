@@ -203,7 +203,7 @@ def across(subject: Subject, batch: int, length: int, which: Array | None = None
     def ask(runner: Runner) -> Array:
         (states,) = runner.encoded({"input_ids": ids, "attention_mask": mask}).values()
         known = {seq2seq.MASK: mask, seq2seq.STATES: states}
-        past, found = seq2seq.start(subject.model, subject.dtype, batch), []
+        past, found = seq2seq.start(subject.model.config, subject.dtype, batch), []
         for a, z in steps:
             out, *present = runner.run({"input_ids": target[:, a:z], **known, **past}).values()
             past = dict(zip(past, present, strict=True))

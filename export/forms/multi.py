@@ -40,8 +40,8 @@ from refpeft.export.form import (
     with_values,
 )
 from refpeft.export.forms.unmerged import no_prompts
-from refpeft.export.runtime import Runner
 from refpeft.export.graphs import run
+from refpeft.export.runtime import Runner
 from refpeft.export.signature import BATCH, INT
 from refpeft.export.symbols import Graph
 from refpeft.hooks import Hooks
