@@ -4,6 +4,7 @@
     encoder_model.onnx, decoder_model_merged.onnx       of an encoder-decoder that decodes, in place of model.onnx
     refpeft.json                    what it is: form, adapters, dtype, inputs and outputs, and how it was verified
     config.json, tokenizer.json …   carried over from the checkpoint
+    genai_config.json               the same for onnxruntime-genai, where the graph decodes
 
 A form (`refpeft.export.forms`) traces the specification with the inputs it wants; the rest is the same for all. An
 export is written into a hidden folder beside its place and moved there when it is complete and verified, so there is
@@ -23,7 +24,7 @@ import refpeft
 from refpeft.adapter import Adapter, fits, stepwise
 from refpeft.checkpoint import tokens
 from refpeft.checkpoint.folder import new_folder
-from refpeft.export import graphs, runtime, signature, verification, weights
+from refpeft.export import genai, graphs, runtime, signature, verification, weights
 from refpeft.export.card import CARD, write_json
 from refpeft.export.form import Form, Made, Subject, Tensor
 from refpeft.export.forms import FORMS
@@ -109,6 +110,7 @@ def export(
             save(proto, folder / name)
         carry_over(folder, made, source)
         finish(FORMS[form], folder, subject, made)
+        genai.write(folder, form, subject, made)
         cases: Sequence[Mapping[str, Any]] = ()
         provider = None
         if verify:

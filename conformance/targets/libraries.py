@@ -1,9 +1,12 @@
-"""Libraries that are targets in an environment of their own: what each is, and what to install for it. Data, and where.
+"""Libraries in an environment of their own: what each is, and what to install for it. Data, and where.
 
 `refpeft targets --install NAME` makes the environment, and `refpeft check NAME` finds it; one that has the library
 already needs neither. refpeft itself is not installed there: it is shared, so that both sides are of one version.
+
+Clients are no targets: they load what `refpeft export` writes, and the tests run them (docs/export.md).
 """
 
+import json
 import os
 import shlex
 import subprocess
@@ -14,6 +17,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 
 SHARED: Sequence[str] = (  # what refpeft needs to answer from there
     "numpy>=2.0", "scipy>=1.13", "safetensors>=0.4.3", "ml-dtypes>=0.4", "packaging>=23", "typer>=0.20", "rich>=13",
@@ -26,12 +30,13 @@ class Library:
     about: str
     module: str  # that is imported
     requires: Sequence[str]  # as pip has them; the first is the library itself, in the version that was tried
-    factory: str  # of the target, module:function
+    factory: str = ""  # of the target, module:function
     alone: bool = False  # the library without what it says it needs, most of which is for something else
+    npm: bool = False  # a package of npm's, for node
 
     @property
     def package(self) -> str:
-        return self.requires[0].partition("==")[0].partition("[")[0]
+        return self.module if self.npm else self.requires[0].partition("==")[0].partition("[")[0]
 
     def lacks(self, name: str, module: str) -> str:
         """What to do where `module` is missing, in one sentence."""
@@ -72,6 +77,19 @@ LIBRARIES: Mapping[str, Library] = {
     ),
     "flax": Library("Flax NNX, layers", "flax", ("flax==0.12.8",), HERE + "flax:loaded"),
 }
+CLIENTS: Mapping[str, Library] = {
+    "optimum": Library(
+        "Hugging Face optimum, ORTModelFor…", "optimum", ("optimum-onnx[onnxruntime]==0.1.0", "torch>=2.0")
+    ),
+    "genai": Library("Microsoft's onnxruntime-genai", "onnxruntime_genai", ("onnxruntime-genai==0.18.0",)),
+    "transformersjs": Library(
+        "Hugging Face transformers.js, in node",
+        "@huggingface/transformers",
+        ("@huggingface/transformers@4.3.1",),
+        npm=True,
+    ),
+}
+EVERY: Mapping[str, Library] = {**LIBRARIES, **CLIENTS}
 
 
 # ── environments ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -90,18 +108,32 @@ def python_of(name: str, where: Path | None = None) -> Path:
 
 def elsewhere(name: str) -> str | None:
     """The python that has this library, where that is not the one that runs now."""
-    library = LIBRARIES.get(name)
-    if library is None or find_spec(library.module):
+    library = EVERY.get(name)
+    if library is None or library.npm or find_spec(library.module):
         return None
     python = python_of(name)
     return str(python) if python.is_file() else None
 
 
+def package_of(name: str, where: Path | None = None) -> Path:
+    """The folder of a package of npm's, whether it is there or not."""
+    return (where or folder()) / name / "node_modules" / EVERY[name].module
+
+
+def present(name: str) -> bool:
+    """Is a library here, or in its environment?"""
+    library = EVERY[name]
+    return package_of(name).is_dir() if library.npm else bool(find_spec(library.module) or elsewhere(name))
+
+
 def version(name: str) -> str | None:
     """What is there of a library, here or in its environment; None where it is neither."""
-    package, python = LIBRARIES[name].package, elsewhere(name)
-    if not python and not find_spec(LIBRARIES[name].module):
+    package, python = EVERY[name].package, elsewhere(name)
+    if not present(name):
         return None
+    if EVERY[name].npm:
+        said = json.loads((package_of(name) / "package.json").read_text(encoding="utf-8"))
+        return f"{package} {said['version']} in {folder() / name}"
     there = [str(p) for p in python_of(name).parents[1].glob("lib/python3*/site-packages")] if python else sys.path
     found = next(iter(metadata.distributions(name=package, path=there)), None)
     where = f" in {Path(python).parents[1]}" if python else ""
@@ -117,24 +149,40 @@ Run = Callable[[Sequence[str]], object]
 
 
 def pip(words: Sequence[str]) -> None:
+    """pip, or npm."""
+    if words[0] == "npm" and not which("npm"):
+        raise ValueError("npm is missing, which comes with node.js")
     if code := subprocess.run(words).returncode:
-        raise ValueError(f"pip ended with exit code {code}: {shlex.join(words[1:])}")
+        name = "npm" if words[0] == "npm" else "pip"
+        raise ValueError(f"{name} ended with exit code {code}: {shlex.join(words[1:])}")
 
 
 def install(name: str, where: Path | None = None, run: Run = pip) -> Path:
-    """Make the environment of a library, in a folder of its name; what is there already is used. Its python."""
-    if name not in LIBRARIES:
-        raise ValueError(f"--install {name}: expected one of {', '.join(LIBRARIES)}")
+    """Make the environment of a library, in a folder of its name; what is there already is used. Its python, or the
+    package's folder."""
+    if name not in EVERY:
+        raise ValueError(f"--install {name}: expected one of {', '.join(EVERY)}")
+    if EVERY[name].npm:
+        return npm_install(name, where, run)
     python = python_of(name, where)
     if not python.is_file():
         venv.create(python.parent.parent, with_pip=True)
     install = [str(python), "-m", "pip", "install", "--quiet"]
-    alone, together = requirements(LIBRARIES[name])
+    alone, together = requirements(EVERY[name])
     if alone:
         run([*install, "--no-deps", *alone])
     run([*install, *SHARED, *together])
     share(python)
     return python
+
+
+def npm_install(name: str, where: Path | None, run: Run) -> Path:
+    """Without the packages' scripts: onnxruntime's would download CUDA."""
+    home = (where or folder()) / name
+    home.mkdir(parents=True, exist_ok=True)
+    quiet = ["--ignore-scripts", "--no-audit", "--no-fund", "--silent"]
+    run(["npm", "install", "--prefix", str(home), *quiet, *EVERY[name].requires])
+    return package_of(name, where)
 
 
 def requirements(library: Library) -> tuple[Sequence[str], Sequence[str]]:

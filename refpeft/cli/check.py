@@ -318,7 +318,7 @@ Where = Annotated[
 
 
 def targets(install: Install = None, where: Where = None, json_file: Json = None) -> None:
-    """List what can be checked, and whether it is installed.
+    """List what can be checked, and whether it is installed; then programs that load exported folders.
 
     Libraries that are no part of refpeft get environments of their own:
     [cyan]refpeft targets --install loralib[/cyan]
@@ -334,11 +334,16 @@ def targets(install: Install = None, where: Where = None, json_file: Json = None
         raise ValueError("--dir needs --install NAME, what to make there")
     for name in install or ():
         python = libraries.install(name, where)
+        if name in libraries.CLIENTS:
+            typer.echo(f"{(where or libraries.folder()) / name}: {libraries.CLIENTS[name].requires[0]}", err=True)
+            continue
         there = f" --python {shlex.quote(str(python))}" if where else ""
         typer.echo(f"{python.parents[1]}: refpeft check {name}{there}", err=True)
     if install:
         return
-    rows = [{"name": name, "about": about, **installed(name)} for name, (about, _) in TARGETS.items()]
+    about = {name: about for name, (about, _) in TARGETS.items()}
+    about |= {name: f"{client.about}: loads what we export" for name, client in libraries.CLIENTS.items()}
+    rows = [{"name": name, "about": text, **installed(name)} for name, text in about.items()]
     table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False, header_style="bold")
     table.add_column("target", style="bold cyan", no_wrap=True)
     table.add_column("what it is")
@@ -353,7 +358,7 @@ def installed(target: str) -> dict[str, Any]:
     """Is what the target drives there, in which version, and if not, which extra brings it?"""
     from refpeft.conformance.targets import libraries
 
-    if target in libraries.LIBRARIES:
+    if target in libraries.EVERY:
         version = libraries.version(target)
         return {"ready": version is not None, "here": version or f"refpeft targets --install {target}"}
     package = NEEDS.get(target)
