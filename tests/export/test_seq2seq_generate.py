@@ -1,4 +1,4 @@
-"""`refpeft generate` with encoder-decoders: the tokens of transformers and peft, and of programs that load the folder."""
+"""`refpeft generate` with encoder-decoders: the tokens of transformers and peft, and of programs that load them."""
 
 import json
 import subprocess
@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -136,7 +135,7 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="decoder_start_token_id must be an integer, found"):
         written(tmp_path / "out", PROMPTS)
     (tmp_path / "out" / "encoder_model.onnx").unlink()
-    with pytest.raises(ValueError, match="there is no model.onnx, nor encoder_model.onnx with decoder_model_merged"):
+    with pytest.raises(ValueError, match=r"there is no model\.onnx, nor encoder_model\.onnx with decoder_model_merged"):
         written(tmp_path / "out", PROMPTS)
 
 
