@@ -69,6 +69,7 @@ ROWS = {
     "trained heads": ["head"],
     "prompt tuning": ["prompt_tuning", "p_tuning"],
     "prefix tuning": ["prefix_tuning"],
+    "bottleneck": ["houlsby", "pfeiffer", "parallel"],
     "DID": ["did", "said"],
 }
 

@@ -22,6 +22,7 @@ CASES = {
     "prompt": ("p_tuning", {}), "unmerged prompt": ("prompt_tuning", {}), "unmerged prefix": ("prefix_tuning", {}),
     "inputs prompt": ("prompt_tuning", {}), "inputs prefix": ("prefix_tuning", {}),
     "multi prefix": ("prefix_tuning", {}), "inputs norms": ("ln_tuning", {}),
+    "inputs necks": ("houlsby", {"cross_adapter": True}),
     "unmerged prefix without places": ("prefix_tuning", {"position_shift": False}),
 }  # fmt: skip
 
@@ -163,7 +164,6 @@ def test_what_does_not_write_is_refused(tmp_path: Path) -> None:
         ("prefix", "prefix_tuning", "no past: --form inputs has prefixes from outside"),
         ("merged", "prompt_tuning", "has no merge"),
         ("multi", "prompt_tuning", "makes a row longer"),
-        ("inputs", "houlsby", "cannot be exported in the form inputs"),
     ):  # fmt: skip
         model, adapter = made(method, "T5")
         with pytest.raises(ValueError, match=message):
