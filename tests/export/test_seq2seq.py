@@ -25,6 +25,8 @@ CASES = {
     "inputs necks": ("houlsby", {"cross_adapter": True}),
     "unmerged prefix without places": ("prefix_tuning", {"position_shift": False}),
 }  # fmt: skip
+EACH = [(name, case) for name in ("T5", "BART") for case in CASES]
+EACH += [("T5 v1.1", case) for case in ("merged", "inputs", "multi", "unmerged prompt")]  # whose head is another one
 
 
 def exported(case: str, name: str, folder: Path, **how: Any) -> tuple[Any, Any, list[Any]]:
@@ -38,8 +40,7 @@ def exported(case: str, name: str, folder: Path, **how: Any) -> tuple[Any, Any, 
 
 
 @pytest.mark.ort
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "case"), EACH)
 def test_every_form(name: str, case: str, tmp_path: Path) -> None:
     """Verified in steps, rows padded on either side; and then the tokens of the specification, each row by itself."""
     model, result, each = exported(case, name, tmp_path / "out")
@@ -101,6 +102,15 @@ def test_both_graphs_share_the_weights(tmp_path: Path) -> None:
                 places.setdefault(t.name, set()).add(tuple((e.key, e.value) for e in t.external_data))
     assert places.keys() == model.params.keys()
     assert all(len(found) == 1 for found in places.values())
+
+
+@pytest.mark.ort
+def test_weights_may_be_inside(tmp_path: Path) -> None:
+    """Of each graph its own, if that is asked for."""
+    model, result, each = exported("merged", "BART", tmp_path / "out", external=False)
+    assert not result.external_data
+    assert not (tmp_path / "out" / "model.onnx.data").exists()
+    assert written(tmp_path / "out", PROMPTS) == specified(model, each, PROMPTS)
 
 
 @pytest.mark.ort
