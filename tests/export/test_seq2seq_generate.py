@@ -173,10 +173,12 @@ def asked(command: list[str], roots: list[Path]) -> list[Rows]:
     return found
 
 
-def answered(command: list[str], root: Path) -> None:
+LOADED = [(name, case) for name in NAMES for case in ("merged", "unmerged", "inputs", "unmerged prompt")]
+
+
+def answered(command: list[str], root: Path, cases: list[tuple[str, str]] = LOADED) -> None:
     """It writes what `refpeft generate` writes: the adapter where it is inside, the base model where it is not."""
-    cases = [(name, case) for name in NAMES for case in ("merged", "unmerged", "inputs", "unmerged prompt")]
-    roots = [root / f"{name} {case}" for name, case in cases]
+    roots = [root / f"{name}-{case}".replace(" ", "-") for name, case in cases]
     for (name, case), at in zip(cases, roots, strict=True):
         at.mkdir()
         folders(at, name, case)
@@ -194,6 +196,9 @@ def test_optimum_loads_it_unchanged(tmp_path: Path) -> None:
 @pytest.mark.ort
 @pytest.mark.node
 @pytest.mark.transformersjs
-def test_transformers_js_loads_it_unchanged(tmp_path: Path) -> None:
+@pytest.mark.parametrize("build", ["node", "web"])
+def test_transformers_js_loads_it_unchanged(build: str, tmp_path: Path) -> None:
+    """Its build for browsers has to be told where the weights are."""
     home = str(libraries.package_of("transformersjs"))
-    answered(["node", str(HERE / "seq2seq_in_transformers.mjs"), home], tmp_path)
+    cases = LOADED if build == "node" else [("T5 v1.1", "merged"), ("BART", "unmerged prompt")]
+    answered(["node", str(HERE / "seq2seq_in_transformers.mjs"), home, build, str(tmp_path)], tmp_path, cases)
