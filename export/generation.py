@@ -4,8 +4,10 @@
     for tokens in write(writer, [[3, 1, 4], [1, 5]], Options(max_new_tokens=20)):
         …                                           # of each row its next token, None where it has ended
 
-Rows are padded on the left. The keys and values stay with the runtime from one step to the next; only the last logits
-are looked at. A row draws its numbers from `seed` and its own number, so it does not depend on its neighbours.
+A row draws its numbers from `seed` and its own number, so it does not depend on its neighbours. An encoder-decoder
+reads the prompts and writes texts of its own (`refpeft.export.steps`), with the ids of generation_config.json, or else
+of config.json: decoder_start_token_id before all, forced_bos_token_id as the first token, forced_eos_token_id as the
+one that max_new_tokens makes the last.
 
     p = softmax(logits/temperature);   top_k: the k likeliest;   then top_p: the fewest of these, likeliest first, whose
     probabilities add up to at least top_p;   of what is left one is drawn. Temperature 0: the likeliest.
@@ -22,14 +24,13 @@ import numpy as np
 from refpeft.checkpoint.families import Plan, plan
 from refpeft.checkpoint.safetensors import read_json, show
 from refpeft.export import adapters as files
-from refpeft.export import runtime
+from refpeft.export import runtime, steps
 from refpeft.export.card import needed, read_card
 from refpeft.export.forms.inputs import FILE
 from refpeft.export.forms.multi import IDS
 from refpeft.export.runtime import Runner
 
 Array = np.ndarray[Any, Any]
-PAST = "past_key_values."
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class Options:
 @dataclass(frozen=True)
 class Writer:
     """A graph that decodes, with its adapter. `front`: the ids of a soft prompt that stands before the text; with
-    `template` it stands among the ids that are given. `past`: of a prefix, one row."""
+    `template` it stands among the ids that are given. `past`: of a prefix, one row. `start`: of an encoder-decoder, the
+    token before the first; `forced`: the first token and the last, where they are given."""
 
     runner: Runner
     plan: Plan
@@ -66,16 +68,17 @@ class Writer:
     past: Mapping[str, Array] = field(default_factory=dict, repr=False)
     shift: int = 0
     template: bool = False
+    start: int | None = None
+    forced: tuple[int | None, int | None] = (None, None)
 
     @property
     def vocabulary(self) -> int:
         return int(self.plan.shapes[self.plan.sites["embed.token"].weight][0])
 
-    @property
-    def room(self) -> int | None:
+    def room(self, stack: str = "") -> int | None:
         """How many positions there are, if they are learned."""
-        site = self.plan.sites.get("embed.position")
-        return None if site is None else int(self.plan.shapes[site.weight][0])
+        site = self.plan.sites.get(stack + "embed.position")
+        return None if site is None else int(self.plan.shapes[site.weight][0]) - self.plan.config.position_offset
 
 
 def open_writer(
@@ -92,8 +95,7 @@ def open_writer(
     if not card["decode"]:
         raise ValueError(f"{folder}: its graph does not decode: export it with --decode")
     runner = runtime.open_folder(folder, device)
-    source = plan(read_json(folder / "config.json"))
-    stop = ends(folder)
+    writer = begun(Writer(runner, plan(read_json(folder / "config.json")), ends(folder)), folder)
     if card["form"] == "multi":
         which = np.asarray([] if adapter_ids is None else adapter_ids, np.int64)
         if not which.size or which.min() < -1 or which.max() >= len(card["adapters"]):
@@ -101,20 +103,20 @@ def open_writer(
                 f"this graph has {len(card['adapters'])} adapters: adapter_ids must say which one each row has, "
                 f"from -1 to {len(card['adapters']) - 1}, found {adapter_ids}"
             )
-        return Writer(runner.feeding({IDS: which}), source, stop)
+        return replace(writer, runner=runner.feeding({IDS: which}))
     if adapter_ids is not None:
         raise ValueError(f"{folder}: its form is {card['form']}, which has no adapter_ids")
     file = folder / FILE if adapter is None else Path(adapter)
     if bare or not (adapter is not None or file.is_file()):
-        return Writer(runner, source, stop)
+        return writer
     if card["form"] == "prefix":
         past = files.read(file)
         check_past(file, past, runner)
         (facts,) = needed(folder, card, "facts")
         moved = all(isinstance(fact, dict) and fact.get("position_shift") for fact in facts)
-        return Writer(runner, source, stop, past=past, shift=next(iter(past.values())).shape[2] if moved else 0)
+        return replace(writer, past=past, shift=next(iter(past.values())).shape[2] if moved else 0)
     loaded = runner.load(file)
-    writer = Writer(runner.using(loaded), source, stop)
+    writer = replace(writer, runner=runner.using(loaded))
     if card["form"] != "prompt":
         return writer
     name, facts = needed(folder, card, "prompt", "facts")
@@ -125,23 +127,41 @@ def open_writer(
 
 
 def check_past(file: Path, past: Mapping[str, Array], runner: Runner) -> None:
-    wanted = {i.name: i for i in runner.session.get_inputs() if i.name.startswith(PAST)}
+    wanted = {i.name: i for i in runner.session.get_inputs() if i.name.startswith(steps.PAST)}
     if wanted.keys() != past.keys():
         raise ValueError(f"{file}: it must hold {', '.join(wanted)}, found {', '.join(past)}")
     for name, a in past.items():
         runtime.fits(file, name, a, wanted[name])
 
 
+def begun(writer: Writer, folder: Path) -> Writer:
+    """How an encoder-decoder begins, and ends."""
+    if writer.runner.encoder is None:
+        return writer
+    names = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
+    start, bos, eos = ([*tokens(folder, name), None][0] for name in names)
+    start = writer.plan.config.decoder_start_token_id if start is None else start
+    if start is None:
+        raise ValueError(f"{folder / 'config.json'}: decoder_start_token_id is missing, with which a text begins")
+    return replace(writer, start=start, forced=(bos, eos))
+
+
 def ends(folder: Path) -> list[int]:
     """The ids with which a text ends."""
-    for name in ("generation_config.json", "config.json"):
-        ids = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
+    return tokens(folder, "eos_token_id", several=True)
+
+
+def tokens(folder: Path, name: str, several: bool = False) -> list[int]:
+    """What the settings say of an id, or of several."""
+    for file in ("generation_config.json", "config.json"):
+        ids = read_json(folder / file).get(name) if (folder / file).is_file() else None
         if isinstance(ids, int):
             return [ids]
-        if isinstance(ids, list) and all(isinstance(i, int) for i in ids):
+        if several and isinstance(ids, list) and all(isinstance(i, int) for i in ids):
             return ids
         if ids is not None:
-            raise ValueError(f"{folder / name}: eos_token_id must be an integer or a list of them, found {show(ids)}")
+            wanted = "an integer or a list of them" if several else "an integer"
+            raise ValueError(f"{folder / file}: {name} must be {wanted}, found {show(ids)}")
     return []
 
 
@@ -152,22 +172,30 @@ def write(writer: Writer, prompts: Sequence[Sequence[int]], options: Options) ->
     """Of each row its next token, as long as one goes on; the token that ends a row is its last."""
     rows = [[*writer.front, *ids] for ids in prompts]
     check_prompts(writer, prompts)
-    steps = min(options.max_new_tokens, left(writer, rows))
-    ids, mask = padded(rows)
-    places = np.maximum(mask.cumsum(1) - 1, 0) + writer.shift
-    past = first(writer, len(rows))
-    mask = np.concatenate([np.ones((len(rows), seen(past)), np.int64), mask], axis=1)
+    count, step = min(options.max_new_tokens, left(writer, rows)), stepping(writer, rows)
     draws = [np.random.default_rng([options.seed, k]) for k in range(len(rows))]
     stop, ended = {*writer.stop, *options.stop}, np.zeros(len(rows), bool)
-    for _ in range(steps):
-        logits, past = step(writer, ids, mask, places, past)
-        chosen = pick(logits, options, draws)
+    chosen: Array | None = None
+    for n in range(count):
+        chosen = pick(step(chosen), options, draws)
+        if (forced := at(writer, n, options)) is not None:
+            chosen = np.full_like(chosen, forced)
         yield [None if done else int(t) for t, done in zip(chosen, ended, strict=True)]
         ended = ended | np.isin(chosen, list(stop))
         if ended.all():
             return
-        ids, places = chosen[:, None], places[:, -1:] + 1
-        mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
+
+
+def stepping(writer: Writer, rows: Sequence[Sequence[int]]) -> steps.Step:
+    if writer.start is None:
+        return steps.alone(writer.runner, rows, writer.past, writer.shift)
+    return steps.across(writer.runner, rows, writer.plan.config, writer.start)
+
+
+def at(writer: Writer, n: int, options: Options) -> int | None:
+    """The token that must be the n-th."""
+    first, last = writer.forced
+    return last if n == options.max_new_tokens - 1 and last is not None else first if n == 0 else None
 
 
 def check_prompts(writer: Writer, prompts: Sequence[Sequence[int]]) -> None:
@@ -186,50 +214,13 @@ def check_prompts(writer: Writer, prompts: Sequence[Sequence[int]]) -> None:
 def left(writer: Writer, rows: Sequence[Sequence[int]]) -> int:
     """How many tokens there is room for."""
     longest = max(map(len, rows)) + writer.shift
-    if writer.room is None:
+    apart = writer.start is not None
+    room = writer.room("encoder." if apart else "")
+    if room is None:
         return 1 << 30
-    if longest > writer.room:
-        raise ValueError(f"a prompt of {longest} positions does not fit the model, which has {writer.room}")
-    return writer.room - longest + 1
-
-
-def padded(rows: Sequence[Sequence[int]]) -> tuple[Array, Array]:
-    """ids and mask [b, s], padded on the left."""
-    s = max(map(len, rows))
-    ids, mask = np.zeros((2, len(rows), s), np.int64)
-    for k, row in enumerate(rows):
-        ids[k, s - len(row) :], mask[k, s - len(row) :] = row, 1
-    return ids, mask
-
-
-def first(writer: Writer, b: int) -> dict[str, Any]:
-    """The keys and values before the first token."""
-    ort = runtime.require()
-    found = {}
-    for i in writer.runner.session.get_inputs():
-        if i.name.startswith(PAST):
-            _, g, _, e = i.shape
-            none = np.zeros((1, g, 0, e), np.float16 if "float16" in i.type else np.float32)
-            a = np.repeat(writer.past.get(i.name, none), b, axis=0)
-            found[i.name] = ort.OrtValue.ortvalue_from_numpy(a)
-    return found
-
-
-def seen(past: Mapping[str, Any]) -> int:
-    return int(next(iter(past.values())).shape()[2])
-
-
-def step(
-    writer: Writer, ids: Array, mask: Array, places: Array, past: Mapping[str, Any]
-) -> tuple[Array, dict[str, Any]]:
-    """The logits of the last place of each row [b, v], and keys and values with the new ones."""
-    ort = runtime.require()
-    new = {"input_ids": ids, "attention_mask": mask, "position_ids": places}
-    feeds = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in new.items()}
-    wanted = ["logits", *(name.replace(PAST, "present.") for name in past)]
-    logits, *present = writer.runner.run_values({**feeds, **past}, wanted)
-    last: Array = logits.numpy()[:, -1].astype(np.float64)
-    return last, dict(zip(past, present, strict=True))
+    if longest > room:
+        raise ValueError(f"a prompt of {longest} positions does not fit the model, which has {room}")
+    return (writer.room("decoder.") or 0) if apart else room - longest + 1
 
 
 # ── which token ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,6 +1,7 @@
 """What is exported: from a model with adapters to a folder that runs on any ONNX runtime.
 
     model.onnx (model.onnx.data)    the graph; its weights beside it where they are large
+    encoder_model.onnx, decoder_model_merged.onnx       of an encoder-decoder that decodes, in place of model.onnx
     refpeft.json                    what it is: form, adapters, dtype, inputs and outputs, and how it was verified
     config.json, tokenizer.json …   carried over from the checkpoint
     genai_config.json               the same for onnxruntime-genai, where the graph decodes
@@ -12,7 +13,7 @@ either all of it or none.
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ import numpy as np
 from onnx import ModelProto, TensorProto, checker
 
 import refpeft
-from refpeft.adapter import Adapter, fits
+from refpeft.adapter import Adapter, fits, stepwise
 from refpeft.checkpoint import tokens
 from refpeft.checkpoint.folder import new_folder
-from refpeft.export import genai, runtime, signature, verification, weights
+from refpeft.export import genai, graphs, runtime, signature, verification, weights
 from refpeft.export.card import CARD, write_json
 from refpeft.export.form import Form, Made, Subject, Tensor
 from refpeft.export.forms import FORMS
@@ -40,7 +41,8 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Exported:
-    """What `export` made. `cases` are the measured ratios, empty if it was not verified."""
+    """What `export` made. `cases` are the measured ratios, empty if it was not verified. Where there are two graphs,
+    `inputs` and `outputs` are the decoder's, and `encoder` has those of the other."""
 
     folder: Path
     form: str
@@ -55,6 +57,7 @@ class Exported:
     external_data: bool
     provider: str | None
     cases: Sequence[Mapping[str, Any]]
+    encoder: Mapping[str, Mapping[str, Sequence[int | str]]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "folder": str(self.folder)}
@@ -101,8 +104,10 @@ def export(
         report("tracing the specification, writing the weights")
         graph = Graph(RULES)
         made = traced(form, subject, graph, folder, external)
-        proto = to_model(graph, made.inputs, made.outputs, made.tensors, made.optional)
-        save(proto, folder / "model.onnx")
+        found = graphs.files(made, subject)
+        protos = {n: to_model(graph, f.inputs, f.outputs, made.tensors, f.optional) for n, f in found.items()}
+        for name, proto in protos.items():
+            save(proto, folder / name)
         carry_over(folder, made, source)
         finish(FORMS[form], folder, subject, made)
         genai.write(folder, form, subject, made)
@@ -111,7 +116,7 @@ def export(
         if verify:
             report("running it on onnxruntime")
             provider, cases = verification.verify(folder, subject, FORMS[form])
-        result = described(folder, Path(out), form, subject, made, proto, provider, cases)
+        result = described(folder, Path(out), form, subject, made, protos, provider, cases)
         write_card(folder, made, subject, result)
     return result
 
@@ -137,6 +142,7 @@ def representable(model: Model, adapters: Sequence[Adapter]) -> None:
 def checked(form: Form, subject: Subject) -> None:
     if subject.decode:
         signature.decodes(subject.model)
+        stepwise(subject.adapters)
     elif subject.last_logits:
         raise ValueError("last_logits is for graphs that decode, and this one does not")
     form.check(subject)
@@ -157,13 +163,13 @@ def traced(form: str, subject: Subject, graph: Graph, folder: Path, external: bo
 
 
 def outside(subject: Subject, external: bool | None) -> bool:
-    """Do the weights lie beside the graph?"""
+    """Do the weights lie beside the graph? Those of two graphs do, so that both share them."""
     size = weights.size(subject.model, subject.dtype)
     if external is False and size > PROTOBUF_LIMIT:
         raise ValueError(
             f"{size / 1e9:.1f} GB of weights do not fit into model.onnx, which can hold 2 GB: keep them beside it"
         )
-    return size > INLINE_LIMIT if external is None else external
+    return graphs.apart(subject) or size > INLINE_LIMIT if external is None else external
 
 
 def finish(form: Form, folder: Path, subject: Subject, made: Made) -> None:
@@ -183,18 +189,24 @@ def save(proto: ModelProto, path: Path) -> None:
 
 
 def described(
-    folder: Path, out: Path, form: str, subject: Subject, made: Made, proto: ModelProto, provider: str | None,
-    cases: Sequence[Any],
+    folder: Path, out: Path, form: str, subject: Subject, made: Made, protos: Mapping[str, ModelProto],
+    provider: str | None, cases: Sequence[Any],
 ) -> Exported:  # fmt: skip
     def shapes(values: Any) -> dict[str, list[int | str]]:
         return {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
 
+    *before, proto = protos.values()
     inputs = shapes(proto.graph.input)
     optional = {name: inputs.pop(name) for name in made.optional}
+    encoder: dict[str, Any] = {}
+    for other in before:
+        own = {name: shape for name, shape in shapes(other.graph.input).items() if name not in optional}
+        encoder = {"inputs": own, "outputs": shapes(other.graph.output)}
     size = sum(f.stat().st_size for f in folder.iterdir())
     return Exported(
         out, form, str(subject.dtype), subject.decode, subject.last_logits, inputs, optional,
-        shapes(proto.graph.output), len(proto.graph.node), size, (folder / weights.DATA).exists(), provider, cases,
+        shapes(proto.graph.output), sum(len(p.graph.node) for p in protos.values()), size,
+        (folder / weights.DATA).exists(), provider, cases, encoder,
     )  # fmt: skip
 
 

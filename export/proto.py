@@ -17,15 +17,16 @@ OPSET, IR_VERSION = 23, 10
 
 def to_model(
     graph: Graph,
-    inputs: Sequence[str],
+    inputs: Sequence[str] | Mapping[str, str],
     outputs: Mapping[str, Symbol],
     weights: Mapping[str, TensorProto],
     optional: Sequence[str] = (),
 ) -> ModelProto:
     """The part of the graph that the outputs need. Inputs stay in the signature even if nothing reads them; optional
-    ones are weights that a caller may replace."""
+    ones are weights that a caller may replace. Inputs may have other names in `graph` than in the model."""
+    inputs = inputs if isinstance(inputs, Mapping) else {name: name for name in inputs}
     live = graph.live(outputs.values())
-    names: dict[Node, str] = {}
+    names = {graph.made[own]: name for name, own in inputs.items() if name != own}
     for name, y in outputs.items():
         if y.node.op and y.node not in names:
             names[y.node] = name
@@ -36,11 +37,13 @@ def to_model(
         if called(y.node, names) != name
     ]
     constants = [tensor(x.name, x.attrs["value"]) for x in live if x.op == "Constant"]
+    read = {x.name for x in live}
     used = [weights[x.name] for x in live if x.name in weights]
+    used += [weights[name] for name in optional if name not in read]
     proto = helper.make_graph(
         nodes,
         "refpeft",
-        [value(name, graph.made[name]) for name in (*inputs, *optional)],
+        [value(name, graph.made[own]) for name, own in (*inputs.items(), *zip(optional, optional, strict=True))],
         [value(name, y) for name, y in outputs.items()],
         [*constants, *used],
     )
@@ -60,9 +63,8 @@ def node(x: Node, names: Mapping[Node, str]) -> NodeProto:
 
 
 def value(name: str, x: Node | Symbol) -> ValueInfoProto:
-    return helper.make_tensor_value_info(
-        name, elem_type(x.dtype), [d if isinstance(d, int) else str(d) for d in x.shape]
-    )
+    shape = x.attrs.get("shown", x.shape) if isinstance(x, Node) else x.shape
+    return helper.make_tensor_value_info(name, elem_type(x.dtype), [d if isinstance(d, int) else str(d) for d in shape])
 
 
 def tensor(name: str, array: np.ndarray[Any, Any]) -> TensorProto:

@@ -16,7 +16,7 @@ from refpeft.checkpoint import load_adapter
 from refpeft.checkpoint.families import plan
 from refpeft.checkpoint.safetensors import read_json, show
 from refpeft.export import adapters as files
-from refpeft.export import initialisers
+from refpeft.export import initialisers, runtime
 from refpeft.export.card import needed, read_card
 from refpeft.export.form import Array, Subject, prefixes
 from refpeft.export.forms import FORMS
@@ -57,7 +57,7 @@ def base(folder: Path, card: Mapping[str, Any]) -> Model:
     """The base model, from the graph's own weights; of what the graph does not read, zeros."""
     source = read_json(folder / "config.json")
     p = plan(source)
-    found = initialisers.read(folder / "model.onnx")
+    found = {name: a for path in runtime.graphs(folder) for name, a in initialisers.read(path).items()}
     params: dict[str, Array] = {}
     for site in p.sites.values():
         for tensor, own in ((site.weight, site.path + ".weight"), (site.bias, site.path + ".bias")):

@@ -30,6 +30,7 @@ Array = np.ndarray[Any, Any]
 WHEELS = ("onnxruntime", "onnxruntime-gpu")
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
+MODEL, ENCODER, DECODER = "model.onnx", "encoder_model.onnx", "decoder_model_merged.onnx"
 
 
 def installed() -> list[str]:
@@ -101,12 +102,14 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Runner:
-    """A session, the adapters that are active in its runs, and inputs that all its runs get."""
+    """A session, the adapters that are active in its runs, and inputs that all its runs get. `encoder`: of an
+    encoder-decoder, another session, for which the same holds."""
 
     folder: Path
     session: Any
     active: Sequence[Loaded] = ()
     fixed: Mapping[str, Array] = field(default_factory=dict, repr=False)
+    encoder: "Runner | None" = None
 
     def load(self, path: str | os.PathLike[str]) -> Loaded:
         """An adapter file, for `using`. Every tensor in it must be an optional input of this graph."""
@@ -130,22 +133,32 @@ class Runner:
                 if name in seen:
                     raise ValueError(f"{a.path} and {seen[name]} both hold {name}: they cannot be used together")
                 seen[name] = a.path
-        return replace(self, active=adapters)
+        return replace(self, active=adapters, encoder=self.encoder and self.encoder.using(*adapters))
 
     def feeding(self, fixed: Mapping[str, Array]) -> "Runner":
         """The same session, these inputs in all its runs."""
-        return replace(self, fixed=fixed)
+        return replace(self, fixed=fixed, encoder=self.encoder and self.encoder.feeding(fixed))
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """All outputs by name."""
         values = self.session.run(None, {**self.fixed, **feeds}, self.options(feeds))
         return dict(zip(self.outputs, values, strict=True))
 
+    def encoded(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """What the encoder makes of these."""
+        assert self.encoder is not None
+        return self.encoder.run(feeds)
+
     def run_values(self, feeds: Mapping[str, Any], wanted: Sequence[str]) -> list[Any]:
         """The same with values that stay where they are, on the device too."""
         fixed = {name: require().OrtValue.ortvalue_from_numpy(a) for name, a in self.fixed.items()}
         values = {**fixed, **feeds}
-        found: list[Any] = self.session.run_with_ort_values(list(wanted), values, self.options(feeds))
+        options = self.options(feeds)
+        try:
+            found: list[Any] = self.session.run_with_ort_values(list(wanted), values, options)
+        except Exception as error:  # of types of its own
+            words = " ".join(str(error).split())
+            raise ValueError(f"{self.folder}: onnxruntime cannot run it: {words[:300]}") from None
         return found
 
     def options(self, feeds: Mapping[str, Any]) -> Any:
@@ -176,8 +189,17 @@ def fits(path: Any, name: str, a: Array, wanted: Any) -> None:
 
 
 def open_folder(folder: str | os.PathLike[str], device: str | None = None) -> Runner:
-    """The graph of a folder that `refpeft export` made, ready to run."""
-    path = Path(folder) / "model.onnx"
-    if not path.is_file():
-        raise ValueError(f"{folder}: there is no model.onnx")
-    return Runner(Path(folder), session(path, device))
+    """The graphs of a folder that `refpeft export` made, ready to run."""
+    folder = Path(folder)
+    encoder, *rest = [Runner(folder, session(path, device)) for path in graphs(folder)]
+    return replace(rest[0], encoder=encoder) if rest else encoder
+
+
+def graphs(folder: Path) -> list[Path]:
+    """The files of an export: model.onnx, or encoder and decoder."""
+    pair = [folder / ENCODER, folder / DECODER]
+    if not (folder / MODEL).exists() and all(path.is_file() for path in pair):
+        return pair
+    if not (folder / MODEL).is_file():
+        raise ValueError(f"{folder}: there is no {MODEL}, nor {ENCODER} with {DECODER}")
+    return [folder / MODEL]

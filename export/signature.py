@@ -5,19 +5,21 @@
               past_key_values.N.key and .value [b, g, past, e]  →  logits, present.N.key and .value [b, g, past + s, e]
 
 `past` may be 0: one graph reads the prompt and goes on from there. With `last_logits` the logits are those of the last
-position [b, 1, v], which is all that writing needs.
+position [b, 1, v], which is all that writing needs. An encoder-decoder that decodes: `refpeft.export.seq2seq`.
 """
 
 from collections.abc import Collection, Sequence
 
 import numpy as np
 
+from refpeft.config import POOLS
 from refpeft.export.form import Outputs, Subject
 from refpeft.export.symbols import Graph, Node, Symbol
 from refpeft.hooks import Hooks
 from refpeft.model import Model
 
 INT = np.dtype(np.int64)
+HIDDEN = "last_hidden_state"
 BATCH, SEQUENCE, PAST, DECODED = "batch", "sequence", "past_sequence", "decoder_sequence"
 
 
@@ -97,16 +99,11 @@ def caches(model: Model, what: str) -> list[tuple[str, str]]:
 
 
 def output_name(model: Model) -> str:
-    return "logits" if "head.out" in model.sites else "last_hidden_state"
+    return "logits" if "head.out" in model.sites else HIDDEN
 
 
 def decodes(model: Model) -> None:
-    """Only a causal language model writes, and of an encoder-decoder there is no such graph."""
-    if (
-        model.config.encoder_decoder
-        or not model.config.causal
-        or "head.out" not in model.sites
-        or {"first", "last"} & set(model.config.head)
-    ):
+    """Only a causal language model writes, alone or behind an encoder."""
+    if not model.config.causal or "head.out" not in model.sites or set(POOLS) & set(model.config.head):
         architecture = (model.source.get("architectures") or [model.config.family])[0]
         raise ValueError(f"decoding needs a causal language model, and {architecture} is none")

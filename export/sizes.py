@@ -14,6 +14,8 @@ class Dim:
         self.graph, self.terms = graph, dict(sorted(terms.items()))
 
     def __add__(self, other: "Size") -> "Dim":
+        if not isinstance(other, int | Dim):
+            return NotImplemented  # a symbol knows how
         terms = dict(self.terms)
         for names, c in polynomial(other).items():
             terms[names] = terms.get(names, 0) + c

@@ -5,28 +5,35 @@
                                   <module>.lora_sB          [o, r]          s B, or s [B, −B₀]   rank 0
       with lora_bias              <module>.lora_sbias       [o]             s β                  0
       dora                        <module>.lora_gain        [o]             g = m/‖W + s B A‖    1
+    houlsby, pfeiffer, parallel   <module>.adapter_down     [m, d]          D                    rank 0
+                                  <module>.adapter_s_up     [d, m]          s U                  rank 0
+                                  … and each with _bias     [m], [d]        b_D, s b_U           0
+      with gate and norms         <module>.adapter_gate     [1, d] …        w, c; γ, β           0; 1, 0
     prompt_tuning, p_tuning       prompt_embeddings         [n, d]          P                    no rows
     prefix_tuning, p_tuning_v2    prompt_embeddings         [n, 2 L t]      P                    no rows
+      of an encoder-decoder       … and encoder.…, cross.…                  of all its attentions
     all that replace the model's  <tensor>                  as it is        φ                    the model's own
     own tensors, trained heads    <module>.trainable_tokens_delta  [k, d]   R                    the model's own
 
 Not fed, the graph is the base model. Scale, rank and patterns are in what is fed, hence may differ from adapter to
 adapter; the names say that B is not the B of a checkpoint. Of DoRA the gain is fed, not the magnitude: it is the one
 thing that the norm of W + s B A is needed for, which would be computed again in every run. y = b + g ⊙ (W x + s B A x).
+A bottleneck adapter of rank 0 gives 0; where the sublayer is not the model's own then, there are no slots for it.
 
 What is own to a graph, and must be the same in every adapter for it, is its facts.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from refpeft import bottleneck
 from refpeft.adapter import Adapter, each, substitutes, wrapped
 from refpeft.checkpoint.adapters import tensor_of
 from refpeft.export.form import Array, own, prefixes, trained
-from refpeft.hooks import Hooks, Prompt, compose
+from refpeft.hooks import Block, Hooks, Prompt, compose
 from refpeft.method import Phi, Values, as_dtype, branch
 from refpeft.methods import dora, lora, trainable_tokens
 from refpeft.model import Model
@@ -37,7 +44,17 @@ LORA = ("lora", "rslora", "dora")
 PROMPTS = ("prompt_tuning", "p_tuning")
 PREFIXES = ("prefix_tuning", "p_tuning_v2")
 INPUT = {"A": "lora_A", "B": "lora_sB", "β": "lora_sbias", "g": "lora_gain"}
-FACTS = ("token_indices", "placement", "position_shift", "leave_out")
+NECKS = ("houlsby", "pfeiffer", "parallel")
+NECK = {
+    "D": "adapter_down", "b_D": "adapter_down_bias", "U": "adapter_s_up", "b_U": "adapter_s_up_bias",
+    "w": "adapter_gate", "c": "adapter_gate_bias", "γ1": "adapter_norm_before", "β1": "adapter_norm_before_bias",
+    "γ2": "adapter_norm_after", "β2": "adapter_norm_after_bias",
+}  # fmt: skip
+ORDER = (  # of what happens in a sublayer with a bottleneck adapter
+    "non_linearity", "is_parallel", "normed_input", "original_ln_before", "original_ln_after", "ln_before", "ln_after",
+    "residual_before_ln", "adapter_residual_before_ln", "use_gating",
+)  # fmt: skip
+FACTS = ("token_indices", "placement", "position_shift", "leave_out", *ORDER)
 UNIT = lora.Config(r=1, lora_alpha=1)  # s = 1: the scale is in what is fed
 
 
@@ -52,7 +69,12 @@ class Slot:
 
 
 def facts(adapters: Sequence[Adapter]) -> list[dict[str, Any]]:
+    """A bottleneck adapter may leave out other layers than another: they are rank 0 there."""
     found = [{n: getattr(a.config, n) for n in FACTS if hasattr(a.config, n)} for a in adapters]
+    found = [
+        {n: v for n, v in f.items() if n != "leave_out" or a.method not in NECKS}
+        for a, f in zip(adapters, found, strict=True)
+    ]
     return [{n: list(v) if isinstance(v, tuple) else v for n, v in f.items()} for f in found]
 
 
@@ -70,9 +92,11 @@ def of_one(adapter: Adapter, model: Model, dtype: Any) -> dict[str, Slot]:
     if adapter.method in LORA:
         found |= low_rank(adapter, model, dtype)
     elif adapter.method in PROMPTS + PREFIXES:
-        n = adapter.config.num_virtual_tokens
-        rows = adapter.params[P][:n]
-        found[P] = Slot(("virtual_tokens", rows.shape[1]), rows, rows[:0], own=True)
+        for name in (n for n in adapter.params if own(adapter, n)):
+            rows = adapter.params[name][: adapter.config.num_virtual_tokens]
+            found[name] = Slot(("virtual_tokens", rows.shape[1]), rows, rows[:0], own=True)
+    elif adapter.method in NECKS:
+        found |= necks(adapter, model)
     elif not substitutes(adapter):
         raise NotImplementedError(f"{adapter.method} has no slots: its parameters are not what a layer runs with")
     return found
@@ -117,6 +141,30 @@ def scaled(cfg: lora.Config, φ: Values, part: Part, dtype: Any) -> dict[str, Ar
     return {n: np.ascontiguousarray(a, np.float32) for n, a in fed.items()}
 
 
+def necks(adapter: Adapter, model: Model) -> dict[str, Slot]:
+    """A bottleneck adapter's: with s in U and b_U, whether it is a number or trained."""
+    cfg = adapter.config
+    kept = cfg.original_ln_after and (cfg.is_parallel or not cfg.original_ln_before or cfg.residual_before_ln is True)
+    if not kept or (cfg.ln_after and cfg.adapter_residual_before_ln and not cfg.is_parallel):
+        raise NotImplementedError("with nothing fed, its norms and residuals would not leave the model as it is")
+    found: dict[str, Slot] = {}
+    for place in bottleneck.places(cfg, model):
+        φ = bottleneck.parameters(adapter, 0, place, model).values
+        wide = {n: a.astype(np.float64) for n, a in φ.items()}
+        s = wide.pop("s", np.float64(1 if isinstance(cfg.scaling, str) else cfg.scaling))
+        wide |= {"U": (wide["U"].T * s).T, "b_U": wide["b_U"] * s}
+        rank = f"rank of {place.module}"
+        for n, a in wide.items():
+            shape = tuple(
+                rank if (n, axis) in {("D", 0), ("b_D", 0), ("U", 1)} else k for axis, k in enumerate(a.shape)
+            )
+            nothing = np.full(
+                [k if isinstance(k, int) else 0 for k in shape], 1 if n in ("γ1", "γ2") else 0, np.float32
+            )
+            found[f"{place.module}.{NECK[n]}"] = Slot(shape, np.ascontiguousarray(a, np.float32), nothing, own=True)
+    return found
+
+
 # ── how a graph reads them ───────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -132,8 +180,10 @@ def hooks(adapters: Sequence[Adapter], values: Mapping[str, Any], model: Model) 
             then.append(prompt(adapter, fed[P], model))
         elif adapter.method in LORA:
             then.append(Hooks(part=layers(adapter, fed)))
+        elif adapter.method in NECKS:
+            then.append(Hooks(block=sublayers(adapter, fed, model)))
         elif adapter.method in PREFIXES:
-            then.append(each([named.replace(params={P: fed[P]})], model))
+            then.append(each([named.replace(params={n: fed[n] for n in fed if own(adapter, n)})], model))
     first = [each([a], model) for a in whole if substitutes(a)]
     return compose([*first, Hooks(part=wrapped(whole)), *then])
 
@@ -150,6 +200,19 @@ def layers(adapter: Adapter, fed: Mapping[str, Any]) -> Callable[[Part], Part]:
         return dora.biased(p, gained(φ["g"], dora.unbiased(p), δ)) if "g" in φ else branch(p, δ)
 
     return part
+
+
+def sublayers(adapter: Adapter, fed: Mapping[str, Any], model: Model) -> Callable[[Block], Block]:
+    """The sublayers with their bottleneck adapters, s = 1: it is in what is fed."""
+    cfg, at = replace(adapter.config, scaling=1.0), {p.at: p for p in bottleneck.places(adapter.config, model)}
+
+    def block(b: Block) -> Block:
+        if b.at not in at:
+            return b
+        names = {n: f"{at[b.at].module}.{key}" for n, key in NECK.items()}
+        return bottleneck.adapted(cfg, Phi({n: fed[name] for n, name in names.items() if name in fed}, {}), b)
+
+    return block
 
 
 def gained(g: Any, f: Run, δ: Run) -> Run:

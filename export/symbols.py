@@ -49,16 +49,22 @@ class Graph:
         self.sizes: dict[str, tuple[Symbol, int]] = {}
         self.made: dict[Any, Node] = {}
 
-    def input(self, name: str, dtype: Any, shape: Sequence[Size | str]) -> "Symbol":
+    def input(
+        self, name: str, dtype: Any, shape: Sequence[Size | str], shown: Sequence[Size | str] | None = None
+    ) -> "Symbol":
         """An input, or a weight. A str in its shape names a size; the first input that has it tells its value. A size
-        may also be one that other inputs tell."""
+        may also be one that other inputs tell. `shown`: the shape as a model's signature has it, if that is another."""
         dims = tuple(Dim(self, {(d,): 1}) if isinstance(d, str) else d for d in shape)
-        self.made[name] = Node(name, "", (), {}, np.dtype(dtype), dims)
+        self.made[name] = Node(name, "", (), {"shown": shape if shown is None else shown}, np.dtype(dtype), dims)
         x = Symbol(self, self.made[name])
         for axis, d in enumerate(shape):
             if isinstance(d, str):
                 self.sizes.setdefault(d, (x, axis))
         return x
+
+    def tell(self, sizes: Mapping[str, "tuple[Symbol, int]"]) -> None:
+        """From here on these axes tell the sizes of these names."""
+        self.sizes |= sizes
 
     def constant(self, value: Any, dtype: Any) -> "Symbol":
         array = np.asarray(value, dtype)

@@ -18,7 +18,7 @@ import numpy as np
 
 from refpeft.adapter import Adapter
 from refpeft.conformance.numbers import signs
-from refpeft.export import runtime
+from refpeft.export import graphs, runtime, seq2seq
 from refpeft.export.form import Answer, Check, Form, Spec, Subject, dtypes, named, trained, with_values
 from refpeft.export.runtime import Runner
 from refpeft.export.signature import caches
@@ -117,8 +117,13 @@ def as_stored(subject: Subject, adapter: Adapter) -> Adapter:
 
 def checks(subject: Subject) -> list[Check]:
     """Every batch size and length."""
-    make = decoded if subject.decode else run
+    make = kind(subject)
     return [make(subject, batch, length) for batch in BATCHES for length in LENGTHS]
+
+
+def kind(subject: Subject) -> Callable[..., Check]:
+    """How graphs of this kind are asked."""
+    return across if graphs.apart(subject) else decoded if subject.decode else run
 
 
 def alone(answer: Callable[[Model, Sequence[Adapter], slice], Array], which: Array | None) -> Spec:
@@ -174,6 +179,33 @@ def decoded(
                 "position_ids": places[:, a:z] + shift,
             }
             out, *present = runner.run({**feeds, **past}).values()
+            past = dict(zip(past, present, strict=True))
+            found.append(out)
+        return np.concatenate(found, axis=1)
+
+    return Check(batch, ids.shape[1], alone(answer, which), ask, "decoding")
+
+
+def across(subject: Subject, batch: int, length: int, which: Array | None = None) -> Check:
+    """An encoder-decoder: the encoder once, and the decoder in two steps, of which the second has keys and values of
+    both from the first."""
+    inputs = example(subject.model, batch, length, virtual_ids(subject))
+    ids, mask, target = inputs["input_ids"], inputs["attention_mask"], inputs["decoder_input_ids"]
+    steps = ((0, target.shape[1] - 2), (target.shape[1] - 2, target.shape[1]))
+
+    def answer(model: Model, adapters: Sequence[Adapter], rows: slice) -> Array:
+        cache, found = None, []
+        for a, z in steps:
+            out, cache = model.decode(ids[rows], cache, adapters, mask[rows], None, target[rows, a:z])
+            found.append(out[:, -1:] if subject.last_logits else out)
+        return np.concatenate(found, axis=1)
+
+    def ask(runner: Runner) -> Array:
+        (states,) = runner.encoded({"input_ids": ids, "attention_mask": mask}).values()
+        known = {seq2seq.MASK: mask, seq2seq.STATES: states}
+        past, found = seq2seq.start(subject.model.config, subject.dtype, batch), []
+        for a, z in steps:
+            out, *present = runner.run({"input_ids": target[:, a:z], **known, **past}).values()
             past = dict(zip(past, present, strict=True))
             found.append(out)
         return np.concatenate(found, axis=1)

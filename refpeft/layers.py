@@ -169,7 +169,7 @@ def attend(
             turned = [vjp_q, vjp_k]
         if past is not None:
             k, v = np.concatenate([past[0], k], axis=1), np.concatenate([past[1], v], axis=1)
-        kept.append((k, v))
+        kept[:] = [(k, v)]  # a method may run this for some rows, and again for others
         z, back_z = mixed(m, at, q, k, v, mask, bias)
 
         def back(dz: Lazy, want: Want) -> tuple[Lazy, Grads]:
@@ -193,7 +193,7 @@ def attend_across(m: Parts, at: str, encoded: Encoded, past: Pair | None) -> tup
         b, s = x.shape[:2]
         q, back_q = m.part(at + "q").run(x)
         k, v, back_kv = encoded_pair(m, at, encoded) if past is None else (*past, lambda dk, dv, want: {})
-        kept.append((k, v))
+        kept[:] = [(k, v)]  # a method may run this for some rows, and again for others
         z, back_z = mixed(m, at, q.reshape(b, s, h, e), k, v, encoded.mask, None)
 
         def back(dz: Lazy, want: Want) -> tuple[Lazy, Grads]:
@@ -262,7 +262,7 @@ def distances(m: Parts, at: str, ids: Array, past: Sequence[Pair] | None) -> Bia
     @cache
     def columns(before: int) -> tuple[Array, Back]:
         """[s, t, h] for the tokens, or for the places `before` them."""
-        keys = np.arange(before) - before if before else np.arange(start + s, like=ids)
+        keys = np.arange(before, like=ids) - before if before else np.arange(start + s, like=ids)
         return part.run(buckets(keys[None, :] - queries, n, longest, both=not m.config.causal_at(at)))
 
     def bias(memories: Sequence[Memory]) -> tuple[Array, Back]:
@@ -334,6 +334,15 @@ def mlp(m: Parts, at: str) -> Run:
         return z, back
 
     return gated if m.config.gated else plain
+
+
+def head(m: Parts, x: Array, inputs: Inputs) -> tuple[Array, list[Back]]:
+    """The steps after the last layer."""
+    backs = []
+    for step in m.config.head:
+        x, back = head_step(m, step, inputs)(x)
+        backs.append(back)
+    return x, backs
 
 
 def head_step(m: Parts, step: str, inputs: Inputs) -> Run:

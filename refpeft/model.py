@@ -26,7 +26,7 @@ from refpeft.adapter import Adapter, check_rows, each, fits, stepwise
 from refpeft.config import Config, Site
 from refpeft.hooks import Hooks
 from refpeft.inputs import Inputs, read, shift_right
-from refpeft.layers import Encoded, Pair, Parts, head_step, stack
+from refpeft.layers import Encoded, Pair, Parts, head, stack
 from refpeft.ops import Array
 from refpeft.part import BASE, INNER, Back, Grads, Key, Lazy, Once, Part, make, stored
 
@@ -136,8 +136,7 @@ class Model:
         frozen: bool = True,
     ) -> tuple[Array, list[Chain], Cache]:
         """The forward pass, and the backward passes of its stages in the order in which they ran."""
-        c = self.config
-        m = Parts(c, self.sites, lambda role: hooks.part(self.part(role, frozen)), hooks)
+        c, m = self.config, self.parts(hooks, frozen)
         given = (ids, attention_mask, token_type_ids, position_ids)
         chains: list[Chain] = []
         if not c.encoder_decoder:
@@ -148,16 +147,22 @@ class Model:
             inputs = read(c, *given, start, self.sizes(), hooks.prompt, hooks.shift, c.causal)
             x, backs, present = stack(m, "", c.num_layers, inputs, past)
         else:
-            source = read(c, *given, 0, self.sizes("encoder."), hooks.prompt, hooks.shift)
+            source = self.source_of(hooks, *given)
             inputs = self.target(ids, decoder_input_ids, decoder_attention_mask, hooks, past)
             x, backs = (None, []) if past else stack(m, "encoder.", c.num_layers, source)[:2]
             chains.append(("encoder", backs))
             encoded = Encoded(x, source.mask)
             x, backs, present = stack(m, "decoder.", c.num_decoder_layers or 0, inputs, past, encoded)
-        for step in c.head:
-            x, back = head_step(m, step, inputs)(x)
-            backs.append(back)
-        return x, [*chains, ("", backs)], present
+        x, steps = head(m, x, inputs)
+        return x, [*chains, ("", backs + steps)], present
+
+    def parts(self, hooks: Hooks, frozen: bool = True) -> Parts:
+        """The layers as these hooks wrap them."""
+        return Parts(self.config, self.sites, lambda role: hooks.part(self.part(role, frozen)), hooks)
+
+    def source_of(self, hooks: Hooks, ids: Any, mask: Any = None, types: Any = None, places: Any = None) -> Inputs:
+        """What goes into the encoder."""
+        return read(self.config, ids, mask, types, places, 0, self.sizes("encoder."), hooks.prompt, hooks.shift)
 
     def target(self, source: Array, ids: Any, attention_mask: Any, hooks: Hooks, past: Cache | None) -> Inputs:
         """What goes into the decoder."""

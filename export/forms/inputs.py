@@ -17,8 +17,8 @@ from refpeft.export import adapters as files
 from refpeft.export import slots, verification
 from refpeft.export.form import Array, Check, Made, Store, Subject, base_tensors, needed, symbolic
 from refpeft.export.forms.unmerged import no_prompts
+from refpeft.export.graphs import run
 from refpeft.export.runtime import Runner
-from refpeft.export.signature import run
 from refpeft.export.symbols import Graph
 from refpeft.model import Model
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from refpeft.export import verification, weights
 from refpeft.export.form import Check, Made, Store, Subject
-from refpeft.export.signature import run
+from refpeft.export.graphs import run
 from refpeft.export.symbols import Graph
 from refpeft.hooks import Hooks
 from refpeft.tune import mergeable, untied_source

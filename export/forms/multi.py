@@ -40,8 +40,9 @@ from refpeft.export.form import (
     with_values,
 )
 from refpeft.export.forms.unmerged import no_prompts
+from refpeft.export.graphs import run
 from refpeft.export.runtime import Runner
-from refpeft.export.signature import BATCH, INT, run
+from refpeft.export.signature import BATCH, INT
 from refpeft.export.symbols import Graph
 from refpeft.hooks import Hooks
 from refpeft.method import branch
@@ -147,7 +148,7 @@ def low_rank(A: Any, B: Any) -> Callable[[Any], tuple[Any, Back]]:
 def checks(subject: Subject) -> list[Check]:
     """Against every row by itself: with every adapter, and with none."""
     n = len(subject.adapters)
-    make = verification.decoded if subject.decode else verification.run
+    make = verification.kind(subject)
     sizes = [(batch, length) for batch in (1, n + 2) for length in verification.LENGTHS]
     which = [(np.arange(batch) + k) % (n + 1) - 1 for k, (batch, _) in enumerate(sizes)]
     return [fed(make(subject, *size, rows), rows) for size, rows in zip(sizes, which, strict=True)]

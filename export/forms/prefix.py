@@ -25,6 +25,8 @@ DECODES = True
 
 
 def check(subject: Subject) -> None:
+    if subject.model.config.encoder_decoder:
+        raise ValueError("a prefix of the encoder comes before no past: --form inputs has prefixes from outside")
     if not prefixes(subject.adapters):
         raise ValueError("the form prefix needs an adapter that is a prefix: prefix_tuning")
     if len({a.config.position_shift for a in prefixes(subject.adapters)}) > 1:

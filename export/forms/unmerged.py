@@ -21,7 +21,7 @@ from refpeft.export.form import (
     trained,
     with_values,
 )  # fmt: skip
-from refpeft.export.signature import run
+from refpeft.export.graphs import run
 from refpeft.export.symbols import Graph
 
 FOLDS = False
@@ -33,7 +33,10 @@ def check(subject: Subject) -> None:
 
 
 def no_prompts(subject: Subject) -> None:
-    """A graph that decodes is run once per token, and a prompt or prefix belongs before the first one only."""
+    """A graph that decodes is run once per token, and a prompt or prefix belongs before the first one only. An
+    encoder-decoder has its prompt in the encoder, which runs once, and a prefix beside the keys and values it keeps."""
+    if subject.model.config.encoder_decoder:
+        return
     hooks = [(a, hooks_of([a], subject.model)) for a in subject.adapters]
     for a, h in hooks:
         if h.prompt is not None:

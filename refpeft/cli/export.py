@@ -69,6 +69,8 @@ def export(
 
     The folder holds model.onnx (opset 23, standard operators, any batch and
     sequence length), the tokenizer, and refpeft.json, which says what it is.
+    With [b]--decode[/] an encoder-decoder has encoder_model.onnx and
+    decoder_model_merged.onnx in its place, as optimum has them.
     Before it counts as done it is run on onnxruntime and compared with the
     specification in float64. A ratio of about 1 means: off by no more than
     rounding explains; above 10 nothing is kept. bfloat16 checkpoints become
@@ -156,7 +158,8 @@ def export_trained(folder: Path, files: list[Path], out: Path) -> dict[str, Any]
 
 def show(result: Any, console: Console) -> None:
     table = Table(title=f"{result.folder}: {result.form}, {result.dtype}", show_header=False, title_justify="left")
-    for what, values in (("inputs", result.inputs), ("outputs", result.outputs)):
+    encoder = [(f"encoder's {what}", values) for what, values in result.encoder.items()]
+    for what, values in (*encoder, ("inputs", result.inputs), ("outputs", result.outputs)):
         table.add_row(what, "\n".join(f"{name} \\[{', '.join(map(str, shape))}]" for name, shape in values.items()))
     where = "weights in model.onnx.data" if result.external_data else "weights inside"
     table.add_row("graph", f"{result.nodes} nodes, {where}")

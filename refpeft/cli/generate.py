@@ -36,6 +36,8 @@ def generate(
 ) -> None:
     """Write on from a prompt with an exported model, token by token, as it comes.
 
+    An encoder-decoder (T5, BART) reads the prompt, and writes a text of its own.
+
     [cyan]refpeft export gpt2 --adapter my-lora --decode --out writer[/cyan]
     [cyan]refpeft generate writer "Once upon a time"[/cyan]
     [cyan]refpeft generate writer "Once" "Twice" --temperature 0.8 --top-p 0.9 --seed 7[/cyan]
@@ -54,14 +56,15 @@ def generate(
     if writer.template:
         raise ValueError(f"{folder}: its prompt stands in a template, which text cannot show: use it from Python")
     read = [words.encode(prompt).ids for prompt in prompts]
+    before = read if writer.start is None else [[] for _ in prompts]  # an encoder-decoder begins a text of its own
     written: list[list[int]] = [[] for _ in prompts]
     shown = ""
     for tokens in write(writer, read, options):
         for row, token in zip(written, tokens, strict=True):
             row += [] if token is None else [token]
         if len(prompts) == 1:
-            shown = stream(said(words, read[0], written[0]), shown)
-    results = [finished(words, *each) for each in zip(prompts, read, written, strict=True)]
+            shown = stream(said(words, before[0], written[0]), shown)
+    results = [finished(words, *each) for each in zip(prompts, read, before, written, strict=True)]
     for result in results if len(prompts) > 1 else ():
         typer.secho(result["prompt"], bold=True)
         typer.echo(result["text"] + "\n")
@@ -93,5 +96,5 @@ def stream(text: str, shown: str) -> str:
     return text
 
 
-def finished(words: Any, prompt: str, ids: list[int], new: list[int]) -> dict[str, Any]:
-    return {"prompt": prompt, "text": said(words, ids, new), "prompt_ids": ids, "ids": new}
+def finished(words: Any, prompt: str, ids: list[int], before: list[int], new: list[int]) -> dict[str, Any]:
+    return {"prompt": prompt, "text": said(words, before, new), "prompt_ids": ids, "ids": new}

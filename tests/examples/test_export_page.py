@@ -14,6 +14,7 @@ from refpeft.cli import app
 from refpeft.export.forms import FORMS
 from refpeft.export.program import export
 from tests.export.adapters import made, moved
+from tests.export.pairs import made as pair
 from tests.export.test_generate_cli import words
 from tests.models import tiny
 
@@ -34,6 +35,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }
     for seed, (name, (method, config)) in enumerate(made.items()):
         refpeft.save_adapter(moved(refpeft.init(method, config, model, seed), seed), tmp_path / name)
+    t5, adapter = pair("lora", "T5")
+    refpeft.save(t5, tmp_path / "my-t5")
+    words().save(str(tmp_path / "my-t5" / "tokenizer.json"))
+    refpeft.save_adapter(adapter, tmp_path / "my-t5-adapter")
     monkeypatch.chdir(tmp_path)
 
 
@@ -41,6 +46,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("folder")
 def test_all_blocks_run() -> None:
     for language, block in BLOCK.findall(PAGE):
+        if "from optimum" in block:  # tests/export/test_seq2seq_generate.py
+            continue
         if language == "python":
             exec(compile(block, "docs/export.md", "exec"), {})
             continue
@@ -62,6 +69,7 @@ ROWS = {
     "trained heads": ["head"],
     "prompt tuning": ["prompt_tuning", "p_tuning"],
     "prefix tuning": ["prefix_tuning"],
+    "bottleneck": ["houlsby", "pfeiffer", "parallel"],
     "DID": ["did", "said"],
 }
 
@@ -80,4 +88,29 @@ def test_the_table_of_methods_is_true(row: str, tmp_path: Path) -> None:
             refused = nullcontext() if possible else pytest.raises(ValueError)
             with refused:
                 export(model, adapter, tmp_path / f"{method} {form}", form, verify=False)
+            assert (tmp_path / f"{method} {form}").exists() == possible
+
+
+PAIRS = {
+    "LoRA": ["lora", "dora", "ln_tuning"],
+    "prompt tuning": ["prompt_tuning", "p_tuning"],
+    "prefix tuning": ["prefix_tuning"],
+    "bottleneck": ["houlsby", "pfeiffer", "parallel"],
+}
+
+
+@pytest.mark.ort
+@pytest.mark.parametrize("row", PAIRS)
+def test_the_table_of_encoder_decoders_is_true(row: str, tmp_path: Path) -> None:
+    lines = PAGE.partition("## Encoder-decoders")[2].splitlines()
+    forms = [form for form in FORMS if form not in ("prefix", "training")]
+    assert f"| | {' | '.join(forms)} |" in lines
+    line = next(line for line in lines if line.startswith(f"| {row}"))
+    said = dict(zip(forms, (cell.strip() == "✓" for cell in line.split("|")[2:-1]), strict=True))
+    for method in PAIRS[row]:
+        model, adapter = pair(method, "T5")
+        for form, possible in said.items():
+            refused = nullcontext() if possible else pytest.raises(ValueError)
+            with refused:
+                export(model, adapter, tmp_path / f"{method} {form}", form, verify=False, decode=True)
             assert (tmp_path / f"{method} {form}").exists() == possible

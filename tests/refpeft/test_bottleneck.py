@@ -271,6 +271,19 @@ def test_decoding_step_by_step(family: str, method: str) -> None:
 
 
 @three
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_decoding_with_another_adapter_for_each_row(family: str, method: str) -> None:
+    """A sublayer runs once for each of them, and its keys and values are kept once."""
+    model = tiny(family)
+    adapters = refpeft.by_row([moved(fresh(method, model), k) for k in (1, 2)], np.array([1, -1]))
+    want, _ = model(IDS, adapters)
+    first, cache = model.decode(IDS[:, :3], None, adapters)
+    assert len(cache) == model.config.num_layers
+    then, _ = model.decode(IDS[:, 3:], cache, adapters)
+    same(np.concatenate([first, then], axis=1), want)
+
+
+@three
 def test_there_is_no_merge(method: str) -> None:
     """H6"""
     model = tiny("bert")
