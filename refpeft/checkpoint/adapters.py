@@ -105,7 +105,7 @@ def read_config(raw: Mapping[str, Any], model: Model) -> tuple[str, Any]:
 
 def method_of(raw: Mapping[str, Any]) -> str:
     kind = raw.get("peft_type")
-    if kind in TYPES:
+    if isinstance(kind, str) and kind in TYPES:
         return TYPES[kind]
     if kind != "LORA":
         raise ValueError(f"peft_type must be 'LORA', found {show(kind)}")

@@ -7,14 +7,14 @@ y₀ = f(x) = x Wᵀ + b. As the paper writes it: softmax(Q (l_k ⊙ Kᵀ)/√d)
 activation; so l_ff belongs to the input of the second matrix of the feed-forward network. Init: l = 1.
 
 With G = ∂L/∂W′:   dl = Σᵢ G ⊙ W + db′ ⊙ b,   db = l ⊙ db′      or   dl = Σₒ G ⊙ W,   db = db′;      dW = l ⊙ G.
-In the run-time form:   dl = Σ dy ⊙ y₀,   dy₀ = l ⊙ dy           or   with du = f's own dx:   dl = Σ du ⊙ x,   dx = l ⊙ du.
+In the run-time form:   dl = Σ dy ⊙ y₀,   dy₀ = l ⊙ dy      or, with du = f's own dx,   dl = Σ du ⊙ x,   dx = l ⊙ du.
 
 Claims:
     IA1  l = 1 at init, hence W′ = W and b′ = b exactly.
     IA2  wrap ≡ merge: both forms give the same outputs and gradients.
     IA3  Several adapters multiply: l = l₁ ⊙ l₂, in any order, where they scale the same side of a layer.
     IA4  l = 0 silences: all that a layer gives is zero, its bias too; or all that it takes, and b is left.
-    IA5  Scaling what one layer gives or what the next linear one takes is the same:  W₂ diag(l) (W₁ x) = W₂ (diag(l) W₁) x.
+    IA5  To scale what one layer gives, or what the next takes, is the same where nothing but sums is between them.
 
 Which layers are feed-forward is said by `feedforward_modules`, as in HF peft: names are the ends of paths there (of
 their letters, with no dot needed), and a string is a regular expression for the whole path.

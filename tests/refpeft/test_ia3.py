@@ -157,8 +157,8 @@ def test_what_one_layer_gives_is_what_the_next_takes() -> None:
     l = 1 + np.random.default_rng(0).normal(size=16) / 3  # noqa: E741
     gives = refpeft.init("ia3", {"target_modules": ["v_proj"], "feedforward_modules": []}, model)
     takes = refpeft.init("ia3", {"target_modules": ["o_proj"], "feedforward_modules": ["o_proj"]}, model)
-    gives = gives.replace(params={n: l[:, None] for n in gives.params})
-    takes = takes.replace(params={n: l[None] for n in takes.params})
+    gives = gives.replace(params=dict.fromkeys(gives.params, l[:, None]))
+    takes = takes.replace(params=dict.fromkeys(takes.params, l[None]))
     same(model(IDS, gives)[0], model(IDS, takes)[0])
 
 
