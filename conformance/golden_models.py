@@ -16,6 +16,7 @@ RUN = ("logits", "param-grads", "count")
 def questions(method: str) -> Sequence[Question]:
     kinds = {
         ("lora", "rslora", "dora"): matrices,
+        ("ia3",): vectors,
         ("full", "partial", "bitfit", "ln_tuning", "trainable_tokens"): selections,
         ("houlsby", "pfeiffer", "parallel"): bottlenecks,
         ("prompt_tuning", "p_tuning"): prompts,
@@ -80,6 +81,23 @@ def stacks(m: str) -> list[Question]:
               "bart"),
         model("bart-padding", "A decoder that sees what is padding to the encoder, or is masked like it.", ["padding"],
               m, "bart", padded=True),
+    ]  # fmt: skip
+
+
+def vectors(m: str) -> list[Question]:
+    return [
+        model("gpt2", "Gradients that take another path through a model than its outputs; what is not trained counted.",
+              RUN, m, "gpt2"),
+        model("t5", "Layers of one of two stacks left out, or scaled on the other side.", RUN, m, "t5"),
+        model("bert-merged", "A merged model with the adapter's tensors left in it, or a bias left as it was.",
+              ["merge"], m, "bert"),
+        model("padding", "What stands at padded positions has an influence on the others.", ["padding"], m, "bert",
+              padded=True),
+        model("decoding", "Positions counted from 0 again where keys and values are kept.", ["incremental"], m,
+              "qwen2"),
+        model("two", "Two adapters, of which the second scales the side that the first does.", ["order"], m, "llama",
+              swap=True),
+        model("two-merged", "Two adapters, of which one is merged.", ["two-merged"], m, "gpt2"),
     ]  # fmt: skip
 
 
