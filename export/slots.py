@@ -5,6 +5,7 @@
                                   <module>.lora_sB          [o, r]          s B, or s [B, −B₀]   rank 0
       with lora_bias              <module>.lora_sbias       [o]             s β                  0
       dora                        <module>.lora_gain        [o]             g = m/‖W + s B A‖    1
+    ia3                           <module>.ia3_l            [o, 1], [1, i]  l                    1
     prompt_tuning, p_tuning       prompt_embeddings         [n, d]          P                    no rows
     prefix_tuning, p_tuning_v2    prompt_embeddings         [n, 2 L t]      P                    no rows
     all that replace the model's  <tensor>                  as it is        φ                    the model's own
@@ -13,6 +14,8 @@
 Not fed, the graph is the base model. Scale, rank and patterns are in what is fed, hence may differ from adapter to
 adapter; the names say that B is not the B of a checkpoint. Of DoRA the gain is fed, not the magnitude: it is the one
 thing that the norm of W + s B A is needed for, which would be computed again in every run. y = b + g ⊙ (W x + s B A x).
+
+Of (IA)³ the shape of l says which side of a layer it scales, and an adapter that scales the other is refused.
 
 What is own to a graph, and must be the same in every adapter for it, is its facts.
 """
@@ -36,6 +39,7 @@ from refpeft.prompts import P, table, virtual
 LORA = ("lora", "rslora", "dora")
 PROMPTS = ("prompt_tuning", "p_tuning")
 PREFIXES = ("prefix_tuning", "p_tuning_v2")
+VECTORS = ("ia3",)  # what is fed is what the method has, 1 where it does nothing
 INPUT = {"A": "lora_A", "B": "lora_sB", "β": "lora_sbias", "g": "lora_gain"}
 FACTS = ("token_indices", "placement", "position_shift", "leave_out")
 UNIT = lora.Config(r=1, lora_alpha=1)  # s = 1: the scale is in what is fed
@@ -69,6 +73,10 @@ def of_one(adapter: Adapter, model: Model, dtype: Any) -> dict[str, Slot]:
     found = {n: Slot(a.shape, a, original(adapter, n, model), own=False) for n, a in whole.items()}
     if adapter.method in LORA:
         found |= low_rank(adapter, model, dtype)
+    elif adapter.method in VECTORS:
+        for n in sorted(adapter.params.keys() - whole.keys()):
+            l = np.asarray(adapter.params[n], np.float32)  # noqa: E741
+            found[n] = Slot(l.shape, l, np.ones_like(l), own=True)
     elif adapter.method in PROMPTS + PREFIXES:
         n = adapter.config.num_virtual_tokens
         rows = adapter.params[P][:n]
@@ -134,6 +142,8 @@ def hooks(adapters: Sequence[Adapter], values: Mapping[str, Any], model: Model) 
             then.append(Hooks(part=layers(adapter, fed)))
         elif adapter.method in PREFIXES:
             then.append(each([named.replace(params={P: fed[P]})], model))
+        elif adapter.method in VECTORS:
+            then.append(each([named.replace(params={n: x for n, x in named.params.items() if own(adapter, n)})], model))
     first = [each([a], model) for a in whole if substitutes(a)]
     return compose([*first, Hooks(part=wrapped(whole)), *then])
 

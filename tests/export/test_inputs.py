@@ -71,6 +71,7 @@ SWAPS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {  # exporte
     "a longer prompt": ("prompt_tuning", {"num_virtual_tokens": 2}, "prompt_tuning", {"num_virtual_tokens": 5}),
     "a prompt with an encoder": ("prompt_tuning", {"num_virtual_tokens": 2}, "p_tuning", {"num_virtual_tokens": 4}),
     "a shorter prefix": ("prefix_tuning", {"num_virtual_tokens": 5}, "prefix_tuning", {"num_virtual_tokens": 1}),
+    "other vectors": ("ia3", {}, "ia3", {"target_modules": ["c_attn"]}),
     "other biases": ("bitfit", {}, "bitfit", {}),
     "other rows": ("trainable_tokens", {"token_indices": [3, 1]}, "trainable_tokens", {"token_indices": [3, 1]}),
     "another head": ("partial", {"layers": 0, "tied": True}, "partial", {"layers": 0, "tied": True}),
