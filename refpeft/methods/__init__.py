@@ -23,6 +23,7 @@ from refpeft.methods import (
     rslora,
     said,
     trainable_tokens,
+    vera,
 )
 
 METHODS: Mapping[str, Method] = cast(
@@ -32,6 +33,7 @@ METHODS: Mapping[str, Method] = cast(
         "rslora": rslora,
         "dora": dora,
         "ia3": ia3,
+        "vera": vera,
         "full": full,
         "partial": partial,
         "bitfit": bitfit,
