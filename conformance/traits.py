@@ -123,6 +123,17 @@ def both_sides(family: str, architecture: str) -> Structure:
     return {"target_modules": [first, second, last], "feedforward_modules": [last]}
 
 
+def linears(family: str, architecture: str) -> Structure:
+    """Layers of unlike shapes, of which the last is the widest."""
+    first, second, *_, last = tiny.LINEARS[family]
+    return {"target_modules": [first, second, last]}
+
+
+def other_start(first: Structure) -> Structure:
+    """Of the same projection: HF peft has one for all adapters of a model."""
+    return {**first, "d_initial": 2 * first["d_initial"]}
+
+
 def one_side(first: Structure) -> Structure:
     """On what one kind of layer gives."""
     return {**first, "target_modules": first["target_modules"][:1], "feedforward_modules": []}
@@ -163,6 +174,7 @@ TRAITS: Mapping[str, Traits] = {
         layer={"feedforward_modules": [[], ["layer"]]},
         lacks=("embedding",),
     ),
+    "vera": Traits("VE", MATRICES, {"r": [2, 1, 3], "d_initial": [0.1, 0.5]}, fixed=linears, second=other_start),
     "full": Traits("F", SELECTION),
     "partial": Traits("T", SELECTION, {"layers": [1], "head": [True, False], "tied": [False, True]}),
     "bitfit": Traits("B", SELECTION, {"biases": ["all", "query_and_intermediate"]}, families=BIASED),

@@ -33,12 +33,14 @@ from refpeft.conformance.targets.tensors import array, quietly, tensor
 from refpeft.ops import Array
 
 PREFIX = "base_model.model."
-OWN = r"lora_[A-Za-z_]+|ia3_l|ln_tuning_layers|trainable_tokens_delta"  # what holds an adapter's parameters by its name
+# what holds an adapter's parameters by its name
+OWN = r"lora_[A-Za-z_]+|ia3_l|vera_lambda_[bd]|ln_tuning_layers|trainable_tokens_delta"
 SHORT = {"A": "lora_A.weight", "B": "lora_B.weight", "bias": "lora_B.bias", "m": "lora_magnitude_vector", "l": "ia3_l"}
 SHORT_EMBEDDING = {"A": "lora_embedding_A", "B": "lora_embedding_B", "m": "lora_magnitude_vector"}
 FIELDS = frozenset(inspect.signature(peft.LoraConfig).parameters)
 CLASSES = {  # of methods that are no LoRA
     "ln_tuning": "LNTuningConfig", "trainable_tokens": "TrainableTokensConfig", "ia3": "IA3Config",
+    "vera": "VeraConfig",
 }  # fmt: skip
 FLAG = {"rslora": "use_rslora", "dora": "use_dora"}
 NEEDED = {"bias": "lora_bias", "patterns": "alpha_pattern"}  # features that stand or fall with a config field
@@ -261,13 +263,20 @@ def adapter_config(case: Case, name: str) -> Any:
     return matrix_config(about["method"], about["config"], case.meta["model"]["model_type"] == "gpt2")
 
 
+def trained_of(case: Case, name: str) -> Arrays:
+    still = case.meta["adapters"][name].get("frozen", ())
+    return {n: a for n, a in values_of(case, name + "/").items() if n not in still}
+
+
 def add(case: Case, model: Any, name: str) -> Any:
     config = adapter_config(case, name)
     if isinstance(model, peft.PeftModel):
         model.add_adapter(name, config)
     else:
         model = peft.get_peft_model(model, config, adapter_name=name)
-    write(model, name, values_of(case, name + "/"))
+    for n in case.meta["adapters"][name].get("frozen", ()):  # VeRA's A and B, which are no parameters
+        getattr(model.base_model, n)[name] = tensor(case.arrays[f"{name}/{n}"])
+    write(model, name, trained_of(case, name))
     return model.eval()
 
 
@@ -384,7 +393,7 @@ class Session:
         self.model.merge_adapter(**({"safe_merge": True} if safe else {}))
 
     def refused_merge(self, adapter: str) -> Arrays:
-        values = values_of(self.case, adapter + "/")
+        values = trained_of(self.case, adapter)
         write(self.model, adapter, {n: v * np.nan for n, v in values.items()})
         refused = False
         try:
