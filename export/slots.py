@@ -6,6 +6,8 @@
       with lora_bias              <module>.lora_sbias       [o]             s β                  0
       dora                        <module>.lora_gain        [o]             g = m/‖W + s B A‖    1
     ia3                           <module>.ia3_l            [o, 1], [1, i]  l                    1
+    vera                          <module>.vera_lambda_b    [o]             λb                   0
+                                  <module>.vera_lambda_d    [r]             λd                   0
     prompt_tuning, p_tuning       prompt_embeddings         [n, d]          P                    no rows
     prefix_tuning, p_tuning_v2    prompt_embeddings         [n, 2 L t]      P                    no rows
     all that replace the model's  <tensor>                  as it is        φ                    the model's own
@@ -15,11 +17,13 @@ Not fed, the graph is the base model. Scale, rank and patterns are in what is fe
 adapter; the names say that B is not the B of a checkpoint. Of DoRA the gain is fed, not the magnitude: it is the one
 thing that the norm of W + s B A is needed for, which would be computed again in every run. y = b + g ⊙ (W x + s B A x).
 
-Of (IA)³ the shape of l says which side of a layer it scales, and an adapter that scales the other is refused.
+Of (IA)³ the shape of l says which side of a layer it scales, and an adapter that scales the other is refused. VeRA's
+random matrices lie in the graph, and an adapter that has others is refused too.
 
 What is own to a graph, and must be the same in every adapter for it, is its facts.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +43,7 @@ from refpeft.prompts import P, table, virtual
 LORA = ("lora", "rslora", "dora")
 PROMPTS = ("prompt_tuning", "p_tuning")
 PREFIXES = ("prefix_tuning", "p_tuning_v2")
-VECTORS = ("ia3",)  # what is fed is what the method has, 1 where it does nothing
+VECTORS = {"ia3": 1, "vera": 0}  # what is fed is what the method has, and this where it does nothing
 INPUT = {"A": "lora_A", "B": "lora_sB", "β": "lora_sbias", "g": "lora_gain"}
 FACTS = ("token_indices", "placement", "position_shift", "leave_out")
 UNIT = lora.Config(r=1, lora_alpha=1)  # s = 1: the scale is in what is fed
@@ -56,8 +60,24 @@ class Slot:
 
 
 def facts(adapters: Sequence[Adapter]) -> list[dict[str, Any]]:
-    found = [{n: getattr(a.config, n) for n in FACTS if hasattr(a.config, n)} for a in adapters]
+    found = [{n: getattr(a.config, n) for n in FACTS if hasattr(a.config, n)} | projection(a) for a in adapters]
     return [{n: list(v) if isinstance(v, tuple) else v for n, v in f.items()} for f in found]
+
+
+def projection(adapter: Adapter) -> dict[str, Any]:
+    """A digest of VeRA's A∗ and B∗, which lie in the graph."""
+    values = kept([adapter]).values()
+    digest = hashlib.sha256(b"".join(np.ascontiguousarray(v, "<f4").tobytes() for v in values)).hexdigest()
+    return {"projection": digest[:16]} if values else {}
+
+
+def kept(adapters: Sequence[Adapter]) -> dict[str, Array]:
+    """What all adapters for a graph must have in common: the projections of VeRA, by their names in a graph."""
+    return {
+        at + n: np.asarray(v, np.float32)
+        for adapter, at in zip(adapters, prefixes(adapters), strict=True)
+        for n, v in (adapter.frozen.items() if adapter.method in VECTORS else ())
+    }
 
 
 def slots(adapters: Sequence[Adapter], model: Model, dtype: Any) -> dict[str, Slot]:
@@ -76,7 +96,7 @@ def of_one(adapter: Adapter, model: Model, dtype: Any) -> dict[str, Slot]:
     elif adapter.method in VECTORS:
         for n in sorted(adapter.params.keys() - whole.keys()):
             l = np.asarray(adapter.params[n], np.float32)  # noqa: E741
-            found[n] = Slot(l.shape, l, np.ones_like(l), own=True)
+            found[n] = Slot(l.shape, l, np.full_like(l, VECTORS[adapter.method]), own=True)
     elif adapter.method in PROMPTS + PREFIXES:
         n = adapter.config.num_virtual_tokens
         rows = adapter.params[P][:n]
@@ -134,8 +154,10 @@ def hooks(adapters: Sequence[Adapter], values: Mapping[str, Any], model: Model) 
     then: list[Hooks] = []
     for adapter, at in zip(map(trained, adapters), prefixes(adapters), strict=True):
         fed = {name.removeprefix(at): x for name, x in values.items() if name.startswith(at)}
-        named = adapter.replace(params={n: fed[n] for n in adapter.params if n in fed}, frozen={})
-        whole.append(named.replace(params={n: x for n, x in named.params.items() if not own(adapter, n)}))
+        still = {n: fed[n] for n in adapter.frozen if n in fed}
+        named = adapter.replace(params={n: fed[n] for n in adapter.params if n in fed}, frozen=still)
+        others = {n: x for n, x in named.params.items() if not own(adapter, n)}
+        whole.append(named.replace(params=others, frozen={}))
         if adapter.method in PROMPTS:
             then.append(prompt(adapter, fed[P], model))
         elif adapter.method in LORA:
