@@ -129,6 +129,15 @@ def linears(family: str, architecture: str) -> Structure:
     return {"target_modules": [first, second, last]}
 
 
+BUDGET: Mapping[str, Sequence[Any]] = {
+    "init_r": [3, 2, 4], "target_r": [1, 2], "lora_alpha": [6.0, 1.5], "total_step": [10],
+}  # fmt: skip
+
+
+def more_triplets(first: Structure) -> Structure:
+    return {**first, "init_r": first["init_r"] + 1, "lora_alpha": 2 * first["lora_alpha"] + 1}
+
+
 def other_start(first: Structure) -> Structure:
     """Of the same projection: HF peft has one for all adapters of a model."""
     return {**first, "d_initial": 2 * first["d_initial"]}
@@ -174,6 +183,7 @@ TRAITS: Mapping[str, Traits] = {
         layer={"feedforward_modules": [[], ["layer"]]},
         lacks=("embedding",),
     ),
+    "adalora": Traits("AL", MATRICES, BUDGET, fixed=linears, second=more_triplets),
     "vera": Traits("VE", MATRICES, {"r": [2, 1, 3], "d_initial": [0.1, 0.5]}, fixed=linears, second=other_start),
     "full": Traits("F", SELECTION),
     "partial": Traits("T", SELECTION, {"layers": [1], "head": [True, False], "tied": [False, True]}),

@@ -3,6 +3,7 @@
     method                        input                     [shape]         what is fed          if it is not fed
     lora, rslora, dora            <module>.lora_A           [r, i]          A, or [A; A₀]        rank 0
                                   <module>.lora_sB          [o, r]          s B, or s [B, −B₀]   rank 0
+    adalora                       likewise                  A = Λ Q, B = P
       with lora_bias              <module>.lora_sbias       [o]             s β                  0
       dora                        <module>.lora_gain        [o]             g = m/‖W + s B A‖    1
     ia3                           <module>.ia3_l            [o, 1], [1, i]  l                    1
@@ -40,7 +41,7 @@ from refpeft.model import Model
 from refpeft.part import Back, Grads, Lazy, Part, Run, Want
 from refpeft.prompts import P, table, virtual
 
-LORA = ("lora", "rslora", "dora")
+LORA = ("lora", "rslora", "dora", "adalora")
 PROMPTS = ("prompt_tuning", "p_tuning")
 PREFIXES = ("prefix_tuning", "p_tuning_v2")
 VECTORS = {"ia3": 1, "vera": 0}  # what is fed is what the method has, and this where it does nothing
@@ -130,9 +131,11 @@ def low_rank(adapter: Adapter, model: Model, dtype: Any) -> dict[str, Slot]:
     return found
 
 
-def scaled(cfg: lora.Config, φ: Values, part: Part, dtype: Any) -> dict[str, Array]:
+def scaled(cfg: Any, φ: Values, part: Part, dtype: Any) -> dict[str, Array]:
     """A, s B, s β and g, in float64 until the end."""
     wide = {n: a.astype(np.float64) for n, a in φ.items()}
+    if "Λ" in wide:
+        wide |= {"A": wide["Λ"] * wide["Q"], "B": wide["P"]}
     A, B, s = wide["A"], wide["B"], cfg.scale
     if "A0" in wide:
         A, B = np.concatenate([A, wide["A0"]]), np.concatenate([B, -wide["B0"]], axis=1)

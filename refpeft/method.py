@@ -25,6 +25,8 @@ A method that takes hold of a model elsewhere than at its layers has
                                        not of the model's layers
     reads_all(cfg) → field             the field of its config, if any, that makes a position depend on all others: such
                                        an adapter cannot decode step by step
+    remembered(cfg, params) → memory, penalty(cfg, params) → R, grads, follow(cfg, t, params, grads, memory) → params,
+    memory, finished(adapter, memory) → adapter        what it does in training besides: see `refpeft.methods.adalora`
     SHARED                             names in the formulae → in checkpoints, of parameters that all modules share;
                                        'mlp_head.' with its dot stands for all names that begin so
 

@@ -40,7 +40,7 @@ SHORT_EMBEDDING = {"A": "lora_embedding_A", "B": "lora_embedding_B", "m": "lora_
 FIELDS = frozenset(inspect.signature(peft.LoraConfig).parameters)
 CLASSES = {  # of methods that are no LoRA
     "ln_tuning": "LNTuningConfig", "trainable_tokens": "TrainableTokensConfig", "ia3": "IA3Config",
-    "vera": "VeraConfig",
+    "vera": "VeraConfig", "adalora": "AdaLoraConfig",
 }  # fmt: skip
 FLAG = {"rslora": "use_rslora", "dora": "use_dora"}
 NEEDED = {"bias": "lora_bias", "patterns": "alpha_pattern"}  # features that stand or fall with a config field
@@ -270,6 +270,8 @@ def trained_of(case: Case, name: str) -> Arrays:
 
 def add(case: Case, model: Any, name: str) -> Any:
     config = adapter_config(case, name)
+    if case.method == "adalora":  # of which one at a time can be trained
+        config.inference_mode = isinstance(model, peft.PeftModel)
     if isinstance(model, peft.PeftModel):
         model.add_adapter(name, config)
     else:

@@ -55,7 +55,8 @@ TWINS = {twin: name for name, twin in models.TWINS.items()}
 FORMATS = cast(Sequence[Format], (selection, prompts, prefix, intrinsic, bottleneck))
 HEADS = ("classifier", "score")
 METHOD_FLAGS = {"lora": (False, False), "rslora": (True, False), "dora": (False, True)}  # use_rslora, use_dora
-TYPES = {"IA3": "ia3", "VERA": "vera"}  # peft_type → method, of the others that are read here
+TYPES = {"IA3": "ia3", "VERA": "vera", "ADALORA": "adalora"}  # peft_type → method, of the others that are read here
+UNREAD = {"adalora": {"r", "alpha_pattern"}}  # fields that HF peft's config inherits, and nobody reads
 LACKING = {"ia3": ("layers_to_transform", "layers_pattern")}  # fields that are not in HF peft's config
 
 
@@ -100,7 +101,11 @@ def read_config(raw: Mapping[str, Any], model: Model) -> tuple[str, Any]:
     method = method_of(raw)
     known = METHODS[method].Config.__dataclass_fields__.keys()
     for name, value in raw.items():
-        if name not in known and name not in IGNORED and value not in (None, False, "", [], {}):
+        if (
+            name not in known
+            and name not in IGNORED | UNREAD.get(method, set())
+            and value not in (None, False, "", [], {})
+        ):
             raise ValueError(f"{show(name)} is set to {show(value)}, which is not supported")
     fields = {n: v for n, v in raw.items() if n in known and n != "use_dora" and v is not None}
     return method, tune.configured(METHODS[method], method, meant(fields, raw, model), model)

@@ -127,7 +127,7 @@ def train(
     goal = objectives.make(chosen, setting)
     reading = to_read(chosen, base, setting, max_length, encode)
     rows, cut = read_rows(data, reading)
-    config = method_fields(method, set_ or (), chosen, base)
+    config = method_fields(method, set_ or (), chosen, base, steps)
     adapter = refpeft.init(method, config, base, seed=seed)
     savable(adapter)
     conditions = {
@@ -296,7 +296,9 @@ def assigned(flag: str, word: str) -> tuple[str, Any]:
         return name, text
 
 
-def method_fields(method: str, words: Sequence[str], objective: str, model: "Model") -> dict[str, Any]:
+def method_fields(
+    method: str, words: Sequence[str], objective: str, model: "Model", steps: int
+) -> dict[str, Any]:  # fmt: skip
     """--set FIELD=VALUE …: 'q,v' is a list where the field takes one, and so is a single plain name."""
     import typing
 
@@ -321,6 +323,8 @@ def method_fields(method: str, words: Sequence[str], objective: str, model: "Mod
     ]
     if objective == "classification" and "modules_to_save" in hints:  # the head is fresh as a rule
         found = {"modules_to_save": heads} | found
+    if "total_step" in hints:
+        found = {"total_step": steps} | found
     return found
 
 

@@ -5,6 +5,7 @@ from typing import cast
 
 from refpeft.method import Method
 from refpeft.methods import (
+    adalora,
     bitfit,
     did,
     dora,
@@ -32,6 +33,7 @@ METHODS: Mapping[str, Method] = cast(
         "lora": lora,
         "rslora": rslora,
         "dora": dora,
+        "adalora": adalora,
         "ia3": ia3,
         "vera": vera,
         "full": full,

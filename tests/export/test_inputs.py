@@ -73,6 +73,7 @@ SWAPS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {  # exporte
     "a shorter prefix": ("prefix_tuning", {"num_virtual_tokens": 5}, "prefix_tuning", {"num_virtual_tokens": 1}),
     "other vectors": ("ia3", {}, "ia3", {"target_modules": ["c_attn"]}),
     "other vectors of one projection": ("vera", {"r": 4}, "vera", {"r": 4, "d_initial": 0.5}),
+    "adalora into slots of lora": ("lora", {"r": 2}, "adalora", {"init_r": 3, "target_r": 1, "total_step": 9}),
     "other biases": ("bitfit", {}, "bitfit", {}),
     "other rows": ("trainable_tokens", {"token_indices": [3, 1]}, "trainable_tokens", {"token_indices": [3, 1]}),
     "another head": ("partial", {"layers": 0, "tied": True}, "partial", {"layers": 0, "tied": True}),

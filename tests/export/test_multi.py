@@ -18,6 +18,7 @@ from tests.models import tiny
 F32 = np.float32
 LORAS: list[tuple[str, dict[str, Any]]] = [
     ("lora", {"r": 2, "lora_alpha": 6}),
+    ("adalora", {"init_r": 4, "target_r": 1, "total_step": 9}),
     ("rslora", {"r": 5, "rank_pattern": {"1.attn.c_attn": 1}}),
     ("lora", {"r": 3, "target_modules": "all-linear", "init_lora_weights": "pissa"}),
 ]
