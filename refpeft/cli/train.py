@@ -297,7 +297,7 @@ def assigned(flag: str, word: str) -> tuple[str, Any]:
 
 
 def method_fields(
-    method: str, words: Sequence[str], objective: str, model: "Model", steps: int
+    method: str, words: Sequence[str], objective: str, model: "Model", steps: int = 1
 ) -> dict[str, Any]:  # fmt: skip
     """--set FIELD=VALUE …: 'q,v' is a list where the field takes one, and so is a single plain name."""
     import typing

@@ -99,7 +99,7 @@ class Config(Targets):
             raise ValueError(f"bias must be 'none', 'all' or 'lora_only', found {self.bias!r}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), found {self.lora_dropout!r}")
-        if not 0 <= self.orth_reg_weight:
+        if not self.orth_reg_weight >= 0:
             raise ValueError(f"orth_reg_weight must be 0 or more, found {self.orth_reg_weight!r}")
         for name, kept in (self.rank_pattern or {}).items():
             if not name.endswith(LEAVES["Λ"]) or len(kept) != self.init_r:
@@ -162,8 +162,8 @@ def merge(cfg: Place, W: Array, b: Array | None, φ: Values, base: Base | None =
 
 
 def wrap(cfg: Place, φ: Phi, part: Part, mask: Array | None = None) -> Part:
-    """y = y₀ + s (Λ ⊙ (x̃ Qᵀ)) Pᵀ"""
-    return branch(part, masked(triplets(cfg, φ), mask))
+    """y = y₀ + s (Λ ⊙ (x̃ Qᵀ)) Pᵀ;      y₀ where no triplet is left"""
+    return part if not cfg.r else branch(part, masked(triplets(cfg, φ), mask))
 
 
 def triplets(cfg: Place, φ: Phi) -> Run:
@@ -270,8 +270,8 @@ def remembered(cfg: Config, params: Named) -> dict[str, Array]:
 
 def follow(
     cfg: Config, t: int, params: Named, grads: Named, memory: Named
-) -> tuple[dict[str, Array], dict[str, Array]]:  # fmt: skip
-    """After step t of the optimiser, counted from 1: the parameters with Λ cut to the budget, and what is remembered."""
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """After step t of the optimiser, counted from 1: the parameters, Λ cut to the budget, and what is remembered."""
     memory, last = dict(memory), cfg.steps - cfg.tfinal
     if t < last:
         memory |= importance(cfg, params, grads, memory)
