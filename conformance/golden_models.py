@@ -18,6 +18,7 @@ def questions(method: str) -> Sequence[Question]:
         ("lora", "rslora", "dora"): matrices,
         ("ia3",): vectors,
         ("vera",): projected,
+        ("adalora",): triplets,
         ("full", "partial", "bitfit", "ln_tuning", "trainable_tokens"): selections,
         ("houlsby", "pfeiffer", "parallel"): bottlenecks,
         ("prompt_tuning", "p_tuning"): prompts,
@@ -123,6 +124,32 @@ def projected(m: str) -> list[Question]:
         model("decoding", "Positions counted from 0 again where keys and values are kept.", ["incremental"], m,
               "qwen2"),
         model("two", "Two adapters, of which one runs with the other's vectors.", ["order"], m, "llama", swap=True),
+        model("two-merged", "Two adapters, of which one is merged.", ["two-merged"], m, "gpt2"),
+    ]  # fmt: skip
+
+
+def triplets(m: str) -> list[Question]:
+    """s is never a power of two, since 10⁻⁵ is in it: what is exact is the number of parameters."""
+    return [
+        model("count", "What is not trained counted, or the singular values forgotten.", ["count"], m, "gpt2",
+              regime="exact"),
+        model("gpt2", "α not divided by the rank, or by another one; the gradient of the singular values without s.",
+              RUN, m, "gpt2"),
+        model("llama", "Another family, where layers have unlike shapes.", RUN, m, "llama"),
+        model("bert", "An encoder: a triplet lost.", RUN, m, "bert"),
+        model("t5", "Layers of one of two stacks left out.", RUN, m, "t5"),
+        model("classifier", "A head for classification, which has no adapter.", RUN, m, "roberta", HEAD),
+        model("float64", "Something computed in float32 inside.", ["logits", "param-grads"], m, "gpt2",
+              dtype="float64"),
+        model("rank-one", "A rank's axis squeezed away where there is one triplet.", RUN, m, "gpt2",
+              config={"init_r": 1, "target_r": 1}),
+        model("merged", "Merged, another output than running; singular values forgotten.", ["merge"], m, "gpt2"),
+        model("bert-merged", "A merged model with the adapter's tensors left in it.", ["merge"], m, "bert"),
+        model("padding", "What stands at padded positions has an influence on the others.", ["padding"], m, "bert",
+              padded=True),
+        model("decoding", "Positions counted from 0 again where keys and values are kept.", ["incremental"], m,
+              "qwen2"),
+        model("two", "Two adapters, of which one runs with the other's scale.", ["order"], m, "llama", swap=True),
         model("two-merged", "Two adapters, of which one is merged.", ["two-merged"], m, "gpt2"),
     ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What the mutants of (IA)³ and VeRA get wrong."""
+"""What the mutants of (IA)³, VeRA and AdaLoRA get wrong."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ from refpeft.conformance.targets.base import Arrays
 from refpeft.conformance.targets.spec import Whole
 from refpeft.method import Merged, Phi
 from refpeft.ops import Array
-from refpeft.part import Part
+from refpeft.part import Once, Part
 
 Merge = Callable[..., Merged]
 Wrap = Callable[..., Part]
@@ -82,3 +82,34 @@ class DForgetsB(Whole):
                 for a in self.active]  # fmt: skip
         right, self.active = super().grads(), ones
         return {n: d if n.endswith("_b") else super(DForgetsB, self).grads()[n] for n, d in right.items()}
+
+
+# ── AdaLoRA ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def merged_without_values(merge: Merge, cfg: Any, W: Array, b: Array | None, φ: Any) -> Merged:
+    """W′ = W + s P Q"""
+    return merge(cfg, W, b, {**φ, "Λ": φ["Λ"] * 0 + 1})
+
+
+def last_triplet_lost(wrap: Wrap, cfg: Any, φ: Phi, part: Part) -> Part:
+    Λ = φ["Λ"].copy()
+    Λ[-1] = 0
+    return wrap(cfg, Phi({**φ.values, "Λ": Λ}, φ.keys), part) if len(Λ) > 1 else part
+
+
+def values_unscaled(wrap: Wrap, cfg: Any, φ: Phi, part: Part) -> Part:
+    """dΛ without s."""
+    wrapped = wrap(cfg, φ, part)
+
+    def run(x: Array) -> Any:
+        y, back = wrapped.run(x)
+
+        def changed(dy: Any, want: Any) -> Any:
+            dx, grads = back(dy, want)
+            key = φ.keys.get("Λ")
+            return dx, {**grads, **({key: Once(lambda: grads[key]() / cfg.scale)} if key in grads else {})}
+
+        return y, changed
+
+    return wrapped.wrapped(run)
