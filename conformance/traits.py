@@ -117,10 +117,8 @@ PAIRS = ("model/order", "model/two-merged", "lifecycle/two-active", "lifecycle/t
 MATRICES = (*SELECTION, *PAIRS, *WHOLE_TOO)
 
 
-def both_sides(family: str, architecture: str) -> Structure:
-    """Vectors on what two kinds of layers give, and on what a third takes."""
-    first, second, *_, last = tiny.LINEARS[family]
-    return {"target_modules": [first, second, last], "feedforward_modules": [last]}
+# the last of each family's layers: vectors on what two kinds of layers give, and on what a third takes
+TAKES = r".*(mlp\.c_proj|down_proj|intermediate\.dense|\.wo|fc2)"
 
 
 def linears(family: str, architecture: str) -> Structure:
@@ -178,7 +176,8 @@ TRAITS: Mapping[str, Traits] = {
     "ia3": Traits(
         "IA",
         (*ONE_LAYER, *MATRICES),
-        fixed=both_sides,
+        {"feedforward_modules": [TAKES, []]},
+        fixed=linears,
         second=one_side,
         layer={"feedforward_modules": [[], ["layer"]]},
         lacks=("embedding",),
