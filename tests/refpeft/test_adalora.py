@@ -202,6 +202,14 @@ def test_training_keeps_what_the_budget_leaves(tmp_path: Path) -> None:
     assert all(np.array_equal(again.params[n], v) for n, v in done.params.items())
 
 
+def test_refpeft_train_knows_how_many_steps_there_are() -> None:
+    from refpeft.cli.train import method_fields
+
+    model = tiny("gpt2", "LMHeadModel")
+    assert method_fields("adalora", [], "causal", model, 40) == {"total_step": 40}
+    assert method_fields("adalora", ["total_step=9"], "causal", model, 40) == {"total_step": 9}
+
+
 @pytest.mark.peft
 def test_importance_and_budget_are_those_of_hf_peft() -> None:
     """Its allocator beside `follow` for a whole run: the same Λ are cut at every step."""
