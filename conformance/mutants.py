@@ -20,11 +20,24 @@ from refpeft.conformance import mistakes_intrinsic as mi
 from refpeft.conformance import mistakes_prompts as mp
 from refpeft.conformance import mistakes_selection as ms
 from refpeft.conformance import mistakes_stacks as mt
+from refpeft.conformance import mistakes_vectors as mv
 from refpeft.conformance.case import Case
 from refpeft.conformance.mistakes_bottleneck import BOTTLENECK
 from refpeft.conformance.targets.base import Arrays
 from refpeft.conformance.targets.spec import Layer, Session, Spec, Whole, answers
-from refpeft.methods import did, dora, lora, p_tuning_v2, prefix_tuning, rslora, said, trainable_tokens
+from refpeft.methods import (
+    adalora,
+    did,
+    dora,
+    ia3,
+    lora,
+    p_tuning_v2,
+    prefix_tuning,
+    rslora,
+    said,
+    trainable_tokens,
+    vera,
+)
 from refpeft.ops import relu
 
 
@@ -214,7 +227,39 @@ STACKS: Mapping[str, Mutant] = {  # which no other model reveals
         ("model", "causal"), mp.instead(layers, buckets=mt.both_ways), methods=ONE
     ),
 }
-MUTANTS: Mapping[str, Mutant] = {**MATRIX, **PROMPTS, **OWN, **STACKS}
+
+# ── vectors ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+VECTORS: Mapping[str, Mutant] = {
+    **each(("ia3",), "bias-left-in-merge", MERGE, patches=m.merges(mv.bias_left, [ia3])),
+    **each(("ia3",), "bias-not-scaled", FORWARD, patches=m.wraps(mv.bias_unscaled, [ia3])),
+    **each(("ia3",), "merged-along-the-other-axis", MERGE, patches=m.merges(mv.other_axis, [ia3])),
+    **each(("ia3",), "counted-from-one", FORWARD, patches=m.wraps(mv.from_one, [ia3])),
+    **each(("ia3",), "input-gradient-unscaled", ("layer", "input-grad"),
+           patches=m.wraps(mv.input_gradient_unscaled, [ia3])),
+    **each(("ia3",), "batch-rows-mix", FORWARD, patches=m.wraps(m.rows_mixed, [ia3])),
+    **each(("ia3",), "stale-cache-after-param-change", ("layer", "sensitive"), of_layer=m.Stale),
+    **each(("ia3",), "base-trained-too", ("layer", "frozen"), of_layer=m.BaseTrained),
+    **each(("ia3",), "stays-disabled", ("layer", "disable"), of_layer=m.StaysDisabled),
+    **each(("adalora",), "scale-not-divided", LOGITS,
+           patches=lambda: [patch.object(adalora.Config, "scale", property(lambda c: c.lora_alpha))]),
+    **each(("adalora",), "singular-values-forgotten-in-merge", ("model", "merge"),
+           patches=m.merges(mv.merged_without_values, [adalora])),
+    **each(("adalora",), "last-triplet-lost", LOGITS, patches=m.wraps(mv.last_triplet_lost, [adalora])),
+    **each(("adalora",), "gradient-of-singular-values-unscaled", PARAMS,
+           patches=m.wraps(mv.values_unscaled, [adalora])),
+    **each(("adalora",), "singular-values-frozen", PARAMS, of_model=mp.frozen("lora_E")),
+    **each(("adalora", "vera"), "unmerge-loses-the-adapter", ("lifecycle", "unmerge"), of_session=ms.LosesTheAdapter),
+    **each(("adalora", "ia3", "vera"), "only-first-merged", ("model", "two-merged"), of_model=m.MergesFirstOnly),
+    **each(("vera",), "other-corners", LOGITS, patches=mp.instead(vera, corners=mv.other_corners)),
+    **each(("vera",), "lambda-forgotten-in-merge", ("model", "merge"), patches=m.merges(mv.merged_without_d, [vera])),
+    **each(("vera",), "averaged-over-the-rank", LOGITS, patches=m.wraps(mv.averaged_over_the_rank, [vera])),
+    **each(("vera",), "gradient-misses-the-other-vector", PARAMS, of_model=mv.DForgetsB),
+    **each(("vera",), "projection-counted", ("model", "count"), of_model=mi.CountsTheProjection),
+    **each(("vera",), "projection-drawn-again", ("lifecycle", "save-load"), of_session=mi.DrawsAgain),
+    **each(("adalora", "vera"), "stays-enabled", ("lifecycle", "disable"), of_session=ms.StaysEnabled),
+}  # fmt: skip
+MUTANTS: Mapping[str, Mutant] = {**MATRIX, **PROMPTS, **OWN, **STACKS, **VECTORS}
 
 
 def target(name: str) -> Mutant:

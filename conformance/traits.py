@@ -26,7 +26,8 @@ MERGES = tuple(
 @dataclass(frozen=True)
 class Traits:
     """`asks`: properties as level/name; None means all. `choices`: values to draw for each field of the config;
-    `fixed`: fields that depend on the family and the architecture. `second`: another config of the same kind."""
+    `fixed`: fields that depend on the family and the architecture. `second`: another config of the same kind.
+    `layer`: values for the config of one layer, called 'layer'. `lacks`: features that make no sense for the method."""
 
     letter: str  # of its claims
     asks: Sequence[str] | None = None
@@ -36,6 +37,8 @@ class Traits:
     second: Callable[[Structure], Structure] = lambda first: first
     families: Sequence[str] = tuple(tiny.FAMILIES)
     architectures: Sequence[str] | None = None  # None: any; '' is the family's language model
+    layer: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    lacks: Sequence[str] = ()
 
     def plain(self, family: str, architecture: str) -> Structure:
         first = {name: values[0] for name, values in self.choices.items()}
@@ -107,6 +110,42 @@ LAYERS = ("model/layers", "model/rows")
 INTRINSIC = (*SELECTION, "model/transpose", "model/two-merged", "lifecycle/two-active", "lifecycle/two-merged")
 
 
+ALONE = ("forward", "input-grad", "param-grads", "frozen", "init", "sensitive", "merge", "unmerge", "disable", "batch")
+ONE_LAYER = tuple("layer/" + name for name in (*ALONE, "dtype"))
+WHOLE_TOO = tuple("lifecycle/" + name for name in ("modules-to-save", "saved-modules", "refused-merge"))
+PAIRS = ("model/order", "model/two-merged", "lifecycle/two-active", "lifecycle/two-merged", "export/onnx-two")
+MATRICES = (*SELECTION, *PAIRS, *WHOLE_TOO)
+
+
+# the last of each family's layers: vectors on what two kinds of layers give, and on what a third takes
+TAKES = r".*(mlp\.c_proj|down_proj|intermediate\.dense|\.wo|fc2)"
+
+
+def linears(family: str, architecture: str) -> Structure:
+    """Layers of unlike shapes, of which the last is the widest."""
+    first, second, *_, last = tiny.LINEARS[family]
+    return {"target_modules": [first, second, last]}
+
+
+BUDGET: Mapping[str, Sequence[Any]] = {
+    "init_r": [3, 2, 4], "target_r": [1, 2], "lora_alpha": [6.0, 1.5], "total_step": [10],
+}  # fmt: skip
+
+
+def more_triplets(first: Structure) -> Structure:
+    return {**first, "init_r": first["init_r"] + 1, "lora_alpha": 2 * first["lora_alpha"] + 1}
+
+
+def other_start(first: Structure) -> Structure:
+    """Of the same projection: HF peft has one for all adapters of a model."""
+    return {**first, "d_initial": 2 * first["d_initial"]}
+
+
+def one_side(first: Structure) -> Structure:
+    """On what one kind of layer gives."""
+    return {**first, "target_modules": first["target_modules"][:1], "feedforward_modules": []}
+
+
 def head(family: str, architecture: str) -> Structure:
     """What is trained whole beside a prompt: the classifier, if that is what the model is."""
     return {"modules_to_save": [tiny.HEAD[family]]} if architecture == tiny.CLASSIFIER else {}
@@ -134,6 +173,17 @@ TRAITS: Mapping[str, Traits] = {
     "lora": Traits("L", second=other_rank),
     "rslora": Traits("R", second=other_rank),
     "dora": Traits("D", second=other_rank),
+    "ia3": Traits(
+        "IA",
+        (*ONE_LAYER, *MATRICES),
+        {"feedforward_modules": [TAKES, []]},
+        fixed=linears,
+        second=one_side,
+        layer={"feedforward_modules": [[], ["layer"]]},
+        lacks=("embedding",),
+    ),
+    "adalora": Traits("AL", MATRICES, BUDGET, fixed=linears, second=more_triplets),
+    "vera": Traits("VE", MATRICES, {"r": [2, 1, 3], "d_initial": [0.1, 0.5]}, fixed=linears, second=other_start),
     "full": Traits("F", SELECTION),
     "partial": Traits("T", SELECTION, {"layers": [1], "head": [True, False], "tied": [False, True]}),
     "bitfit": Traits("B", SELECTION, {"biases": ["all", "query_and_intermediate"]}, families=BIASED),

@@ -3,8 +3,12 @@
     method                        input                     [shape]         what is fed          if it is not fed
     lora, rslora, dora            <module>.lora_A           [r, i]          A, or [A; A₀]        rank 0
                                   <module>.lora_sB          [o, r]          s B, or s [B, −B₀]   rank 0
+    adalora                       likewise                  A = Λ Q, B = P
       with lora_bias              <module>.lora_sbias       [o]             s β                  0
       dora                        <module>.lora_gain        [o]             g = m/‖W + s B A‖    1
+    ia3                           <module>.ia3_l            [o, 1], [1, i]  l                    1
+    vera                          <module>.vera_lambda_b    [o]             λb                   0
+                                  <module>.vera_lambda_d    [r]             λd                   0
     houlsby, pfeiffer, parallel   <module>.adapter_down     [m, d]          D                    rank 0
                                   <module>.adapter_s_up     [d, m]          s U                  rank 0
                                   … and each with _bias     [m], [d]        b_D, s b_U           0
@@ -20,9 +24,13 @@ adapter; the names say that B is not the B of a checkpoint. Of DoRA the gain is 
 thing that the norm of W + s B A is needed for, which would be computed again in every run. y = b + g ⊙ (W x + s B A x).
 A bottleneck adapter of rank 0 gives 0; where the sublayer is not the model's own then, there are no slots for it.
 
+Of (IA)³ the shape of l says which side of a layer it scales, and an adapter that scales the other is refused. VeRA's
+random matrices lie in the graph, and an adapter that has others is refused too.
+
 What is own to a graph, and must be the same in every adapter for it, is its facts.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -40,9 +48,10 @@ from refpeft.model import Model
 from refpeft.part import Back, Grads, Lazy, Part, Run, Want
 from refpeft.prompts import P, table, virtual
 
-LORA = ("lora", "rslora", "dora")
+LORA = ("lora", "rslora", "dora", "adalora")
 PROMPTS = ("prompt_tuning", "p_tuning")
 PREFIXES = ("prefix_tuning", "p_tuning_v2")
+VECTORS = {"ia3": 1, "vera": 0}  # what is fed is what the method has, and this where it does nothing
 INPUT = {"A": "lora_A", "B": "lora_sB", "β": "lora_sbias", "g": "lora_gain"}
 NECKS = ("houlsby", "pfeiffer", "parallel")
 NECK = {
@@ -70,12 +79,28 @@ class Slot:
 
 def facts(adapters: Sequence[Adapter]) -> list[dict[str, Any]]:
     """A bottleneck adapter may leave out other layers than another: they are rank 0 there."""
-    found = [{n: getattr(a.config, n) for n in FACTS if hasattr(a.config, n)} for a in adapters]
+    found = [{n: getattr(a.config, n) for n in FACTS if hasattr(a.config, n)} | projection(a) for a in adapters]
     found = [
         {n: v for n, v in f.items() if n != "leave_out" or a.method not in NECKS}
         for a, f in zip(adapters, found, strict=True)
     ]
     return [{n: list(v) if isinstance(v, tuple) else v for n, v in f.items()} for f in found]
+
+
+def projection(adapter: Adapter) -> dict[str, Any]:
+    """A digest of VeRA's A∗ and B∗, which lie in the graph."""
+    values = kept([adapter]).values()
+    digest = hashlib.sha256(b"".join(np.ascontiguousarray(v, "<f4").tobytes() for v in values)).hexdigest()
+    return {"projection": digest[:16]} if values else {}
+
+
+def kept(adapters: Sequence[Adapter]) -> dict[str, Array]:
+    """What all adapters for a graph must have in common: the projections of VeRA, by their names in a graph."""
+    return {
+        at + n: np.asarray(v, np.float32)
+        for adapter, at in zip(adapters, prefixes(adapters), strict=True)
+        for n, v in (adapter.frozen.items() if adapter.method in VECTORS else ())
+    }
 
 
 def slots(adapters: Sequence[Adapter], model: Model, dtype: Any) -> dict[str, Slot]:
@@ -91,6 +116,10 @@ def of_one(adapter: Adapter, model: Model, dtype: Any) -> dict[str, Slot]:
     found = {n: Slot(a.shape, a, original(adapter, n, model), own=False) for n, a in whole.items()}
     if adapter.method in LORA:
         found |= low_rank(adapter, model, dtype)
+    elif adapter.method in VECTORS:
+        for n in sorted(adapter.params.keys() - whole.keys()):
+            l = np.asarray(adapter.params[n], np.float32)  # noqa: E741
+            found[n] = Slot(l.shape, l, np.full_like(l, VECTORS[adapter.method]), own=True)
     elif adapter.method in PROMPTS + PREFIXES:
         for name in (n for n in adapter.params if own(adapter, n)):
             rows = adapter.params[name][: adapter.config.num_virtual_tokens]
@@ -126,9 +155,11 @@ def low_rank(adapter: Adapter, model: Model, dtype: Any) -> dict[str, Slot]:
     return found
 
 
-def scaled(cfg: lora.Config, φ: Values, part: Part, dtype: Any) -> dict[str, Array]:
+def scaled(cfg: Any, φ: Values, part: Part, dtype: Any) -> dict[str, Array]:
     """A, s B, s β and g, in float64 until the end."""
     wide = {n: a.astype(np.float64) for n, a in φ.items()}
+    if "Λ" in wide:
+        wide |= {"A": wide["Λ"] * wide["Q"], "B": wide["P"]}
     A, B, s = wide["A"], wide["B"], cfg.scale
     if "A0" in wide:
         A, B = np.concatenate([A, wide["A0"]]), np.concatenate([B, -wide["B0"]], axis=1)
@@ -174,8 +205,10 @@ def hooks(adapters: Sequence[Adapter], values: Mapping[str, Any], model: Model) 
     then: list[Hooks] = []
     for adapter, at in zip(map(trained, adapters), prefixes(adapters), strict=True):
         fed = {name.removeprefix(at): x for name, x in values.items() if name.startswith(at)}
-        named = adapter.replace(params={n: fed[n] for n in adapter.params if n in fed}, frozen={})
-        whole.append(named.replace(params={n: x for n, x in named.params.items() if not own(adapter, n)}))
+        still = {n: fed[n] for n in adapter.frozen if n in fed}
+        named = adapter.replace(params={n: fed[n] for n in adapter.params if n in fed}, frozen=still)
+        others = {n: x for n, x in named.params.items() if not own(adapter, n)}
+        whole.append(named.replace(params=others, frozen={}))
         if adapter.method in PROMPTS:
             then.append(prompt(adapter, fed[P], model))
         elif adapter.method in LORA:
@@ -184,6 +217,8 @@ def hooks(adapters: Sequence[Adapter], values: Mapping[str, Any], model: Model) 
             then.append(Hooks(block=sublayers(adapter, fed, model)))
         elif adapter.method in PREFIXES:
             then.append(each([named.replace(params={n: fed[n] for n in fed if own(adapter, n)})], model))
+        elif adapter.method in VECTORS:
+            then.append(each([named.replace(params={n: x for n, x in named.params.items() if own(adapter, n)})], model))
     first = [each([a], model) for a in whole if substitutes(a)]
     return compose([*first, Hooks(part=wrapped(whole)), *then])
 

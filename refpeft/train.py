@@ -26,6 +26,7 @@ import numpy as np
 
 from refpeft import optim
 from refpeft.adapter import Adapter
+from refpeft.methods import METHODS
 from refpeft.model import Model
 from refpeft.objectives import NAMES, Batch, Loss, Objective, Row
 from refpeft.ops import Array
@@ -126,7 +127,8 @@ def number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and bool(0 <= value < math.inf)
 
 
-DROPOUTS = ("lora_dropout", "encoder_dropout", "dropout", "stochastic_depth")  # fields of configs that masks come from
+# fields of configs that masks come from
+DROPOUTS = ("lora_dropout", "vera_dropout", "encoder_dropout", "dropout", "stochastic_depth")
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ class State:
 def start(plan: Plan, adapter: Adapter) -> State:
     init, _, _ = OPTIMIZERS[plan.optimizer]
     first = {"beta1": plan.options["beta1"]} if "beta1" in plan.options else {}  # Adafactor's, for which m is kept
-    return State(0, dict(adapter.params), init(adapter.params, **first))
+    return State(0, dict(adapter.params), {**init(adapter.params, **first), **remembered(adapter)})
 
 
 def step(
@@ -161,10 +163,46 @@ def step(
     total = sum(w for w, _ in parts) or 1
     loss = sum(w * L for (w, _), L in zip(parts, losses, strict=True)) / total
     grads = parts[0][1] if len(parts) == 1 else optim.accumulate(parts)
+    grads = penalised(adapter, grads)
     if plan.clip:
         grads, _ = optim.clip_by_global_norm(grads, plan.clip)
-    params, moments = update(plan, model, state, grads)
+    params, moments = followed(adapter, state, grads, *update(plan, model, state, grads))
     return State(state.step + 1, params, moments, np.append(state.losses, loss))
+
+
+# ── what some methods do besides ─────────────────────────────────────────────────────────────────────────────────────
+
+OWN = "method."  # before the names of what a method remembers from step to step, among the optimiser's moments
+
+
+def remembered(adapter: Adapter) -> dict[str, Array]:
+    start = getattr(METHODS[adapter.method], "remembered", None)
+    return {OWN + n: v for n, v in start(adapter.config, adapter.params).items()} if start else {}
+
+
+def penalised(adapter: Adapter, grads: Mapping[str, Array]) -> Mapping[str, Array]:
+    """The gradients with those of the method's own term of the loss."""
+    penalty = getattr(METHODS[adapter.method], "penalty", None)
+    if penalty is None:
+        return grads
+    own = penalty(adapter.config, adapter.params)[1]
+    return {n: g + own[n] if n in own else g for n, g in grads.items()}
+
+
+def followed(
+    adapter: Adapter,
+    state: State,
+    grads: Mapping[str, Array],
+    params: Mapping[str, Array],
+    moments: Mapping[str, Array],
+) -> tuple[Mapping[str, Array], Mapping[str, Array]]:
+    """What the method makes of the parameters after the optimiser's step, and remembers of it."""
+    follow = getattr(METHODS[adapter.method], "follow", None)
+    if follow is None:
+        return params, moments
+    before = {n.removeprefix(OWN): v for n, v in state.moments.items() if n.startswith(OWN)}
+    params, after = follow(adapter.config, state.step + 1, params, grads, before)
+    return params, {**moments, **{OWN + n: v for n, v in after.items()}}
 
 
 def gradient(
@@ -218,16 +256,17 @@ def update(plan: Plan, model: Model, state: State, grads: Mapping[str, Array]) -
     options = checked(plan.optimizer, plan.options)
     if plan.optimizer == "sgd":
         options |= {"momentum": plan.momentum, "nesterov": plan.nesterov}
+    own = {n: v for n, v in state.moments.items() if not n.startswith(OWN)}
     if options.get("relative_step"):
-        return turn(state.params, grads, state.moments, weight_decay=plan.weight_decay, **options)
+        return turn(state.params, grads, own, weight_decay=plan.weight_decay, **options)
     factor = SCHEDULES[plan.schedule](state.step, plan.warmup, plan.steps)
     if plan.loraplus_ratio is None:
-        return turn(state.params, grads, state.moments, lr=plan.lr * factor, weight_decay=plan.weight_decay, **options)
+        return turn(state.params, grads, own, lr=plan.lr * factor, weight_decay=plan.weight_decay, **options)
     rates, decays = optim.loraplus(
         state.params, plan.lr, plan.loraplus_ratio, plan.weight_decay, plan.loraplus_embedding, norms(model)
     )
     rates = {name: lr * factor for name, lr in rates.items()}
-    return turn(state.params, grads, state.moments, lr=rates, weight_decay=decays, **options)
+    return turn(state.params, grads, own, lr=rates, weight_decay=decays, **options)
 
 
 def norms(model: Model) -> list[str]:
@@ -258,4 +297,7 @@ def dropped(adapter: Adapter, model: Model, batch: Batch, rng: np.random.Generat
 
 
 def trained(adapter: Adapter, state: State) -> Adapter:
-    return replace(adapter, params=state.params, masks={})
+    done = replace(adapter, params=state.params, masks={})
+    finished = getattr(METHODS[adapter.method], "finished", None)
+    own = {n.removeprefix(OWN): v for n, v in state.moments.items() if n.startswith(OWN)}
+    return finished(done, own) if finished else done

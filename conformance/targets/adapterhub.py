@@ -64,6 +64,25 @@ def head_places(names: Sequence[str] | None, model: Any) -> Iterator[Place]:
 
 
 def lora_config(config: Config, model: Any) -> Any:
+    more = {"use_dora": True} if config.get("use_dora") else {}
+    return adapters.LoRAConfig(**spots(config, model), r=config["r"], alpha=config["lora_alpha"], **more)
+
+
+def ia3_config(config: Config, model: Any) -> Any:
+    """Its vectors are on what layers give, those of the feed-forward network too."""
+    if config.get("feedforward_modules") != []:
+        raise Skip("AdapterHub scales what layers give, and never what they take: feedforward_modules []")
+    return adapters.IA3Config(**spots(config, model))
+
+
+def ia3_places(model: Any, adapter: str) -> Iterator[Place]:
+    for path, module in model.named_modules():
+        if isinstance(module, LoRALayer) and adapter in module.loras:
+            param = module.loras[adapter].lora_B
+            yield place(f"{path}.ia3_l", param, param.numel(), 1)
+
+
+def spots(config: Config, model: Any) -> dict[str, Any]:
     """Which of its places AdapterHub adapts, so that these are the targeted modules, and no others."""
     names = config["target_modules"]
     layers = {path: m for path, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)}
@@ -76,11 +95,11 @@ def lora_config(config: Config, model: Any) -> Any:
     if out := [path for path, m in layers.items() if path not in chosen and spot(m) in wanted]:
         raise Skip(f"AdapterHub puts a LoRA at {out[0]} too")
     matrices = [key for where, key in wanted if where == "selfattn_lora"]
-    return adapters.LoRAConfig(
-        selfattn_lora=bool(matrices), intermediate_lora=("intermediate_lora", None) in wanted,
-        output_lora=("output_lora", None) in wanted, attn_matrices=["q", "k", "v"] if None in matrices else matrices,
-        r=config["r"], alpha=config["lora_alpha"], **({"use_dora": True} if config.get("use_dora") else {}),
-    )  # fmt: skip
+    return {
+        "selfattn_lora": bool(matrices), "intermediate_lora": ("intermediate_lora", None) in wanted,
+        "output_lora": ("output_lora", None) in wanted,
+        "attn_matrices": ["q", "k", "v"] if None in matrices else matrices,
+    }  # fmt: skip
 
 
 def spot(module: Any) -> tuple[str, str | None]:
@@ -176,6 +195,7 @@ def bottleneck_places(model: Any, adapter: str) -> Iterator[Place]:
 METHODS: Mapping[str, tuple[Callable[[Config, Any], Any], Callable[[Any, str], Iterator[Place]]]] = {
     "lora": (lora_config, lora_places),
     "dora": (lora_config, lora_places),
+    "ia3": (ia3_config, ia3_places),
     "prompt_tuning": (prompt_config, prompt_places),
     "prefix_tuning": (prefix_config, prefix_places),
     "p_tuning_v2": (prefix_config, prefix_places),

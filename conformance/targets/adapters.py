@@ -40,6 +40,7 @@ LINEARS = {  # of the layers that the suite adapts, those at which AdapterHub ha
 OPTIONS: Mapping[str, Mapping[str, Any]] = {  # what of a method's options AdapterHub has
     "dora": {"detach_norm": False},
     "prompt_tuning": {"placement": "after_embedding"},
+    "ia3": {"feedforward_modules": []},
     "houlsby": {"train_norms": False},
     "p_tuning_v2": {"position_shift": False},
     "prefix_tuning": {"position_shift": False, "input_size": tiny.WIDE["hidden_size"]},
@@ -49,7 +50,7 @@ FEATURES = (
     "forward", "grads", "frozen", "change", "merge", "unmerge", "disable", "several", "delete", "save", "conv1d",
     "cache", "together", "weighted", "loss", "drop",
 )  # fmt: skip
-SUMS = ("lora", "dora", "prompt_tuning")  # whose adapters do not add up in a Stack, or of which there can be one
+SUMS = ("lora", "dora", "ia3", "prompt_tuning")  # whose adapters do not add up in a Stack, or of which there can be one
 HEADS = ("disable", "several", "delete", "save")  # for the head, which the method trains, belongs to no adapter there
 
 

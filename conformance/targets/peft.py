@@ -33,11 +33,15 @@ from refpeft.conformance.targets.tensors import array, quietly, tensor
 from refpeft.ops import Array
 
 PREFIX = "base_model.model."
-OWN = r"lora_[A-Za-z_]+|ln_tuning_layers|trainable_tokens_delta"  # what holds an adapter's parameters by its name
-SHORT = {"A": "lora_A.weight", "B": "lora_B.weight", "bias": "lora_B.bias", "m": "lora_magnitude_vector"}
+# what holds an adapter's parameters by its name
+OWN = r"lora_[A-Za-z_]+|ia3_l|vera_lambda_[bd]|ln_tuning_layers|trainable_tokens_delta"
+SHORT = {"A": "lora_A.weight", "B": "lora_B.weight", "bias": "lora_B.bias", "m": "lora_magnitude_vector", "l": "ia3_l"}
 SHORT_EMBEDDING = {"A": "lora_embedding_A", "B": "lora_embedding_B", "m": "lora_magnitude_vector"}
 FIELDS = frozenset(inspect.signature(peft.LoraConfig).parameters)
-CLASSES = {"ln_tuning": "LNTuningConfig", "trainable_tokens": "TrainableTokensConfig"}  # of methods that are no LoRA
+CLASSES = {  # of methods that are no LoRA
+    "ln_tuning": "LNTuningConfig", "trainable_tokens": "TrainableTokensConfig", "ia3": "IA3Config",
+    "vera": "VeraConfig", "adalora": "AdaLoraConfig",
+}  # fmt: skip
 FLAG = {"rslora": "use_rslora", "dora": "use_dora"}
 NEEDED = {"bias": "lora_bias", "patterns": "alpha_pattern"}  # features that stand or fall with a config field
 
@@ -104,6 +108,15 @@ def lora_config(fields: Mapping[str, Any], **more: Any) -> Any:
     return peft.LoraConfig(**fields, **more)
 
 
+def matrix_config(method: str, fields: Mapping[str, Any], turned: bool, **more: Any) -> Any:
+    """Of a method that adapts matrices, which are stored turned by GPT-2's layers."""
+    if method not in CLASSES:
+        return lora_config(fields, fan_in_fan_out=turned, **more)
+    make = getattr(peft, CLASSES[method])
+    own = {"fan_in_fan_out": turned} if "fan_in_fan_out" in inspect.signature(make).parameters else {}
+    return make(**fields, **own, **more)
+
+
 def parameters(model: Any, adapter: str) -> dict[str, Any]:
     """An adapter's parameters, under the names they have in its file (without the prefix)."""
     if prompts.prompted(model, adapter):
@@ -149,7 +162,7 @@ class Layer:
     def __init__(self, case: Case) -> None:
         self.case, a = case, case.arrays
         self.kind = case.meta["layer"]["kind"]
-        config = lora_config(case.meta["config"], target_modules=["layer"], fan_in_fan_out=self.kind == "conv1d")
+        config = matrix_config(case.method, case.meta["config"], self.kind == "conv1d", target_modules=["layer"])
         self.model = peft.get_peft_model(Toy(plain(self.kind, a["W"], a.get("b"))), config).eval()
         self.x = tensor(a["x"])
         self.short = SHORT_EMBEDDING if self.kind == "embedding" else SHORT
@@ -247,18 +260,25 @@ def adapter_config(case: Case, name: str) -> Any:
     about = case.meta["adapters"][name]
     if about["method"] in prompts.CLASSES:
         return prompts.config(case, name)
-    if about["method"] in CLASSES:
-        return getattr(peft, CLASSES[about["method"]])(**about["config"])
-    return lora_config(about["config"], fan_in_fan_out=case.meta["model"]["model_type"] == "gpt2")
+    return matrix_config(about["method"], about["config"], case.meta["model"]["model_type"] == "gpt2")
+
+
+def trained_of(case: Case, name: str) -> Arrays:
+    still = case.meta["adapters"][name].get("frozen", ())
+    return {n: a for n, a in values_of(case, name + "/").items() if n not in still}
 
 
 def add(case: Case, model: Any, name: str) -> Any:
     config = adapter_config(case, name)
+    if case.method == "adalora":  # of which one at a time can be trained
+        config.inference_mode = isinstance(model, peft.PeftModel)
     if isinstance(model, peft.PeftModel):
         model.add_adapter(name, config)
     else:
         model = peft.get_peft_model(model, config, adapter_name=name)
-    write(model, name, values_of(case, name + "/"))
+    for n in case.meta["adapters"][name].get("frozen", ()):  # VeRA's A and B, which are no parameters
+        getattr(model.base_model, n)[name] = tensor(case.arrays[f"{name}/{n}"])
+    write(model, name, trained_of(case, name))
     return model.eval()
 
 
@@ -375,7 +395,7 @@ class Session:
         self.model.merge_adapter(**({"safe_merge": True} if safe else {}))
 
     def refused_merge(self, adapter: str) -> Arrays:
-        values = values_of(self.case, adapter + "/")
+        values = trained_of(self.case, adapter)
         write(self.model, adapter, {n: v * np.nan for n, v in values.items()})
         refused = False
         try:

@@ -2,8 +2,8 @@
 
     adapter_ids [b]            −1: none; k: the k-th of the adapters that were exported
 
-LoRA and rsLoRA on linear layers are stacked, A [k, r, i] and s B [k, o, r], ranks filled up with zeros: each row
-fetches its own, so the cost does not grow with the number of adapters.
+LoRA, rsLoRA and AdaLoRA on linear layers are stacked, A [k, r, i] and s B [k, o, r], ranks filled up with zeros: each
+row fetches its own, so the cost does not grow with the number of adapters.
 
     y = y₀ + x A_kᵀ (s B_k)ᵀ           k = adapter_ids of the row; a stack's first is of zeros, for none
 
@@ -96,7 +96,7 @@ def chosen(subject: Subject, graph: Graph, model: Model, ids: Any) -> tuple[Hook
 def stackable(subject: Subject) -> bool:
     kinds = {site.path: site.kind for site in subject.model.sites.values()}
     return all(
-        a.method in ("lora", "rslora")
+        a.method in ("lora", "rslora", "adalora")
         and not getattr(a.config, "lora_bias", False)
         and all(own(a, name) for name in a.params)
         and all(kinds[path] in LINEAR for path in a.by_module)

@@ -25,6 +25,7 @@ from refpeft.export.runtime import Runner
 from refpeft.export.signature import BATCH, DECODED, INT, SEQUENCE, output_name, tokens
 from refpeft.export.symbols import Graph
 from refpeft.export.training import ADAPTER, NEXT, STATE, Optimizer
+from refpeft.methods import METHODS
 from refpeft.model import Model
 from refpeft.objectives import IGNORE
 from refpeft.train import answer_and_gradient
@@ -45,6 +46,9 @@ def check(subject: Subject) -> None:
     training.objective(subject.model)
     training.optimizer(subject.options)
     contents(subject.adapters[0])  # refused if it could not be saved
+    method = subject.adapters[0].method
+    if hasattr(METHODS[method], "follow"):
+        raise ValueError(f"{method} changes its ranks while it is trained, which a graph of fixed shapes cannot")
 
 
 def trainee(subject: Subject) -> Adapter:

@@ -13,6 +13,7 @@ by name. Every tensor of adapter_model.safetensors is accounted for.
 """
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, cast
@@ -34,24 +35,29 @@ from refpeft.checkpoint import (
 )
 from refpeft.checkpoint.format import Format
 from refpeft.checkpoint.safetensors import Malformed, fitting, show
-from refpeft.methods import METHODS, lora
+from refpeft.methods import METHODS, lora, vera
 from refpeft.model import Model
 from refpeft.ops import Array, is_half
 from refpeft.part import Part
 
 PREFIX = "base_model.model."
+SHARED = "base_model."  # before what belongs to no module
 CONFIG, FILE = "adapter_config.json", "adapter_model.safetensors"
 IGNORED = {  # without influence on the function
     "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version",
     "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core",
     "qalora_group_size", "use_dora",
 }  # fmt: skip
+NO_BASE = {"task_type": None, "base_model_name_or_path": None, "inference_mode": True}
 PLAIN_INITS = ("eva", "mica")  # they leave the base alone: A and B in the file are all there is
 TWINS = {twin: name for name, twin in models.TWINS.items()}
 # of the methods that are not of LoRA's kind, each in a module of its own
 FORMATS = cast(Sequence[Format], (selection, prompts, prefix, intrinsic, bottleneck))
 HEADS = ("classifier", "score")
 METHOD_FLAGS = {"lora": (False, False), "rslora": (True, False), "dora": (False, True)}  # use_rslora, use_dora
+TYPES = {"IA3": "ia3", "VERA": "vera", "ADALORA": "adalora"}  # peft_type → method, of the others that are read here
+UNREAD = {"adalora": {"r", "alpha_pattern"}}  # fields that HF peft's config inherits, and nobody reads
+LACKING = {"ia3": ("layers_to_transform", "layers_pattern")}  # fields that are not in HF peft's config
 
 
 # ── loading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -75,7 +81,9 @@ def load_adapter(path: str | os.PathLike[str], model: Model) -> Adapter:
         own = {name: spec for part in chosen.values() for name, spec in expected(method, cfg, part).items()}
     except ValueError as e:
         raise Malformed(f"{CONFIG}: {e}") from None
-    found = module_names(folder.tensors(where, "adapter_model"))
+    tensors = folder.tensors(where, "adapter_model")
+    frozen = start(cfg, chosen) if method != "vera" else projection(cfg, chosen, tensors)
+    found = module_names(tensors)
     params: dict[str, Array] = {}
     for name, (shape, dtype) in own.items():
         params[name] = take(found, [name, name + ".weight"], name, shape, dtype, model)
@@ -85,23 +93,34 @@ def load_adapter(path: str | os.PathLike[str], model: Model) -> Adapter:
         like = model.params[tensor]
         params[name] = take(found, aliases, name, like.shape, like.dtype, model)
     check_rest(found, cfg, model, whole)
-    return Adapter(method, cfg, params, start(cfg, chosen))
+    return Adapter(method, cfg, params, frozen)
 
 
 def read_config(raw: Mapping[str, Any], model: Model) -> tuple[str, Any]:
     """The method and its Config, from adapter_config.json."""
-    if raw.get("peft_type") != "LORA":
-        raise ValueError(f"peft_type must be 'LORA', found {show(raw.get('peft_type'))}")
-    for flag in ("use_dora", "use_rslora"):
-        if not isinstance(raw.get(flag) or False, bool):
-            raise ValueError(f"{flag} must be true or false, found {show(raw[flag])}")
-    method = "dora" if raw.get("use_dora") else "rslora" if raw.get("use_rslora") else "lora"
+    method = method_of(raw)
     known = METHODS[method].Config.__dataclass_fields__.keys()
     for name, value in raw.items():
-        if name not in known and name not in IGNORED and value not in (None, False, "", [], {}):
+        if (
+            name not in known
+            and name not in IGNORED | UNREAD.get(method, set())
+            and value not in (None, False, "", [], {})
+        ):
             raise ValueError(f"{show(name)} is set to {show(value)}, which is not supported")
     fields = {n: v for n, v in raw.items() if n in known and n != "use_dora" and v is not None}
     return method, tune.configured(METHODS[method], method, meant(fields, raw, model), model)
+
+
+def method_of(raw: Mapping[str, Any]) -> str:
+    kind = raw.get("peft_type")
+    if isinstance(kind, str) and kind in TYPES:
+        return TYPES[kind]
+    if kind != "LORA":
+        raise ValueError(f"peft_type must be 'LORA', found {show(kind)}")
+    for flag in ("use_dora", "use_rslora"):
+        if not isinstance(raw.get(flag) or False, bool):
+            raise ValueError(f"{flag} must be true or false, found {show(raw[flag])}")
+    return "dora" if raw.get("use_dora") else "rslora" if raw.get("use_rslora") else "lora"
 
 
 def meant(fields: dict[str, Any], raw: Mapping[str, Any], model: Model) -> dict[str, Any]:
@@ -158,7 +177,7 @@ def check_rest(found: Mapping[str, Array], cfg: Any, model: Model, whole: Mappin
     for name, a in found.items():
         parts = name.split(".")
         bare = ".".join(p for p in parts if p not in ("base_layer", "original_module"))
-        if cfg.bias == "all" and parts[-2:] == ["modules_to_save", "bias"]:
+        if getattr(cfg, "bias", "none") == "all" and parts[-2:] == ["modules_to_save", "bias"]:
             continue  # a second copy of what is stored without 'modules_to_save'
         if TWINS.get(bare) in whole:
             continue  # the other name of a bias that has been read
@@ -183,10 +202,19 @@ def tensor_of(model: Model, name: str) -> str | None:
     return None
 
 
+def projection(cfg: vera.Config, chosen: Mapping[str, Part], tensors: dict[str, Array]) -> dict[str, Array]:
+    """VeRA's A∗ and B∗, taken out of the file, where they are saved, and otherwise drawn from their key."""
+    parts = list(chosen.values())
+    if not cfg.save_projection:
+        return vera.projection(cfg, parts)
+    shapes = {vera.SHARED[n]: shape for n, shape in vera.sizes(cfg, parts).items()}
+    return {n: safetensors.take(FILE, tensors, SHARED + n, shape, vera.wide(parts)) for n, shape in shapes.items()}
+
+
 def start(cfg: Any, chosen: Mapping[str, Part]) -> dict[str, Array]:
     """A₀ and B₀ of a pissa or olora file, from the base."""
     frozen: dict[str, Array] = {}
-    if cfg.init_lora_weights not in ("pissa", "olora"):
+    if getattr(cfg, "init_lora_weights", None) not in ("pissa", "olora"):
         return frozen
     for path, part in chosen.items():
         if part.kind == "embedding" or (part.kind == "conv1d" and cfg.init_lora_weights == "olora"):
@@ -216,20 +244,40 @@ def contents(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Array]]:
     form = next((f for f in FORMATS if adapter.method in f.METHODS), None)
     if form is not None:
         return form.write(adapter)
-    if adapter.method not in METHOD_FLAGS:
-        raise ValueError(f"{adapter.method} adapters have no HF folder: only {', '.join(METHOD_FLAGS)} do")
-    return as_json(adapter), {PREFIX + stored_name(adapter, name): a for name, a in plain_params(adapter).items()}
+    savable = (*METHOD_FLAGS, *TYPES.values())
+    if adapter.method not in savable:
+        raise ValueError(f"{adapter.method} adapters have no HF folder: only {', '.join(savable)} do")
+    tensors = {PREFIX + stored_name(adapter, name): a for name, a in plain_params(adapter).items()}
+    if adapter.method == "vera" and adapter.config.save_projection:
+        tensors |= {SHARED + name: a for name, a in adapter.frozen.items()}
+    return as_json(adapter), tensors
 
 
 def as_json(adapter: Adapter) -> dict[str, Any]:
     """adapter_config.json; with the ranks and α of the plain adapter where this one carries A₀ and B₀."""
+    if adapter.method in TYPES.values():
+        return other_json(adapter)
     cfg = doubled(adapter.config) if adapter.frozen else adapter.config
     use_rslora, use_dora = METHOD_FLAGS[adapter.method]
-    fields = {n: list(v) if isinstance(v, tuple | set | frozenset) else v for n, v in asdict(cfg).items()}
+    fields = plain_fields(cfg)
     if fields.get("detach_norm", False):  # HF peft's reading needs no mention
         del fields["detach_norm"]
-    fields |= {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "inference_mode": True}
+    fields |= {"peft_type": "LORA", **NO_BASE}
     return fields | {"use_rslora": cfg.use_rslora or use_rslora, "use_dora": use_dora}
+
+
+def other_json(adapter: Adapter) -> dict[str, Any]:
+    """Of methods that are not of LoRA's config."""
+    fields = {n: v for n, v in plain_fields(adapter.config).items() if n not in LACKING.get(adapter.method, ())}
+    forward, targets = fields.get("feedforward_modules"), fields.get("target_modules")
+    if isinstance(forward, list) and isinstance(targets, list) and set(forward) - set(targets):
+        ends = "|".join(map(re.escape, forward))  # HF peft refuses such a list, and not the pattern that means the same
+        fields["feedforward_modules"] = f".*({ends})"
+    return fields | {"peft_type": next(kind for kind, method in TYPES.items() if method == adapter.method), **NO_BASE}
+
+
+def plain_fields(cfg: Any) -> dict[str, Any]:
+    return {n: list(v) if isinstance(v, tuple | set | frozenset) else v for n, v in asdict(cfg).items()}
 
 
 def doubled(cfg: Any) -> Any:

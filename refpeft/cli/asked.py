@@ -25,7 +25,7 @@ class Task(NamedTuple):
 
 def task(
     folder: Path, model: "Model", objective: str | None, own: Sequence[str], template: str | None,
-    answers: Sequence[str], longest: int | None, fields: tuple[str, Sequence[str]],
+    answers: Sequence[str], longest: int | None, fields: tuple[str, Sequence[str]], steps: int = 1,
 ) -> Task:  # fmt: skip
     chosen = suitable(objective, model)
     words, setting = vocabulary(folder, model)
@@ -41,7 +41,7 @@ def task(
     if setting.question:
         setting = replace(setting, question=setting.question._replace(max_length=reading.longest))
     method, given = fields
-    return Task(chosen, setting, reading, method_fields(method, given, chosen, model, virtual))
+    return Task(chosen, setting, reading, method_fields(method, given, chosen, model, virtual, steps))
 
 
 def suitable(objective: str | None, model: "Model") -> str:
@@ -129,7 +129,7 @@ def assigned(flag: str, word: str) -> tuple[str, Any]:
 
 
 def method_fields(
-    method: str, words: Sequence[str], objective: str, model: "Model", virtual: int = 0
+    method: str, words: Sequence[str], objective: str, model: "Model", virtual: int = 0, steps: int = 1
 ) -> dict[str, Any]:  # fmt: skip
     """--set FIELD=VALUE …: 'q,v' is a list where the field takes one, and so is a single plain name. `virtual`: the
     tokens of a template that are to be learned."""
@@ -156,6 +156,8 @@ def method_fields(
     ]
     if objective == "classification" and "modules_to_save" in hints:  # the head is fresh as a rule
         found = {"modules_to_save": heads} | found
+    if "total_step" in hints:
+        found = {"total_step": steps} | found
     if not virtual:
         return found
     if "placement" not in hints:

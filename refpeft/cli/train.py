@@ -146,7 +146,7 @@ def train(
         raise ValueError(f"dtype must be float32 or float64, found {dtype!r}")
     base = refpeft.load(model, dtype=dtype)
     task = asked.task(
-        model, base, objective, objective_set or (), template, words or (), max_length, fields=(method, set_ or ())
+        model, base, objective, objective_set or (), template, words or (), max_length, (method, set_ or ()), steps
     )
     rows, cut = read_rows(data, task.reading)
     held, _ = read_rows(eval_data, task.reading) if eval_data else ([], 0)

@@ -5,11 +5,13 @@ from typing import cast
 
 from refpeft.method import Method
 from refpeft.methods import (
+    adalora,
     bitfit,
     did,
     dora,
     full,
     houlsby,
+    ia3,
     ln_tuning,
     lora,
     p_tuning,
@@ -22,6 +24,7 @@ from refpeft.methods import (
     rslora,
     said,
     trainable_tokens,
+    vera,
 )
 
 METHODS: Mapping[str, Method] = cast(
@@ -30,6 +33,9 @@ METHODS: Mapping[str, Method] = cast(
         "lora": lora,
         "rslora": rslora,
         "dora": dora,
+        "adalora": adalora,
+        "ia3": ia3,
+        "vera": vera,
         "full": full,
         "partial": partial,
         "bitfit": bitfit,

@@ -413,6 +413,7 @@ MERGEABLE = [name for name, m in refpeft.METHODS.items() if hasattr(m, "merge") 
 FIELDS = {
     "trainable_tokens": {"token_indices": [1, 2]},
     "bitfit": {"biases": "all"},
+    "adalora": {"total_step": 10},
 }
 
 

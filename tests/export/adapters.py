@@ -15,6 +15,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "lora": {"r": 2, "lora_alpha": 6, "target_modules": "all-linear"},
     "rslora": {"r": 2, "lora_alpha": 6, "lora_bias": True},
     "dora": {"r": 2, "lora_alpha": 6, "target_modules": "all-linear"},
+    "adalora": {"init_r": 3, "target_r": 1, "total_step": 10},
+    "vera": {"r": 3, "target_modules": "all-linear"},
     "partial": {"layers": 1},
     "trainable_tokens": {"token_indices": [3, 1, 5]},
     "prompt_tuning": {"num_virtual_tokens": 3},

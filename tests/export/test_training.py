@@ -39,6 +39,8 @@ CASES: dict[str, tuple[str, str, str, Named]] = {  # family, architecture, metho
     "loraplus": ("qwen2", "ForSequenceClassification", "lora", PLUS),
     "dora": ("roberta", "ForMaskedLM", "dora", {**LORA, "target_modules": ["query"]}),
     "bitfit": ("bert", "ForTokenClassification", "bitfit", {}),
+    "vectors": ("gpt2", "LMHeadModel", "ia3", {}),
+    "vectors and a projection": ("llama", "ForCausalLM", "vera", SMALL["vera"]),
     "a prompt": ("gpt2", "LMHeadModel", "prompt_tuning", SMALL["prompt_tuning"]),
     "a prompt that a network makes": ("bert", "ForSequenceClassification", "p_tuning", SMALL["p_tuning"]),
     "a prefix": ("llama", "ForCausalLM", "prefix_tuning", SMALL["prefix_tuning"]),
@@ -172,6 +174,8 @@ KEPT = {
     "biases and a tied head": ("lora", {"r": 2, "bias": "all", "modules_to_save": ["lm_head"]}),
     "rows of a table": ("trainable_tokens", SMALL["trainable_tokens"]),
     "a bottleneck": ("pfeiffer", {}),
+    "a projection that is frozen": ("vera", SMALL["vera"]),
+    "vectors": ("ia3", {"modules_to_save": ["ln_f"]}),
 }
 
 

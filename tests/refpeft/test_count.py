@@ -20,6 +20,7 @@ from tests.models import ARCHITECTURES, CONFIGS, ENCODER_DECODERS, tiny
 
 NEEDED: dict[str, dict[str, Any]] = {  # without which a method has nothing to do, or too little
     "trainable_tokens": {"token_indices": [2, 5, 7]},
+    "adalora": {"total_step": 100},
     "did": {"d": 50},
     "said": {"d": 200},
     "houlsby": {"reduction_factor": 4},
