@@ -171,7 +171,7 @@ def saved_whole(cfg: Any, model: Model) -> dict[str, str]:
     """
     whole: dict[str, str] = {}
     names, bias = getattr(cfg, "modules_to_save", None), getattr(cfg, "bias", "none")
-    chosen = set(targets(cfg, model)) if bias == "lora_only" else set()
+    chosen = set(targets(cfg, model)) if bias.endswith("_only") else set()  # 'lora_only', 'oft_only'
     saved = [path for path in modules(model) if path.endswith(tuple(names or ()))]
     if names and not saved:
         raise ValueError(f"modules_to_save {names!r} matches no module of the model")

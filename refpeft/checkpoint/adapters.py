@@ -28,6 +28,7 @@ from refpeft.checkpoint import (
     intrinsic,
     models,
     prefix,
+    products,
     prompts,
     safetensors,
     selection,
@@ -49,7 +50,7 @@ IGNORED = {  # without influence on the function
 PLAIN_INITS = ("eva", "mica")  # they leave the base alone: A and B in the file are all there is
 TWINS = {twin: name for name, twin in models.TWINS.items()}
 # of the methods that are not of LoRA's kind, each in a module of its own
-FORMATS = cast(Sequence[Format], (selection, prompts, prefix, intrinsic, bottleneck))
+FORMATS = cast(Sequence[Format], (selection, prompts, prefix, intrinsic, bottleneck, products))
 HEADS = ("classifier", "score")
 METHOD_FLAGS = {"lora": (False, False), "rslora": (True, False), "dora": (False, True)}  # use_rslora, use_dora
 
@@ -158,7 +159,7 @@ def check_rest(found: Mapping[str, Array], cfg: Any, model: Model, whole: Mappin
     for name, a in found.items():
         parts = name.split(".")
         bare = ".".join(p for p in parts if p not in ("base_layer", "original_module"))
-        if cfg.bias == "all" and parts[-2:] == ["modules_to_save", "bias"]:
+        if getattr(cfg, "bias", "none") == "all" and parts[-2:] == ["modules_to_save", "bias"]:
             continue  # a second copy of what is stored without 'modules_to_save'
         if TWINS.get(bare) in whole:
             continue  # the other name of a bias that has been read
