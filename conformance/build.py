@@ -95,7 +95,7 @@ def parameters(
     """Those that the method's own `init` makes, moved away from where it starts them."""
     m = METHODS[method]
     W = arrays["W"].T if s["kind"] != "linear" else arrays["W"]
-    φ = m.init(m.Config(**s["config"]), part(s["kind"], W, arrays.get("b")), generator(seed, "init"))
+    φ = m.init(m.Config(**s["config"]).at("layer"), part(s["kind"], W, arrays.get("b")), generator(seed, "init"))
     if s["regime"] == "exact":
         return {LATIN.get(n, n): draw(n, v.shape) for n, v in φ.items()}
     return {LATIN.get(n, n): v + 0.5 * draw(n, v.shape) for n, v in φ.items()}

@@ -30,7 +30,7 @@ from refpeft.conformance.build import about
 from refpeft.conformance.case import Case
 from refpeft.conformance.properties import PROPERTIES, Property
 from refpeft.conformance.targets import Skip, Target, open_target
-from refpeft.conformance.traits import known
+from refpeft.conformance.traits import TRAITS, known
 from refpeft.conformance.yardstick import LIMIT, Verdict, Yardstick
 
 EXAMPLES = {"layer": 12, "model": 3, "lifecycle": 2, "export": 2}  # drawn, beside the corners
@@ -230,7 +230,8 @@ def run_unit(target: str, unit: Unit, options: Options) -> Event:
 def told(target: Target, options: Options, method: str) -> Mapping[str, Any]:
     """What the target declares for a method, and about the model that it is to be checked on, if one is given."""
     info = target.info()
-    features = [f for f in info["features"] if f not in info.get("without", {}).get(method, ())]
+    lacking = {*info.get("without", {}).get(method, ()), *TRAITS[method].lacks}
+    features = [f for f in info["features"] if f not in lacking]
     return {**info, "features": features, **({"model": about(options.model)} if options.model else {})}
 
 

@@ -20,11 +20,12 @@ from refpeft.conformance import mistakes_intrinsic as mi
 from refpeft.conformance import mistakes_prompts as mp
 from refpeft.conformance import mistakes_selection as ms
 from refpeft.conformance import mistakes_stacks as mt
+from refpeft.conformance import mistakes_vectors as mv
 from refpeft.conformance.case import Case
 from refpeft.conformance.mistakes_bottleneck import BOTTLENECK
 from refpeft.conformance.targets.base import Arrays
 from refpeft.conformance.targets.spec import Layer, Session, Spec, Whole, answers
-from refpeft.methods import did, dora, lora, p_tuning_v2, prefix_tuning, rslora, said, trainable_tokens
+from refpeft.methods import did, dora, ia3, lora, p_tuning_v2, prefix_tuning, rslora, said, trainable_tokens
 from refpeft.ops import relu
 
 
@@ -214,7 +215,23 @@ STACKS: Mapping[str, Mutant] = {  # which no other model reveals
         ("model", "causal"), mp.instead(layers, buckets=mt.both_ways), methods=ONE
     ),
 }
-MUTANTS: Mapping[str, Mutant] = {**MATRIX, **PROMPTS, **OWN, **STACKS}
+
+# ── vectors ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+VECTORS: Mapping[str, Mutant] = {
+    **each(("ia3",), "bias-left-in-merge", MERGE, patches=m.merges(mv.bias_left, [ia3])),
+    **each(("ia3",), "bias-not-scaled", FORWARD, patches=m.wraps(mv.bias_unscaled, [ia3])),
+    **each(("ia3",), "merged-along-the-other-axis", MERGE, patches=m.merges(mv.other_axis, [ia3])),
+    **each(("ia3",), "counted-from-one", FORWARD, patches=m.wraps(mv.from_one, [ia3])),
+    **each(("ia3",), "input-gradient-unscaled", ("layer", "input-grad"),
+           patches=m.wraps(mv.input_gradient_unscaled, [ia3])),
+    **each(("ia3",), "batch-rows-mix", FORWARD, patches=m.wraps(m.rows_mixed, [ia3])),
+    **each(("ia3",), "stale-cache-after-param-change", ("layer", "sensitive"), of_layer=m.Stale),
+    **each(("ia3",), "base-trained-too", ("layer", "frozen"), of_layer=m.BaseTrained),
+    **each(("ia3",), "stays-disabled", ("layer", "disable"), of_layer=m.StaysDisabled),
+    **each(("ia3",), "only-first-merged", ("model", "two-merged"), of_model=m.MergesFirstOnly),
+}  # fmt: skip
+MUTANTS: Mapping[str, Mutant] = {**MATRIX, **PROMPTS, **OWN, **STACKS, **VECTORS}
 
 
 def target(name: str) -> Mutant:

@@ -68,6 +68,15 @@ OWN: Sequence[Property] = [
         methods=PREFIX,
     ),
     whole(
+        "exact-cayley",
+        "The exact Cayley transform is (I + Q)(I − Q)⁻¹, which its series approaches: it turns the same way.",
+        ["logits", "grads", "merged_logits"],
+        ["forward", "grads", "merge"],
+        ["OF3", "OF5"],
+        configs=lambda s: {"use_cayley_neumann": False},
+        methods=("oft",),
+    ),
+    whole(
         "transpose",
         "The gradient of any linear function of the merged weights is the transpose: ⟨P θ, g⟩ = ⟨θ, Pᵀ g⟩.",
         ["pulled"],

@@ -22,7 +22,7 @@ def layer(draw: Any, /, method: str, info: Mapping[str, Any], **fixed: Any) -> S
     """One layer with one adapter. `fixed` fields are not drawn."""
     features, dtypes = info["features"], info["dtypes"]
     kinds = ["linear", *(kind for kind in ("conv1d", "embedding") if kind in features)]
-    s: Structure = {"kind": draw(st.sampled_from(kinds)), "regime": draw(st.sampled_from(["exact", "float"]))}
+    s: Structure = {"kind": draw(st.sampled_from(kinds)), "regime": draw(st.sampled_from(regimes(method)))}
     s = {**s, **{k: v for k, v in fixed.items() if k in s}}
     s["edge"] = "none" if s["regime"] == "exact" else draw(st.sampled_from(EDGES))
     s["o"] = draw(st.integers(1, 7))
@@ -31,7 +31,11 @@ def layer(draw: Any, /, method: str, info: Mapping[str, Any], **fixed: Any) -> S
     s["bias"] = s["kind"] != "embedding" and draw(st.booleans())
     s["batch"] = [draw(st.integers(1, 3)), draw(st.integers(1, 4))]
     s["draw"] = draw(st.integers(0, 3))
-    s["config"] = draw(config(method, features, s["bias"], s["regime"] == "exact", s["edge"], min(s["o"], s["i"])))
+    if method in LORA:
+        s["config"] = draw(config(method, features, s["bias"], s["regime"] == "exact", s["edge"], min(s["o"], s["i"])))
+    else:
+        own = {name: st.sampled_from(values) for name, values in TRAITS[method].layer.items()}
+        s["config"] = draw(st.fixed_dictionaries(own))
     s["config"] |= options(info, method)
     return {**s, **draw(st.sampled_from(settings(info))), **fixed}
 
@@ -39,7 +43,9 @@ def layer(draw: Any, /, method: str, info: Mapping[str, Any], **fixed: Any) -> S
 def layer_corners(method: str, info: Mapping[str, Any], fixed: Mapping[str, Sequence[Any]]) -> list[Structure]:
     """Every kind of layer, square and not, in both regimes, and every combination of what is `fixed`."""
     kinds = ["linear", *(kind for kind in ("conv1d", "embedding") if kind in info["features"])]
-    axes: dict[str, Any] = {"kind": kinds, "regime": ["exact", "float"], "i": [3, 4]} | dict(fixed)
+    axes: dict[str, Any] = {"kind": kinds, "regime": regimes(method), "i": [3, 4]} | dict(fixed)
+    if method not in LORA:
+        axes["config"] = configs(TRAITS[method].layer)
     found = []
     for n, values in enumerate(itertools.product(*axes.values())):
         s = dict(zip(axes, values, strict=True))
@@ -54,6 +60,15 @@ def layer_corners(method: str, info: Mapping[str, Any], fixed: Mapping[str, Sequ
             {"o": 3, "bias": bias, "batch": [2, 2], "draw": n, "dtype": dtype, "edge": "none", "config": own} | s
         )
     return [s | setting for s in found for setting in settings(info)]
+
+
+def regimes(method: str) -> list[str]:
+    return ["exact", "float"] if TRAITS[method].exact else ["float"]
+
+
+def configs(choices: Mapping[str, Sequence[Any]]) -> list[Structure]:
+    """All that can be chosen."""
+    return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
 
 
 def buildable(info: Mapping[str, Any], families: Sequence[str]) -> list[str]:

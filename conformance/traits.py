@@ -26,7 +26,9 @@ MERGES = tuple(
 @dataclass(frozen=True)
 class Traits:
     """`asks`: properties as level/name; None means all. `choices`: values to draw for each field of the config;
-    `fixed`: fields that depend on the family and the architecture. `second`: another config of the same kind."""
+    `fixed`: fields that depend on the family and the architecture. `second`: another config of the same kind.
+    `layer`: values for the config of one layer, called 'layer'. `lacks`: features that make no sense for the method.
+    `exact`: where numbers are small integers, so is all that is computed of them."""
 
     letter: str  # of its claims
     asks: Sequence[str] | None = None
@@ -36,6 +38,9 @@ class Traits:
     second: Callable[[Structure], Structure] = lambda first: first
     families: Sequence[str] = tuple(tiny.FAMILIES)
     architectures: Sequence[str] | None = None  # None: any; '' is the family's language model
+    layer: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    lacks: Sequence[str] = ()
+    exact: bool = True
 
     def plain(self, family: str, architecture: str) -> Structure:
         first = {name: values[0] for name, values in self.choices.items()}
@@ -107,6 +112,42 @@ LAYERS = ("model/layers", "model/rows")
 INTRINSIC = (*SELECTION, "model/transpose", "model/two-merged", "lifecycle/two-active", "lifecycle/two-merged")
 
 
+ALONE = ("forward", "input-grad", "param-grads", "frozen", "init", "sensitive", "merge", "unmerge", "disable", "batch")
+ONE_LAYER = tuple("layer/" + name for name in (*ALONE, "dtype"))
+WHOLE_TOO = tuple("lifecycle/" + name for name in ("modules-to-save", "saved-modules", "refused-merge"))
+PAIRS = ("model/order", "model/two-merged", "lifecycle/two-active", "lifecycle/two-merged", "export/onnx-two")
+MATRICES = (*SELECTION, *PAIRS, *WHOLE_TOO)
+
+
+def both_sides(family: str, architecture: str) -> Structure:
+    """Vectors on what two kinds of layers give, and on what a third takes."""
+    first, second, *_, last = tiny.LINEARS[family]
+    return {"target_modules": [first, second, last], "feedforward_modules": [last]}
+
+
+TIED = ("model/embedding", "model/tied", "export/onnx-tied")
+SCALED = ("model/patterns", "lifecycle/saved-patterns")
+
+
+def matrices(family: str, architecture: str) -> Structure:
+    """Two kinds of layers of unlike shapes, and one more."""
+    first, second, *_, last = tiny.LINEARS[family]
+    return {"target_modules": [first, second, last]}
+
+
+def other_alpha(first: Structure) -> Structure:
+    return {**first, "r": first["r"] + 1, "alpha": 2 * first["alpha"] + 1}
+
+
+def larger_blocks(first: Structure) -> Structure:
+    return {**first, "oft_block_size": 2 * first["oft_block_size"]}
+
+
+def one_side(first: Structure) -> Structure:
+    """On what one kind of layer gives."""
+    return {**first, "target_modules": first["target_modules"][:1], "feedforward_modules": []}
+
+
 def head(family: str, architecture: str) -> Structure:
     """What is trained whole beside a prompt: the classifier, if that is what the model is."""
     return {"modules_to_save": [tiny.HEAD[family]]} if architecture == tiny.CLASSIFIER else {}
@@ -134,6 +175,39 @@ TRAITS: Mapping[str, Traits] = {
     "lora": Traits("L", second=other_rank),
     "rslora": Traits("R", second=other_rank),
     "dora": Traits("D", second=other_rank),
+    "ia3": Traits(
+        "IA",
+        (*ONE_LAYER, *MATRICES),
+        fixed=both_sides,
+        second=one_side,
+        layer={"feedforward_modules": [[], ["layer"]]},
+        lacks=("embedding",),
+    ),
+    "loha": Traits(
+        "LH",
+        (*ONE_LAYER, *MATRICES, *TIED, *SCALED),
+        {"r": [2, 1, 3], "alpha": [6.0, 1.0]},
+        fixed=matrices,
+        second=other_alpha,
+        layer={"r": [2, 1, 4], "alpha": [3.0]},
+    ),
+    "lokr": Traits(
+        "LK",
+        (*ONE_LAYER, *MATRICES, *TIED, *SCALED),
+        {"r": [1, 2, 8], "alpha": [6.0, 1.0], "decompose_both": [False, True], "decompose_factor": [-1, 2]},
+        fixed=matrices,
+        second=other_alpha,
+        layer={"r": [1, 4], "alpha": [3.0], "decompose_both": [False, True]},
+    ),
+    "oft": Traits(
+        "OF",
+        (*ONE_LAYER, *MATRICES, *TIED, "model/exact-cayley"),
+        {"oft_block_size": [4, 2, 8], "num_cayley_neumann_terms": [5, 4, 7], "block_share": [False, True]},
+        fixed=matrices,
+        second=larger_blocks,
+        layer={"oft_block_size": [2, 4], "block_share": [False, True]},
+        exact=False,
+    ),
     "full": Traits("F", SELECTION),
     "partial": Traits("T", SELECTION, {"layers": [1], "head": [True, False], "tied": [False, True]}),
     "bitfit": Traits("B", SELECTION, {"biases": ["all", "query_and_intermediate"]}, families=BIASED),

@@ -64,7 +64,7 @@ class Phi:
         return {keys[name]: d for name, d in lazies.items() if name in keys and keys[name] in want}
 
 
-MergeVjp = Callable[[Lazy, Lazy], tuple[Lazy, Mapping[str, Lazy]]]  # (dW′, db′) → dW, dφ;   db = db′ always
+MergeVjp = Callable[[Lazy, Lazy], tuple[Lazy, Mapping[str, Lazy]]]  # (dW′, db′) → dW, dφ;   db = dφ['b'], else db′
 Merged = tuple[Array, Array | None, MergeVjp]
 Base = tuple[Array, Array | None]  # the part's own W and b, where other adapters have changed them before
 
@@ -123,7 +123,7 @@ def weight(part: Part, φ: Phi, merge: Callable[[Array, Array | None, Values], M
         def back(dy: Lazy, want: Want) -> tuple[Lazy, Grads]:
             dx, dW1, db1 = link(vjp, dy, 3)
             dW, dφ = vjp_merge(dW1, db1)
-            db = None if part.b is None else db1
+            db = None if part.b is None else dφ.get("b", db1)
             return dx, join(part.base_grads(want, dW, db), φ.grads(want, dφ))
 
         return y, back

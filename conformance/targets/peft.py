@@ -28,16 +28,20 @@ from refpeft.conformance.case import DTYPES, Case, read
 from refpeft.conformance.targets import peft_prompts as prompts
 from refpeft.conformance.targets.base import FEATURES, Arrays, Skip
 from refpeft.conformance.targets.models import Driver, base_model, buildable, decoder_of, output, values_of
-from refpeft.conformance.targets.spec import mask_of, real
+from refpeft.conformance.targets.spec import LATIN, mask_of, real
 from refpeft.conformance.targets.tensors import array, quietly, tensor
+from refpeft.methods import METHODS
 from refpeft.ops import Array
 
 PREFIX = "base_model.model."
-OWN = r"lora_[A-Za-z_]+|ln_tuning_layers|trainable_tokens_delta"  # what holds an adapter's parameters by its name
-SHORT = {"A": "lora_A.weight", "B": "lora_B.weight", "bias": "lora_B.bias", "m": "lora_magnitude_vector"}
-SHORT_EMBEDDING = {"A": "lora_embedding_A", "B": "lora_embedding_B", "m": "lora_magnitude_vector"}
+OWN = (  # what holds an adapter's parameters by its name
+    r"lora_[A-Za-z_]+|ia3_l|hada_\w+|lokr_\w+|oft_R|oft_embedding_R|ln_tuning_layers|trainable_tokens_delta"
+)
 FIELDS = frozenset(inspect.signature(peft.LoraConfig).parameters)
-CLASSES = {"ln_tuning": "LNTuningConfig", "trainable_tokens": "TrainableTokensConfig"}  # of methods that are no LoRA
+CLASSES = {  # of methods that are no LoRA
+    "ln_tuning": "LNTuningConfig", "trainable_tokens": "TrainableTokensConfig", "ia3": "IA3Config",
+    "loha": "LoHaConfig", "lokr": "LoKrConfig", "oft": "OFTConfig",
+}  # fmt: skip
 FLAG = {"rslora": "use_rslora", "dora": "use_dora"}
 NEEDED = {"bias": "lora_bias", "patterns": "alpha_pattern"}  # features that stand or fall with a config field
 
@@ -56,7 +60,8 @@ class Peft(Driver):
             "features": [f for f in FEATURES if f not in ABSENT and NEEDED.get(f, "r") in FIELDS
                          and (f != "together" or together())],
             "without": {method: ["embedding"] for method, flag in FLAG.items() if not adapts_embeddings(flag)}
-                       | {method: ["together"] for method in prompts.CLASSES},  # one at a time
+                       | {method: ["together"] for method in prompts.CLASSES}  # one at a time
+                       | {method: ["conv1d", "embedding"] for method in ("loha", "lokr")} | {"oft": ["conv1d"]},
             "families": [family for family in tiny.FAMILIES if buildable(family)],
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }  # fmt: skip
@@ -104,6 +109,15 @@ def lora_config(fields: Mapping[str, Any], **more: Any) -> Any:
     return peft.LoraConfig(**fields, **more)
 
 
+def matrix_config(method: str, fields: Mapping[str, Any], turned: bool, **more: Any) -> Any:
+    """Of a method that adapts matrices, which are stored turned by GPT-2's layers."""
+    if method not in CLASSES:
+        return lora_config(fields, fan_in_fan_out=turned, **more)
+    make = getattr(peft, CLASSES[method])
+    own = {"fan_in_fan_out": turned} if "fan_in_fan_out" in inspect.signature(make).parameters else {}
+    return make(**fields, **own, **more)
+
+
 def parameters(model: Any, adapter: str) -> dict[str, Any]:
     """An adapter's parameters, under the names they have in its file (without the prefix)."""
     if prompts.prompted(model, adapter):
@@ -149,10 +163,11 @@ class Layer:
     def __init__(self, case: Case) -> None:
         self.case, a = case, case.arrays
         self.kind = case.meta["layer"]["kind"]
-        config = lora_config(case.meta["config"], target_modules=["layer"], fan_in_fan_out=self.kind == "conv1d")
+        config = matrix_config(case.method, case.meta["config"], self.kind == "conv1d", target_modules=["layer"])
         self.model = peft.get_peft_model(Toy(plain(self.kind, a["W"], a.get("b"))), config).eval()
         self.x = tensor(a["x"])
-        self.short = SHORT_EMBEDDING if self.kind == "embedding" else SHORT
+        keys = METHODS[case.method].KEYS
+        self.short = {LATIN.get(n, n): pair[self.kind == "embedding"] for n, pair in keys.items()}
         if "fresh" not in case.meta["want"]:
             self.write("")
 
@@ -247,9 +262,7 @@ def adapter_config(case: Case, name: str) -> Any:
     about = case.meta["adapters"][name]
     if about["method"] in prompts.CLASSES:
         return prompts.config(case, name)
-    if about["method"] in CLASSES:
-        return getattr(peft, CLASSES[about["method"]])(**about["config"])
-    return lora_config(about["config"], fan_in_fan_out=case.meta["model"]["model_type"] == "gpt2")
+    return matrix_config(about["method"], about["config"], case.meta["model"]["model_type"] == "gpt2")
 
 
 def add(case: Case, model: Any, name: str) -> Any:

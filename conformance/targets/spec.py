@@ -72,7 +72,7 @@ class Layer:
         meta, a = case.meta, case.arrays
         self.case, self.x, self.dy = case, a["x"], a.get("dy")
         self.method = METHODS[case.method]
-        self.cfg = self.method.Config(**meta["config"], target_modules=["layer"])
+        self.cfg = self.method.Config(**meta["config"], target_modules=["layer"]).at("layer")
         self.φ = {GREEK.get(n, n): a[n] for n in meta["params"]}
         self.part = part(meta["layer"]["kind"], a["W"], a.get("b"))
 

@@ -13,6 +13,7 @@ by name. Every tensor of adapter_model.safetensors is accounted for.
 """
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, cast
@@ -47,12 +48,15 @@ IGNORED = {  # without influence on the function
     "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core",
     "qalora_group_size", "use_dora",
 }  # fmt: skip
+NO_BASE = {"task_type": None, "base_model_name_or_path": None, "inference_mode": True}
 PLAIN_INITS = ("eva", "mica")  # they leave the base alone: A and B in the file are all there is
 TWINS = {twin: name for name, twin in models.TWINS.items()}
 # of the methods that are not of LoRA's kind, each in a module of its own
 FORMATS = cast(Sequence[Format], (selection, prompts, prefix, intrinsic, bottleneck, products))
 HEADS = ("classifier", "score")
 METHOD_FLAGS = {"lora": (False, False), "rslora": (True, False), "dora": (False, True)}  # use_rslora, use_dora
+TYPES = {"IA3": "ia3"}  # peft_type → method, of the others that are read here
+LACKING = {"ia3": ("layers_to_transform", "layers_pattern")}  # fields that are not in HF peft's config
 
 
 # ── loading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -91,18 +95,25 @@ def load_adapter(path: str | os.PathLike[str], model: Model) -> Adapter:
 
 def read_config(raw: Mapping[str, Any], model: Model) -> tuple[str, Any]:
     """The method and its Config, from adapter_config.json."""
-    if raw.get("peft_type") != "LORA":
-        raise ValueError(f"peft_type must be 'LORA', found {show(raw.get('peft_type'))}")
-    for flag in ("use_dora", "use_rslora"):
-        if not isinstance(raw.get(flag) or False, bool):
-            raise ValueError(f"{flag} must be true or false, found {show(raw[flag])}")
-    method = "dora" if raw.get("use_dora") else "rslora" if raw.get("use_rslora") else "lora"
+    method = method_of(raw)
     known = METHODS[method].Config.__dataclass_fields__.keys()
     for name, value in raw.items():
         if name not in known and name not in IGNORED and value not in (None, False, "", [], {}):
             raise ValueError(f"{show(name)} is set to {show(value)}, which is not supported")
     fields = {n: v for n, v in raw.items() if n in known and n != "use_dora" and v is not None}
     return method, tune.configured(METHODS[method], method, meant(fields, raw, model), model)
+
+
+def method_of(raw: Mapping[str, Any]) -> str:
+    kind = raw.get("peft_type")
+    if isinstance(kind, str) and kind in TYPES:
+        return TYPES[kind]
+    if kind != "LORA":
+        raise ValueError(f"peft_type must be 'LORA', found {show(kind)}")
+    for flag in ("use_dora", "use_rslora"):
+        if not isinstance(raw.get(flag) or False, bool):
+            raise ValueError(f"{flag} must be true or false, found {show(raw[flag])}")
+    return "dora" if raw.get("use_dora") else "rslora" if raw.get("use_rslora") else "lora"
 
 
 def meant(fields: dict[str, Any], raw: Mapping[str, Any], model: Model) -> dict[str, Any]:
@@ -187,7 +198,7 @@ def tensor_of(model: Model, name: str) -> str | None:
 def start(cfg: Any, chosen: Mapping[str, Part]) -> dict[str, Array]:
     """A₀ and B₀ of a pissa or olora file, from the base."""
     frozen: dict[str, Array] = {}
-    if cfg.init_lora_weights not in ("pissa", "olora"):
+    if getattr(cfg, "init_lora_weights", None) not in ("pissa", "olora"):
         return frozen
     for path, part in chosen.items():
         if part.kind == "embedding" or (part.kind == "conv1d" and cfg.init_lora_weights == "olora"):
@@ -215,20 +226,37 @@ def contents(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Array]]:
     form = next((f for f in FORMATS if adapter.method in f.METHODS), None)
     if form is not None:
         return form.write(adapter)
-    if adapter.method not in METHOD_FLAGS:
-        raise ValueError(f"{adapter.method} adapters have no HF folder: only {', '.join(METHOD_FLAGS)} do")
+    savable = (*METHOD_FLAGS, *TYPES.values())
+    if adapter.method not in savable:
+        raise ValueError(f"{adapter.method} adapters have no HF folder: only {', '.join(savable)} do")
     return as_json(adapter), {PREFIX + stored_name(adapter, name): a for name, a in plain_params(adapter).items()}
 
 
 def as_json(adapter: Adapter) -> dict[str, Any]:
     """adapter_config.json; with the ranks and α of the plain adapter where this one carries A₀ and B₀."""
+    if adapter.method in TYPES.values():
+        return other_json(adapter)
     cfg = doubled(adapter.config) if adapter.frozen else adapter.config
     use_rslora, use_dora = METHOD_FLAGS[adapter.method]
-    fields = {n: list(v) if isinstance(v, tuple | set | frozenset) else v for n, v in asdict(cfg).items()}
+    fields = plain_fields(cfg)
     if fields.get("detach_norm", False):  # HF peft's reading needs no mention
         del fields["detach_norm"]
-    fields |= {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "inference_mode": True}
+    fields |= {"peft_type": "LORA", **NO_BASE}
     return fields | {"use_rslora": cfg.use_rslora or use_rslora, "use_dora": use_dora}
+
+
+def other_json(adapter: Adapter) -> dict[str, Any]:
+    """Of methods that are not of LoRA's config."""
+    fields = {n: v for n, v in plain_fields(adapter.config).items() if n not in LACKING.get(adapter.method, ())}
+    forward, targets = fields.get("feedforward_modules"), fields.get("target_modules")
+    if isinstance(forward, list) and isinstance(targets, list) and set(forward) - set(targets):
+        ends = "|".join(map(re.escape, forward))  # HF peft refuses such a list, and not the pattern that means the same
+        fields["feedforward_modules"] = f".*({ends})"
+    return fields | {"peft_type": next(kind for kind, method in TYPES.items() if method == adapter.method), **NO_BASE}
+
+
+def plain_fields(cfg: Any) -> dict[str, Any]:
+    return {n: list(v) if isinstance(v, tuple | set | frozenset) else v for n, v in asdict(cfg).items()}
 
 
 def doubled(cfg: Any) -> Any:
