@@ -14,9 +14,10 @@ from typing import Any
 from unittest.mock import patch
 
 import refpeft.tune
-from refpeft import hooks, inputs, layers, recurrent, selection
+from refpeft import delta, hooks, inputs, layers, recurrent, selection
 from refpeft.conformance import mistakes as m
 from refpeft.conformance import mistakes_intrinsic as mi
+from refpeft.conformance import mistakes_products as mo
 from refpeft.conformance import mistakes_prompts as mp
 from refpeft.conformance import mistakes_selection as ms
 from refpeft.conformance import mistakes_stacks as mt
@@ -25,7 +26,20 @@ from refpeft.conformance.case import Case
 from refpeft.conformance.mistakes_bottleneck import BOTTLENECK
 from refpeft.conformance.targets.base import Arrays
 from refpeft.conformance.targets.spec import Layer, Session, Spec, Whole, answers
-from refpeft.methods import did, dora, ia3, lora, p_tuning_v2, prefix_tuning, rslora, said, trainable_tokens
+from refpeft.methods import (
+    did,
+    dora,
+    ia3,
+    loha,
+    lokr,
+    lora,
+    oft,
+    p_tuning_v2,
+    prefix_tuning,
+    rslora,
+    said,
+    trainable_tokens,
+)
 from refpeft.ops import relu
 
 
@@ -231,7 +245,31 @@ VECTORS: Mapping[str, Mutant] = {
     **each(("ia3",), "stays-disabled", ("layer", "disable"), of_layer=m.StaysDisabled),
     **each(("ia3",), "only-first-merged", ("model", "two-merged"), of_model=m.MergesFirstOnly),
 }  # fmt: skip
-MUTANTS: Mapping[str, Mutant] = {**MATRIX, **PROMPTS, **OWN, **STACKS, **VECTORS}
+
+# ── products and rotations ───────────────────────────────────────────────────────────────────────────────────────────
+
+PRODUCTS: Mapping[str, Mutant] = {
+    **each(("loha",), "scaled-twice", FORWARD, patches=mp.instead(loha, ΔW=mo.scaled_twice(loha.ΔW))),
+    **each(("loha",), "alpha-ignored", FORWARD, patches=mp.instead(loha, ΔW=mo.unscaled(loha.ΔW))),
+    **each(("loha",), "summed", FORWARD, patches=mp.instead(loha, ΔW=mo.summed)),
+    **each(("loha",), "gradient-of-a-sum", GRADS, patches=mp.instead(loha, ΔW=mo.one_sided)),
+    **each(("lokr",), "scaled-twice", FORWARD, patches=mp.instead(lokr, ΔW=mo.lokr_scaled_twice)),
+    **each(("lokr",), "factors-commuted", FORWARD, patches=mp.instead(lokr, ΔW=mo.commuted)),
+    **each(("lokr",), "unscaled-where-full", FORWARD, patches=mp.instead(lokr, ΔW=mo.one_where_full)),
+    **each(("oft",), "turned-back", FORWARD, patches=mp.instead(oft, rotation=mo.turned_back)),
+    **each(("oft",), "turned-back-if-exact", ("model", "exact-cayley"),
+           patches=mp.instead(oft, rotation=mo.turned_back_if_exact)),
+    **each(("oft",), "term-lost", FORWARD, patches=mp.instead(oft, rotation=mo.term_lost)),
+    **each(("oft",), "first-block-for-all", FORWARD, patches=mp.instead(oft, rotate=mo.first_block_for_all)),
+    **each(("oft",), "bias-turned", FORWARD, patches=m.wraps(mo.bias_turned, [oft])),
+    **each(("loha", "lokr", "oft"), "transposed-merge-on-square", MERGE,
+           patches=m.merges(m.transposed_merge, [loha, lokr, oft])),
+    **each(("loha", "lokr", "oft"), "only-first-merged", ("model", "two-merged"), of_model=m.MergesFirstOnly),
+    **each(("loha", "lokr"), "rank-pattern-as-one-list", ("model", "patterns"),
+           patches=lambda: [patch.object(delta.Config, "at", mo.patterns_as_one)]),
+    **each(("oft",), "in-the-other-order", ("model", "order"), of_model=mo.OtherOrder),
+}  # fmt: skip
+MUTANTS: Mapping[str, Mutant] = {**MATRIX, **PROMPTS, **OWN, **STACKS, **VECTORS, **PRODUCTS}
 
 
 def target(name: str) -> Mutant:

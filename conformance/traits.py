@@ -136,7 +136,7 @@ def matrices(family: str, architecture: str) -> Structure:
 
 
 def other_alpha(first: Structure) -> Structure:
-    return {**first, "r": first["r"] + 1, "alpha": 2 * first["alpha"] + 1}
+    return {**first, "r": 2 * first["r"], "alpha": 3 * first["alpha"]}
 
 
 def larger_blocks(first: Structure) -> Structure:
@@ -186,7 +186,7 @@ TRAITS: Mapping[str, Traits] = {
     "loha": Traits(
         "LH",
         (*ONE_LAYER, *MATRICES, *TIED, *SCALED),
-        {"r": [2, 1, 3], "alpha": [6.0, 1.0]},
+        {"r": [2, 1, 4], "alpha": [6.0, 1.0]},
         fixed=matrices,
         second=other_alpha,
         layer={"r": [2, 1, 4], "alpha": [3.0]},
@@ -205,7 +205,7 @@ TRAITS: Mapping[str, Traits] = {
         {"oft_block_size": [4, 2, 8], "num_cayley_neumann_terms": [5, 4, 7], "block_share": [False, True]},
         fixed=matrices,
         second=larger_blocks,
-        layer={"oft_block_size": [2, 4], "block_share": [False, True]},
+        layer={"oft_block_size": [2, 4], "block_share": [False, True], "side": ["input", "output"]},
         exact=False,
     ),
     "full": Traits("F", SELECTION),

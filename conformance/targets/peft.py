@@ -56,12 +56,12 @@ class Peft(Driver):
             "methods": ["lora", *(method for method, flag in FLAG.items() if flag in FIELDS),
                         *(method for method, name in {**CLASSES, **prompts.CLASSES}.items() if hasattr(peft, name))],
             "dtypes": list(DTYPES),
-            "options": prompts.OPTIONS,
+            "options": {**prompts.OPTIONS, "oft": {"side": "input"}},
             "features": [f for f in FEATURES if f not in ABSENT and NEEDED.get(f, "r") in FIELDS
                          and (f != "together" or together())],
             "without": {method: ["embedding"] for method, flag in FLAG.items() if not adapts_embeddings(flag)}
                        | {method: ["together"] for method in prompts.CLASSES}  # one at a time
-                       | {method: ["conv1d", "embedding"] for method in ("loha", "lokr")} | {"oft": ["conv1d"]},
+                       | {method: ["conv1d", "embedding"] for method in ("loha", "lokr")} | {"oft": ["conv1d", "tied"]},
             "families": [family for family in tiny.FAMILIES if buildable(family)],
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }  # fmt: skip
@@ -114,6 +114,7 @@ def matrix_config(method: str, fields: Mapping[str, Any], turned: bool, **more: 
     if method not in CLASSES:
         return lora_config(fields, fan_in_fan_out=turned, **more)
     make = getattr(peft, CLASSES[method])
+    fields = {n: v for n, v in fields.items() if n != "side"}  # of OFT, which turns inputs there
     own = {"fan_in_fan_out": turned} if "fan_in_fan_out" in inspect.signature(make).parameters else {}
     return make(**fields, **own, **more)
 
