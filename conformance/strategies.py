@@ -45,7 +45,9 @@ def layer_corners(method: str, info: Mapping[str, Any], fixed: Mapping[str, Sequ
     kinds = ["linear", *(kind for kind in ("conv1d", "embedding") if kind in info["features"])]
     axes: dict[str, Any] = {"kind": kinds, "regime": regimes(method), "i": [3, 4]} | dict(fixed)
     if method not in LORA:
-        axes["config"] = configs(TRAITS[method].layer)
+        given = options(info, method)
+        free = {name: values for name, values in TRAITS[method].layer.items() if name not in given}
+        axes["config"] = [c | given for c in configs(free)]
     found = []
     for n, values in enumerate(itertools.product(*axes.values())):
         s = dict(zip(axes, values, strict=True))
