@@ -5,6 +5,11 @@
                                   <module>.lora_sB          [o, r]          s B, or s [B, −B₀]   rank 0
       with lora_bias              <module>.lora_sbias       [o]             s β                  0
       dora                        <module>.lora_gain        [o]             g = m/‖W + s B A‖    1
+    loha                          <module>.hada_sw1_a       [o, r]          s B₁                 rank 0
+                                  <module>.hada_w1_b, …     [r, i], …       A₁, B₂, A₂           rank 0
+    lokr                          <module>.lokr_sw1(_a)     [l, m]          s C, or s C_b        zeros
+                                  <module>.lokr_w2, …       [k, n], …       D, or B, A; C_a      zeros
+    oft                           <module>.oft_R.rotation   [n, p, p]       R                    I
     prompt_tuning, p_tuning       prompt_embeddings         [n, d]          P                    no rows
     prefix_tuning, p_tuning_v2    prompt_embeddings         [n, 2 L t]      P                    no rows
     all that replace the model's  <tensor>                  as it is        φ                    the model's own
@@ -18,7 +23,7 @@ What is own to a graph, and must be the same in every adapter for it, is its fac
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,12 +33,14 @@ from refpeft.checkpoint.adapters import tensor_of
 from refpeft.export.form import Array, own, prefixes, trained
 from refpeft.hooks import Hooks, Prompt, compose
 from refpeft.method import Phi, Values, as_dtype, branch
-from refpeft.methods import dora, lora, trainable_tokens
+from refpeft.methods import METHODS, dora, lora, trainable_tokens
 from refpeft.model import Model
 from refpeft.part import Back, Grads, Lazy, Part, Run, Want
 from refpeft.prompts import P, table, virtual
 
 LORA = ("lora", "rslora", "dora")
+PRODUCTS = ("loha", "lokr", "oft")
+SCALED = {"B1": "hada_sw1_a", "C": "lokr_sw1", "Cb": "lokr_sw1_a"}  # what is fed with the scale in it
 PROMPTS = ("prompt_tuning", "p_tuning")
 PREFIXES = ("prefix_tuning", "p_tuning_v2")
 INPUT = {"A": "lora_A", "B": "lora_sB", "β": "lora_sbias", "g": "lora_gain"}
@@ -73,6 +80,8 @@ def of_one(adapter: Adapter, model: Model, dtype: Any) -> dict[str, Slot]:
         n = adapter.config.num_virtual_tokens
         rows = adapter.params[P][:n]
         found[P] = Slot(("virtual_tokens", rows.shape[1]), rows, rows[:0], own=True)
+    elif adapter.method in PRODUCTS:
+        found |= products(adapter)
     elif not substitutes(adapter):
         raise NotImplementedError(f"{adapter.method} has no slots: its parameters are not what a layer runs with")
     return found
@@ -100,6 +109,31 @@ def low_rank(adapter: Adapter, model: Model, dtype: Any) -> dict[str, Slot]:
             for n, a in fed.items():
                 found[f"{path}.{INPUT[n]}"] = Slot(shapes[n], a, nothing[n].astype(a.dtype), own=True)
     return found
+
+
+def products(adapter: Adapter) -> dict[str, Slot]:
+    found: dict[str, Slot] = {}
+    for path, (names, _) in adapter.by_module.items():
+        cfg, φ = adapter.at(path), {n: adapter.value(full).astype(np.float64) for n, full in names.items()}
+        s = 1.0 if adapter.method == "oft" else cfg.scale if adapter.method == "loha" else cfg.scale(φ)
+        for n, full in names.items():
+            a = (s * φ[n] if n in SCALED else φ[n]).astype(np.float32)
+            found[input_of(path, n, full)] = Slot(*unfed(adapter.method, path, n, a), own=True)
+    return found
+
+
+def unfed(method: str, path: str, n: str, a: Array) -> tuple[Sequence[int | str], Array, Array]:
+    """The sizes of an input, what is fed, and what does nothing."""
+    if method == "loha":
+        rank = f"rank of {path}"
+        return ((a.shape[0], rank), a, a[:, :0]) if n in ("B1", "B2") else ((rank, a.shape[1]), a, a[:0])
+    nothing = np.zeros_like(a)
+    return a.shape, a, nothing + np.eye(a.shape[-1], dtype=a.dtype) if method == "oft" else nothing
+
+
+def input_of(path: str, name: str, full: str) -> str:
+    """The input of a parameter: its name in checkpoints, or another where the scale is in it."""
+    return f"{path}.{SCALED[name]}" if name in SCALED else full
 
 
 def scaled(cfg: lora.Config, φ: Values, part: Part, dtype: Any) -> dict[str, Array]:
@@ -132,6 +166,8 @@ def hooks(adapters: Sequence[Adapter], values: Mapping[str, Any], model: Model) 
             then.append(prompt(adapter, fed[P], model))
         elif adapter.method in LORA:
             then.append(Hooks(part=layers(adapter, fed)))
+        elif adapter.method in PRODUCTS:
+            then.append(Hooks(part=product(adapter, fed)))
         elif adapter.method in PREFIXES:
             then.append(each([named.replace(params={P: fed[P]})], model))
     first = [each([a], model) for a in whole if substitutes(a)]
@@ -148,6 +184,19 @@ def layers(adapter: Adapter, fed: Mapping[str, Any]) -> Callable[[Part], Part]:
         φ = {n: fed[f"{p.path}.{key}"] for n, key in INPUT.items() if f"{p.path}.{key}" in fed}
         δ = lora.low_rank(UNIT, Phi(φ, {}), p)
         return dora.biased(p, gained(φ["g"], dora.unbiased(p), δ)) if "g" in φ else branch(p, δ)
+
+    return part
+
+
+def product(adapter: Adapter, fed: Mapping[str, Any]) -> Callable[[Part], Part]:
+    """LoHa, LoKr or OFT on the layers that have slots, with s = 1."""
+    m, cfg = METHODS[adapter.method], adapter.config
+    cfg = cfg if adapter.method == "oft" else replace(cfg, r=1, alpha=1, rank_pattern={}, alpha_pattern={})
+
+    def part(p: Part) -> Part:
+        names, _ = adapter.by_module.get(p.path, ({}, {}))
+        φ = {n: fed[input_of(p.path, n, full)] for n, full in names.items()}
+        return m.wrap(cfg, Phi(φ, {}), p) if φ else p
 
     return part
 

@@ -32,6 +32,7 @@ Where implementations differ:
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -41,6 +42,9 @@ from refpeft.methods.dora import biased, unbiased
 from refpeft.ops import Array
 from refpeft.part import Back, Grads, Lazy, Once, Part, Run, Want, join, link
 from refpeft.rotations import cayley, cayley_series, rotate, skew
+
+if TYPE_CHECKING:
+    from refpeft.adapter import Adapter
 
 # v of the inputs, u of the outputs; R and S: these rotations themselves, in a graph that needs no more
 KEYS = {
@@ -115,6 +119,19 @@ def rotation(cfg: Config, φ: Values | Phi) -> tuple[Array, delta.BackΔ]:
     Q, vjp_Q = skew(φ[name])
     R, vjp_R = cayley_series(Q, terms=cfg.num_cayley_neumann_terms) if cfg.use_cayley_neumann else cayley(Q)
     return R, lambda dR: {name: link(vjp_Q, link(vjp_R, dR, 1)[0], 1)[0]}
+
+
+def rotations(adapter: "Adapter") -> "Adapter":
+    """The same function, with the rotations themselves in place of what they are made from, one for each block."""
+    params = dict(adapter.params)
+    for path, (names, _) in adapter.by_module.items():
+        for name in names.keys() & {"u", "v"}:
+            wide = params.pop(names[name]).astype(np.float64)
+            R, _ = rotation(adapter.at(path), {name: wide})
+            key = KEYS["R" if name == "v" else "S"]
+            turned = next(k for k in key if k and k.partition(".")[0] in names[name])
+            params[f"{path}.{turned}"] = R.astype(adapter.params[names[name]].dtype)
+    return adapter.replace(params=params)
 
 
 def merge(cfg: Config, W: Array, b: Array | None, φ: Values, base: Base | None = None) -> Merged:

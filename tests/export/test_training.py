@@ -39,6 +39,9 @@ CASES: dict[str, tuple[str, str, str, Named]] = {  # family, architecture, metho
     "loraplus": ("qwen2", "ForSequenceClassification", "lora", PLUS),
     "dora": ("roberta", "ForMaskedLM", "dora", {**LORA, "target_modules": ["query"]}),
     "bitfit": ("bert", "ForTokenClassification", "bitfit", {}),
+    "loha": ("bert", "ForSequenceClassification", "loha", {"r": 2, "alpha": 6, "target_modules": ["query"]}),
+    "lokr": ("bert", "ForSequenceClassification", "lokr", {"r": 1, "alpha": 6, "decompose_both": True}),
+    "oft": ("gpt2", "LMHeadModel", "oft", {"oft_block_size": 4, "target_modules": ["c_attn", "wte"]}),
     "a prompt": ("gpt2", "LMHeadModel", "prompt_tuning", SMALL["prompt_tuning"]),
     "a prompt that a network makes": ("bert", "ForSequenceClassification", "p_tuning", SMALL["p_tuning"]),
     "a prefix": ("llama", "ForCausalLM", "prefix_tuning", SMALL["prefix_tuning"]),
@@ -171,6 +174,7 @@ KEPT = {
     "patterns": ("lora", {"r": 2, "rank_pattern": {"c_fc": 3}, "target_modules": ["c_attn", "c_fc", "wte"]}),
     "biases and a tied head": ("lora", {"r": 2, "bias": "all", "modules_to_save": ["lm_head"]}),
     "rows of a table": ("trainable_tokens", SMALL["trainable_tokens"]),
+    "what a rotation is made from": ("oft", SMALL["oft"]),
     "a bottleneck": ("pfeiffer", {}),
 }
 
@@ -190,6 +194,13 @@ def test_the_way_back_keeps_everything(case: str, tmp_path: Path) -> None:
     ids = np.arange(8)[None]
     loaded = refpeft.load_adapter(tmp_path / "back", model)
     np.testing.assert_allclose(model(ids, loaded)[0], model(ids, adapter)[0], rtol=0, atol=1e-5)
+
+
+def test_the_exact_cayley_transform_is_refused(tmp_path: Path) -> None:
+    model = tiny("gpt2", dtype=F32)
+    adapter = refpeft.init("oft", {"use_cayley_neumann": False}, model)
+    with pytest.raises(ValueError, match="use_cayley_neumann=False needs the inverse of a matrix, which ONNX does not"):
+        export(model, adapter, tmp_path / "out", "training", verify=False)
 
 
 def test_what_does_not_come_out_is_said(tmp_path: Path) -> None:
