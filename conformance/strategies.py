@@ -43,7 +43,8 @@ def layer(draw: Any, /, method: str, info: Mapping[str, Any], **fixed: Any) -> S
 def layer_corners(method: str, info: Mapping[str, Any], fixed: Mapping[str, Sequence[Any]]) -> list[Structure]:
     """Every kind of layer, square and not, in both regimes, and every combination of what is `fixed`."""
     kinds = ["linear", *(kind for kind in ("conv1d", "embedding") if kind in info["features"])]
-    axes: dict[str, Any] = {"kind": kinds, "regime": regimes(method), "i": [3, 4]} | dict(fixed)
+    o = TRAITS[method].outputs
+    axes: dict[str, Any] = {"kind": kinds, "regime": regimes(method), "i": [o, o + 1]} | dict(fixed)
     if method not in LORA:
         given = options(info, method)
         free = {name: values for name, values in TRAITS[method].layer.items() if name not in given}
@@ -51,7 +52,7 @@ def layer_corners(method: str, info: Mapping[str, Any], fixed: Mapping[str, Sequ
     found = []
     for n, values in enumerate(itertools.product(*axes.values())):
         s = dict(zip(axes, values, strict=True))
-        bias = s["kind"] != "embedding" and (s["i"] == 3 or s["kind"] == "conv1d")
+        bias = s["kind"] != "embedding" and (s["i"] == o or s["kind"] == "conv1d")
         own: Structure = {"r": 4 if method == "rslora" else 2, "lora_alpha": 8.0} | FLAGS.get(method, {})
         if bias and "bias" in info["features"] and method != "dora":
             own["lora_bias"] = True
@@ -59,7 +60,7 @@ def layer_corners(method: str, info: Mapping[str, Any], fixed: Mapping[str, Sequ
         wide = [d for d in EXACT if d in info["dtypes"]] or info["dtypes"]
         dtype = wide[n // 2 % len(wide)]
         found.append(
-            {"o": 3, "bias": bias, "batch": [2, 2], "draw": n, "dtype": dtype, "edge": "none", "config": own} | s
+            {"o": o, "bias": bias, "batch": [2, 2], "draw": n, "dtype": dtype, "edge": "none", "config": own} | s
         )
     return [s | setting for s in found for setting in settings(info)]
 

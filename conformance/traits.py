@@ -28,7 +28,8 @@ class Traits:
     """`asks`: properties as level/name; None means all. `choices`: values to draw for each field of the config;
     `fixed`: fields that depend on the family and the architecture. `second`: another config of the same kind.
     `layer`: values for the config of one layer, called 'layer'. `lacks`: features that make no sense for the method.
-    `exact`: where numbers are small integers, so is all that is computed of them."""
+    `exact`: where numbers are small integers, so is all that is computed of them. `outputs`: of the layers that are
+    always asked about."""
 
     letter: str  # of its claims
     asks: Sequence[str] | None = None
@@ -41,6 +42,7 @@ class Traits:
     layer: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     lacks: Sequence[str] = ()
     exact: bool = True
+    outputs: int = 3
 
     def plain(self, family: str, architecture: str) -> Structure:
         first = {name: values[0] for name, values in self.choices.items()}
@@ -207,6 +209,7 @@ TRAITS: Mapping[str, Traits] = {
         second=larger_blocks,
         layer={"oft_block_size": [2, 4], "block_share": [False, True], "side": ["input", "output"]},
         exact=False,
+        outputs=6,
     ),
     "full": Traits("F", SELECTION),
     "partial": Traits("T", SELECTION, {"layers": [1], "head": [True, False], "tied": [False, True]}),
