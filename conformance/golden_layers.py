@@ -1,4 +1,4 @@
-"""The golden vectors of one layer: LoRA, rsLoRA and DoRA."""
+"""The golden vectors of one layer: LoRA, rsLoRA, DoRA and (IA)³."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +11,15 @@ ALL = ("forward", "input-grad", "param-grads", "merge")
 USED = ("forward", "param-grads", "merge")
 
 
+USUAL: Mapping[str, Any] = {
+    "kind": "linear", "regime": "float", "edge": "none", "o": 3, "i": 5, "dtype": "float32", "bias": True,
+    "batch": [2, 3], "draw": 0,
+}  # fmt: skip
+
+
 def questions(method: str) -> Sequence[Question]:
+    if method == "ia3":
+        return vectors()
     if method not in LORA:
         return []
     found = [*shapes(method), *numbers(method), *lives(method)]
@@ -22,11 +30,7 @@ def layer(name: str, hunts: str, properties: Sequence[str], method: str, **field
     """A linear layer [3, 5] with a bias, in float32, and an adapter of rank 2 (rsLoRA: 4) with s = 4, unless told."""
     r = fields.pop("r", 4 if method == "rslora" else 2)
     config = {"r": r, "lora_alpha": fields.pop("alpha", 8.0), **FLAGS.get(method, {}), **fields.pop("config", {})}
-    usual: Mapping[str, Any] = {
-        "kind": "linear", "regime": "float", "edge": "none", "o": 3, "i": 5, "dtype": "float32", "bias": True,
-        "batch": [2, 3], "draw": 0, "config": config,
-    }  # fmt: skip
-    return Question(name, hunts, "layer", properties, {**usual, **fields})
+    return Question(name, hunts, "layer", properties, {**USUAL, "config": config, **fields})
 
 
 def shapes(m: str) -> list[Question]:
@@ -92,4 +96,47 @@ def of_dora() -> list[Question]:
               edge="zero-row"),
         layer("magnitude", "A bias that is rescaled with W; a norm that is differentiated, though it counts as a "
               "constant; the norm of W + B A without s.", ALL, "dora", alpha=5.0, o=4, i=3),
+    ]  # fmt: skip
+
+
+def vectors() -> list[Question]:
+    """(IA)³ on what a layer gives, and on what it takes."""
+
+    def ask(name: str, hunts: str, properties: Sequence[str], takes: bool = False, **fields: Any) -> Question:
+        config = {"feedforward_modules": ["layer"] if takes else []}
+        return Question(name, hunts, "layer", properties, {**USUAL, "config": config, **fields})
+
+    exact: Mapping[str, Any] = {"regime": "exact"}
+    square: Mapping[str, Any] = {"o": 4, "i": 4, "regime": "exact"}
+    conv: Mapping[str, Any] = {"kind": "conv1d", "regime": "exact"}
+    return [
+        ask("linear", "A bias that is not scaled with what the layer gives; 1 + l for l.", ALL, **exact),
+        ask("linear-takes", "A bias that is scaled where the layer's input is; dx without l.", ALL, True, **exact),
+        ask("linear-square", "Columns of W scaled for rows, which no shape gives away.", ALL, **square),
+        ask("linear-takes-square", "Rows of W scaled for columns; the output scaled for the input.", ALL, True,
+            **square),
+        ask("conv1d", "W is stored as [i, o]: the wrong side of it scaled.", ALL, **conv),
+        ask("conv1d-takes", "The wrong side of a stored [i, o] scaled, where the input is.", ALL, True, **conv),
+        ask("conv1d-square", "Rows and columns of a stored [i, o] that is square.", ALL, **{**square, **conv}),
+        ask("without-bias", "A layer without a bias, which gets none.", ALL, bias=False, **exact),
+        ask("float64", "Something computed in float32 inside.", ALL, dtype="float64", o=5, i=4),
+        ask("float64-takes", "Something computed in float32 inside, where the input is scaled.", ALL, True,
+            dtype="float64", o=5, i=4),
+        ask("zeros", "l = 0: a layer that is silent, and gradients that are not nan.", ALL, edge="zeros"),
+        ask("zeros-takes", "l = 0 at the input: b is left.", ALL, True, edge="zeros"),
+        ask("empty-batch", "A batch without rows refused; a gradient of no rows that is not zero.",
+            ["forward", "param-grads"], edge="empty-batch"),
+        ask("one-token", "A layer of one output, whose axes a squeeze takes away.", ALL, edge="one-token", o=1, i=4),
+        ask("one-of-each", "One input and one output: l [1, 1] does not say which of them it scales.", ALL, True,
+            o=1, i=1),
+        ask("rows", "A row of the batch that has an influence on the others.", ["batch"], batch=[3, 2]),
+        ask("bfloat16", "An output or a merged weight that leaves the layer's dtype, or loses more than it must.",
+            ["dtype"], dtype="bfloat16"),
+        ask("float16-takes", "An input in float16 that is scaled in float32 and not rounded again.", ["dtype"], True,
+            dtype="float16", kind="conv1d"),
+        ask("trained", "The layer's own W and b trained too; a fresh adapter that changes the output.",
+            ["frozen", "init"]),
+        ask("changed", "Something cached that new values of the parameters make stale.", ["sensitive"]),
+        ask("unmerged", "Unmerging by a division that does not give back what was there.", ["unmerge"], **exact),
+        ask("disabled", "Disabled and enabled again, the adapter stays away.", ["disable"]),
     ]  # fmt: skip

@@ -16,6 +16,8 @@ RUN = ("logits", "param-grads", "count")
 def questions(method: str) -> Sequence[Question]:
     kinds = {
         ("lora", "rslora", "dora"): matrices,
+        ("ia3",): vectors,
+        ("vera",): projected,
         ("full", "partial", "bitfit", "ln_tuning", "trainable_tokens"): selections,
         ("houlsby", "pfeiffer", "parallel"): bottlenecks,
         ("prompt_tuning", "p_tuning"): prompts,
@@ -80,6 +82,48 @@ def stacks(m: str) -> list[Question]:
               "bart"),
         model("bart-padding", "A decoder that sees what is padding to the encoder, or is masked like it.", ["padding"],
               m, "bart", padded=True),
+    ]  # fmt: skip
+
+
+def vectors(m: str) -> list[Question]:
+    return [
+        model("gpt2", "Gradients that take another path through a model than its outputs; what is not trained counted.",
+              RUN, m, "gpt2"),
+        model("t5", "Layers of one of two stacks left out, or scaled on the other side.", RUN, m, "t5"),
+        model("bert-merged", "A merged model with the adapter's tensors left in it, or a bias left as it was.",
+              ["merge"], m, "bert"),
+        model("padding", "What stands at padded positions has an influence on the others.", ["padding"], m, "bert",
+              padded=True),
+        model("decoding", "Positions counted from 0 again where keys and values are kept.", ["incremental"], m,
+              "qwen2"),
+        model("two", "Two adapters, of which the second scales the side that the first does.", ["order"], m, "llama",
+              swap=True),
+        model("two-merged", "Two adapters, of which one is merged.", ["two-merged"], m, "gpt2"),
+    ]  # fmt: skip
+
+
+def projected(m: str) -> list[Question]:
+    wants: Fields = {"wants": ["merged"], "regime": "exact"}
+    return [
+        model("exact", "Another corner of the shared matrices; one of the two vectors forgotten; a stored [i, o] taken "
+              "for [o, i].", ["merge"], m, "gpt2", **wants),
+        model("exact-llama", "Corners of matrices whose layers have unlike shapes.", ["merge"], m, "llama", **wants),
+        model("exact-rank-one", "A rank's axis squeezed away where r = 1.", ["merge"], m, "bert", config={"r": 1},
+              **wants),
+        model("gpt2", "Gradients of a vector that miss the other one; what is shared counted as trained.", RUN, m,
+              "gpt2"),
+        model("llama", "Another family, where the largest layer is another one.", RUN, m, "llama"),
+        model("t5", "Layers of one of two stacks left out.", RUN, m, "t5"),
+        model("classifier", "A head for classification, which has no vectors.", RUN, m, "roberta", HEAD),
+        model("float64", "Something computed in float32 inside.", ["logits", "param-grads"], m, "gpt2",
+              dtype="float64"),
+        model("bert-merged", "Merged, another output than running.", ["merge"], m, "bert"),
+        model("padding", "What stands at padded positions has an influence on the others.", ["padding"], m, "bert",
+              padded=True),
+        model("decoding", "Positions counted from 0 again where keys and values are kept.", ["incremental"], m,
+              "qwen2"),
+        model("two", "Two adapters, of which one runs with the other's vectors.", ["order"], m, "llama", swap=True),
+        model("two-merged", "Two adapters, of which one is merged.", ["two-merged"], m, "gpt2"),
     ]  # fmt: skip
 
 

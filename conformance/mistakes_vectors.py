@@ -1,9 +1,11 @@
-"""What the mutants of (IA)³ get wrong."""
+"""What the mutants of (IA)³ and VeRA get wrong."""
 
 from collections.abc import Callable
 from typing import Any
 
 from refpeft.conformance.mistakes import square
+from refpeft.conformance.targets.base import Arrays
+from refpeft.conformance.targets.spec import Whole
 from refpeft.method import Merged, Phi
 from refpeft.ops import Array
 from refpeft.part import Part
@@ -51,3 +53,32 @@ def input_gradient_unscaled(wrap: Wrap, cfg: Any, φ: Phi, part: Part) -> Part:
         return y, lambda dy, want: (base(dy, ())[0] if cfg.takes else back(dy, want)[0], back(dy, want)[1])
 
     return wrapped.wrapped(run)
+
+
+# ── VeRA ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def other_corners(φ: Any, o: int, i: int) -> tuple[Array, Array]:
+    """The last columns of A∗ and the last rows of B∗."""
+    A, B = φ["A"], φ["B"]
+    return A[:, A.shape[1] - i :], B[B.shape[0] - o :]
+
+
+def merged_without_d(merge: Merge, cfg: Any, W: Array, b: Array | None, φ: Any) -> Merged:
+    """W′ = W + diag(λb) B A"""
+    return merge(cfg, W, b, {**φ, "λd": φ["λd"] * 0 + 1})
+
+
+def averaged_over_the_rank(wrap: Wrap, cfg: Any, φ: Phi, part: Part) -> Part:
+    """A scale of 1/r, as LoRA has."""
+    return wrap(cfg, Phi({**φ.values, "λb": φ["λb"] / cfg.r}, φ.keys), part) if cfg.r > 1 else part
+
+
+class DForgetsB(Whole):
+    """dλd without λb."""
+
+    def grads(self) -> Arrays:
+        ones = [a.replace(params={n: v * 0 + 1 if n.endswith("_b") else v for n, v in a.params.items()})
+                for a in self.active]  # fmt: skip
+        right, self.active = super().grads(), ones
+        return {n: d if n.endswith("_b") else super(DForgetsB, self).grads()[n] for n, d in right.items()}

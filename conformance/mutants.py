@@ -39,6 +39,7 @@ from refpeft.methods import (
     rslora,
     said,
     trainable_tokens,
+    vera,
 )
 from refpeft.ops import relu
 
@@ -243,7 +244,14 @@ VECTORS: Mapping[str, Mutant] = {
     **each(("ia3",), "stale-cache-after-param-change", ("layer", "sensitive"), of_layer=m.Stale),
     **each(("ia3",), "base-trained-too", ("layer", "frozen"), of_layer=m.BaseTrained),
     **each(("ia3",), "stays-disabled", ("layer", "disable"), of_layer=m.StaysDisabled),
-    **each(("ia3",), "only-first-merged", ("model", "two-merged"), of_model=m.MergesFirstOnly),
+    **each(("ia3", "vera"), "only-first-merged", ("model", "two-merged"), of_model=m.MergesFirstOnly),
+    **each(("vera",), "other-corners", LOGITS, patches=mp.instead(vera, corners=mv.other_corners)),
+    **each(("vera",), "lambda-forgotten-in-merge", ("model", "merge"), patches=m.merges(mv.merged_without_d, [vera])),
+    **each(("vera",), "averaged-over-the-rank", LOGITS, patches=m.wraps(mv.averaged_over_the_rank, [vera])),
+    **each(("vera",), "gradient-misses-the-other-vector", PARAMS, of_model=mv.DForgetsB),
+    **each(("vera",), "projection-counted", ("model", "count"), of_model=mi.CountsTheProjection),
+    **each(("vera",), "projection-drawn-again", ("lifecycle", "save-load"), of_session=mi.DrawsAgain),
+    **each(("vera",), "stays-enabled", ("lifecycle", "disable"), of_session=ms.StaysEnabled),
 }  # fmt: skip
 
 # ── products and rotations ───────────────────────────────────────────────────────────────────────────────────────────

@@ -131,8 +131,8 @@ TIED = ("model/embedding", "model/tied", "export/onnx-tied")
 SCALED = ("model/patterns", "lifecycle/saved-patterns")
 
 
-def matrices(family: str, architecture: str) -> Structure:
-    """Two kinds of layers of unlike shapes, and one more."""
+def linears(family: str, architecture: str) -> Structure:
+    """Layers of unlike shapes, of which the last is the widest."""
     first, second, *_, last = tiny.LINEARS[family]
     return {"target_modules": [first, second, last]}
 
@@ -143,6 +143,11 @@ def other_alpha(first: Structure) -> Structure:
 
 def larger_blocks(first: Structure) -> Structure:
     return {**first, "oft_block_size": 2 * first["oft_block_size"]}
+
+
+def other_start(first: Structure) -> Structure:
+    """Of the same projection: HF peft has one for all adapters of a model."""
+    return {**first, "d_initial": 2 * first["d_initial"]}
 
 
 def one_side(first: Structure) -> Structure:
@@ -185,11 +190,12 @@ TRAITS: Mapping[str, Traits] = {
         layer={"feedforward_modules": [[], ["layer"]]},
         lacks=("embedding",),
     ),
+    "vera": Traits("VE", MATRICES, {"r": [2, 1, 3], "d_initial": [0.1, 0.5]}, fixed=linears, second=other_start),
     "loha": Traits(
         "LH",
         (*ONE_LAYER, *MATRICES, *TIED, *SCALED),
         {"r": [2, 1, 4], "alpha": [6.0, 1.0]},
-        fixed=matrices,
+        fixed=linears,
         second=other_alpha,
         layer={"r": [2, 1, 4], "alpha": [3.0]},
     ),
@@ -197,7 +203,7 @@ TRAITS: Mapping[str, Traits] = {
         "LK",
         (*ONE_LAYER, *MATRICES, *TIED, *SCALED),
         {"r": [1, 2, 8], "alpha": [6.0, 1.0], "decompose_both": [False, True], "decompose_factor": [-1, 2]},
-        fixed=matrices,
+        fixed=linears,
         second=other_alpha,
         layer={"r": [1, 4], "alpha": [3.0], "decompose_both": [False, True]},
     ),
@@ -205,7 +211,7 @@ TRAITS: Mapping[str, Traits] = {
         "OF",
         (*ONE_LAYER, *MATRICES, *TIED, "model/exact-cayley"),
         {"oft_block_size": [4, 2, 8], "num_cayley_neumann_terms": [5, 4, 7], "block_share": [False, True]},
-        fixed=matrices,
+        fixed=linears,
         second=larger_blocks,
         layer={"oft_block_size": [2, 4], "block_share": [False, True], "side": ["input", "output"]},
         exact=False,

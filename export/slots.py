@@ -5,6 +5,9 @@
                                   <module>.lora_sB          [o, r]          s B, or s [B, −B₀]   rank 0
       with lora_bias              <module>.lora_sbias       [o]             s β                  0
       dora                        <module>.lora_gain        [o]             g = m/‖W + s B A‖    1
+    ia3                           <module>.ia3_l            [o, 1], [1, i]  l                    1
+    vera                          <module>.vera_lambda_b    [o]             λb                   0
+                                  <module>.vera_lambda_d    [r]             λd                   0
     loha                          <module>.hada_sw1_a       [o, r]          s B₁                 rank 0
                                   <module>.hada_w1_b, …     [r, i], …       A₁, B₂, A₂           rank 0
     lokr                          <module>.lokr_sw1(_a)     [l, m]          s C, or s C_b        zeros
@@ -19,9 +22,13 @@ Not fed, the graph is the base model. Scale, rank and patterns are in what is fe
 adapter; the names say that B is not the B of a checkpoint. Of DoRA the gain is fed, not the magnitude: it is the one
 thing that the norm of W + s B A is needed for, which would be computed again in every run. y = b + g ⊙ (W x + s B A x).
 
+Of (IA)³ the shape of l says which side of a layer it scales, and an adapter that scales the other is refused. VeRA's
+random matrices lie in the graph, and an adapter that has others is refused too.
+
 What is own to a graph, and must be the same in every adapter for it, is its facts.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -43,6 +50,7 @@ PRODUCTS = ("loha", "lokr", "oft")
 SCALED = {"B1": "hada_sw1_a", "C": "lokr_sw1", "Cb": "lokr_sw1_a"}  # what is fed with the scale in it
 PROMPTS = ("prompt_tuning", "p_tuning")
 PREFIXES = ("prefix_tuning", "p_tuning_v2")
+VECTORS = {"ia3": 1, "vera": 0}  # what is fed is what the method has, and this where it does nothing
 INPUT = {"A": "lora_A", "B": "lora_sB", "β": "lora_sbias", "g": "lora_gain"}
 FACTS = ("token_indices", "placement", "position_shift", "leave_out")
 UNIT = lora.Config(r=1, lora_alpha=1)  # s = 1: the scale is in what is fed
@@ -59,8 +67,24 @@ class Slot:
 
 
 def facts(adapters: Sequence[Adapter]) -> list[dict[str, Any]]:
-    found = [{n: getattr(a.config, n) for n in FACTS if hasattr(a.config, n)} for a in adapters]
+    found = [{n: getattr(a.config, n) for n in FACTS if hasattr(a.config, n)} | projection(a) for a in adapters]
     return [{n: list(v) if isinstance(v, tuple) else v for n, v in f.items()} for f in found]
+
+
+def projection(adapter: Adapter) -> dict[str, Any]:
+    """A digest of VeRA's A∗ and B∗, which lie in the graph."""
+    values = kept([adapter]).values()
+    digest = hashlib.sha256(b"".join(np.ascontiguousarray(v, "<f4").tobytes() for v in values)).hexdigest()
+    return {"projection": digest[:16]} if values else {}
+
+
+def kept(adapters: Sequence[Adapter]) -> dict[str, Array]:
+    """What all adapters for a graph must have in common: the projections of VeRA, by their names in a graph."""
+    return {
+        at + n: np.asarray(v, np.float32)
+        for adapter, at in zip(adapters, prefixes(adapters), strict=True)
+        for n, v in (adapter.frozen.items() if adapter.method in VECTORS else ())
+    }
 
 
 def slots(adapters: Sequence[Adapter], model: Model, dtype: Any) -> dict[str, Slot]:
@@ -76,6 +100,10 @@ def of_one(adapter: Adapter, model: Model, dtype: Any) -> dict[str, Slot]:
     found = {n: Slot(a.shape, a, original(adapter, n, model), own=False) for n, a in whole.items()}
     if adapter.method in LORA:
         found |= low_rank(adapter, model, dtype)
+    elif adapter.method in VECTORS:
+        for n in sorted(adapter.params.keys() - whole.keys()):
+            l = np.asarray(adapter.params[n], np.float32)  # noqa: E741
+            found[n] = Slot(l.shape, l, np.full_like(l, VECTORS[adapter.method]), own=True)
     elif adapter.method in PROMPTS + PREFIXES:
         n = adapter.config.num_virtual_tokens
         rows = adapter.params[P][:n]
@@ -160,8 +188,10 @@ def hooks(adapters: Sequence[Adapter], values: Mapping[str, Any], model: Model) 
     then: list[Hooks] = []
     for adapter, at in zip(map(trained, adapters), prefixes(adapters), strict=True):
         fed = {name.removeprefix(at): x for name, x in values.items() if name.startswith(at)}
-        named = adapter.replace(params={n: fed[n] for n in adapter.params if n in fed}, frozen={})
-        whole.append(named.replace(params={n: x for n, x in named.params.items() if not own(adapter, n)}))
+        still = {n: fed[n] for n in adapter.frozen if n in fed}
+        named = adapter.replace(params={n: fed[n] for n in adapter.params if n in fed}, frozen=still)
+        others = {n: x for n, x in named.params.items() if not own(adapter, n)}
+        whole.append(named.replace(params=others, frozen={}))
         if adapter.method in PROMPTS:
             then.append(prompt(adapter, fed[P], model))
         elif adapter.method in LORA:
@@ -170,6 +200,8 @@ def hooks(adapters: Sequence[Adapter], values: Mapping[str, Any], model: Model) 
             then.append(Hooks(part=product(adapter, fed)))
         elif adapter.method in PREFIXES:
             then.append(each([named.replace(params={P: fed[P]})], model))
+        elif adapter.method in VECTORS:
+            then.append(each([named.replace(params={n: x for n, x in named.params.items() if own(adapter, n)})], model))
     first = [each([a], model) for a in whole if substitutes(a)]
     return compose([*first, Hooks(part=wrapped(whole)), *then])
 

@@ -78,7 +78,8 @@ class Plan:
             raise ValueError("nesterov needs a momentum above 0")
 
 
-DROPOUTS = ("lora_dropout", "encoder_dropout", "dropout", "stochastic_depth")  # fields of configs that masks come from
+# fields of configs that masks come from
+DROPOUTS = ("lora_dropout", "vera_dropout", "encoder_dropout", "dropout", "stochastic_depth")
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,7 @@ def saved_whole(cfg: Any, model: Model) -> dict[str, str]:
     """
     whole: dict[str, str] = {}
     names, bias = getattr(cfg, "modules_to_save", None), getattr(cfg, "bias", "none")
-    chosen = set(targets(cfg, model)) if bias.endswith("_only") else set()  # 'lora_only', 'oft_only'
+    chosen = set(targets(cfg, model)) if bias.endswith("_only") else set()  # 'lora_only', …
     saved = [path for path in modules(model) if path.endswith(tuple(names or ()))]
     if names and not saved:
         raise ValueError(f"modules_to_save {names!r} matches no module of the model")
@@ -191,13 +191,14 @@ def dropout(
     seed: int = 0,
     decoder_shape: tuple[int, int] | None = None,
 ) -> Adapter:
-    """The adapter with masks for its `lora_dropout` p on inputs of this shape [b, s]: 0 with probability p, else
-    1/(1 − p), drawn from `seed` alone. Embeddings get none, since their inputs are ids (as in HF peft). An
-    encoder-decoder needs the `decoder_shape` too, that of decoder_input_ids."""
+    """The adapter with masks for its `lora_dropout` or `vera_dropout` p on inputs of this shape [b, s]: 0 with
+    probability p, else 1/(1 − p), drawn from `seed` alone. Embeddings get none, since their inputs are ids (as in HF
+    peft). An encoder-decoder needs the `decoder_shape` too, that of decoder_input_ids."""
     own = getattr(METHODS[adapter.method], "masks", None)
     if own is not None:
         return adapter.replace(masks=own(adapter.config, model, np.random.default_rng(seed), ids_shape, decoder_shape))
-    rng, p = np.random.default_rng(seed), adapter.config.lora_dropout
+    rng, cfg = np.random.default_rng(seed), adapter.config
+    p = getattr(cfg, "lora_dropout", getattr(cfg, "vera_dropout", 0.0))
     masks: dict[str, Array] = {}
     for role in targets(adapter.config, model) if p else ():
         part = model.part(role)

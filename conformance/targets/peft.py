@@ -35,12 +35,13 @@ from refpeft.ops import Array
 
 PREFIX = "base_model.model."
 OWN = (  # what holds an adapter's parameters by its name
-    r"lora_[A-Za-z_]+|ia3_l|hada_\w+|lokr_\w+|oft_R|oft_embedding_R|ln_tuning_layers|trainable_tokens_delta"
+    r"lora_[A-Za-z_]+|ia3_l|vera_lambda_[bd]|hada_\w+|lokr_\w+|oft_R|oft_embedding_R|ln_tuning_layers"
+    r"|trainable_tokens_delta"
 )
 FIELDS = frozenset(inspect.signature(peft.LoraConfig).parameters)
 CLASSES = {  # of methods that are no LoRA
     "ln_tuning": "LNTuningConfig", "trainable_tokens": "TrainableTokensConfig", "ia3": "IA3Config",
-    "loha": "LoHaConfig", "lokr": "LoKrConfig", "oft": "OFTConfig",
+    "vera": "VeraConfig", "loha": "LoHaConfig", "lokr": "LoKrConfig", "oft": "OFTConfig",
 }  # fmt: skip
 FLAG = {"rslora": "use_rslora", "dora": "use_dora"}
 NEEDED = {"bias": "lora_bias", "patterns": "alpha_pattern"}  # features that stand or fall with a config field
@@ -266,13 +267,20 @@ def adapter_config(case: Case, name: str) -> Any:
     return matrix_config(about["method"], about["config"], case.meta["model"]["model_type"] == "gpt2")
 
 
+def trained_of(case: Case, name: str) -> Arrays:
+    still = case.meta["adapters"][name].get("frozen", ())
+    return {n: a for n, a in values_of(case, name + "/").items() if n not in still}
+
+
 def add(case: Case, model: Any, name: str) -> Any:
     config = adapter_config(case, name)
     if isinstance(model, peft.PeftModel):
         model.add_adapter(name, config)
     else:
         model = peft.get_peft_model(model, config, adapter_name=name)
-    write(model, name, values_of(case, name + "/"))
+    for n in case.meta["adapters"][name].get("frozen", ()):  # VeRA's A and B, which are no parameters
+        getattr(model.base_model, n)[name] = tensor(case.arrays[f"{name}/{n}"])
+    write(model, name, trained_of(case, name))
     return model.eval()
 
 
@@ -389,7 +397,7 @@ class Session:
         self.model.merge_adapter(**({"safe_merge": True} if safe else {}))
 
     def refused_merge(self, adapter: str) -> Arrays:
-        values = values_of(self.case, adapter + "/")
+        values = trained_of(self.case, adapter)
         write(self.model, adapter, {n: v * np.nan for n, v in values.items()})
         refused = False
         try:

@@ -1,4 +1,4 @@
-/* Golden vectors in C, with the standard library alone: LoRA, rsLoRA and DoRA on one layer, against index.json.
+/* Golden vectors in C, with the standard library alone: LoRA, rsLoRA, DoRA and (IA)³ on one layer.
 
        refpeft vectors my-vectors
        cc -std=c11 -O2 examples/vectors/check.c -o check -lm
@@ -177,13 +177,21 @@ static Array onehot(Array ids, int v) {
 
 /* ── the implementation under test ──────────────────────────────────────────────────────────────────────────────── */
 
-typedef struct { Array V, W1, y; Array n, b1; double *g; int biased; } Adapted;
+typedef struct { Array V, W1, y; Array n, b1; double s, *g; int biased; } Adapted;
 
-/* W′ = diag(g) V,  V = W + s B A,  g = m/‖V‖ for DoRA, else 1;   y = x W′ᵀ + b + s β */
-static Adapted adapted(Arrays *in, const char *new, Array w, Array X, double s, const char *wrong) {
+static double scale(const Json *meta, const char *wrong) {
+    const Json *config = get(meta, "config");
+    double r = atof(text(config, "r")), alpha = atof(text(config, "lora_alpha"));
+    int root = same(text(meta, "method"), "rslora") != same(wrong, "scale");  /* broken: one for the other */
+    return alpha / (root ? sqrt(r) : r);
+}
+
+/* W′ = diag(g) V,  V = W + s B A,  g = m/‖V‖ for DoRA, else 1;   b′ = b + s β */
+static Adapted matrices(const Json *meta, Arrays *in, const char *new, Array w, const char *wrong) {
     Array *A = named(in, joined(new, "A")), *B = named(in, joined(new, "B"));
     Array *m = named(in, joined(new, "m")), *beta = named(in, joined(new, "bias")), *b = named(in, "b");
-    Adapted f = {.V = plus(w, times(s, matmul(*B, *A)))};
+    double s = scale(meta, wrong);
+    Adapted f = {.V = plus(w, times(s, matmul(*B, *A))), .s = s};
     Array U = same(wrong, "norm") ? T(f.V) : f.V;
     f.n = rowsums(U, U);
     for (int o = 0; o < f.n.m; o++) f.n.v[o] = f.n.v[o] > 0 ? sqrt(f.n.v[o]) : 1;  /* a row of zeros stays one */
@@ -193,27 +201,37 @@ static Adapted adapted(Arrays *in, const char *new, Array w, Array X, double s, 
     }
     f.biased = b || beta;
     if (f.biased) f.b1 = b && beta ? plus(vector(*b), times(s, vector(*beta))) : b ? *b : times(s, vector(*beta));
-    if (f.biased) f.b1 = (Array){"", 1, w.n, 1, {w.n}, f.b1.v};
     f.W1 = scaled(f.g, f.V);
+    return f;
+}
+
+static int takes(const Json *meta) { return get(get(meta, "config"), "feedforward_modules")->first != NULL; }
+
+/* W′ = diag(l) W,  b′ = l ⊙ b,  l [o, 1];   where the layer is feed-forward W′ = W diag(l),  b′ = b,  l [1, i] */
+static Adapted vectors(const Json *meta, Arrays *in, const char *new, Array w, const char *wrong) {
+    Array *l = named(in, joined(new, "l")), *b = named(in, "b");
+    Array v = times(1, *l);
+    for (int k = 0; same(wrong, "scale") && k < v.n * v.m; k++) v.v[k] += 1;  /* broken: 1 + l */
+    Adapted f = {.V = w, .W1 = takes(meta) ? T(scaled(v.v, T(w))) : scaled(v.v, w), .biased = b != NULL};
+    if (b) f.b1 = times(1, vector(*b));
+    for (int o = 0; b && !takes(meta) && o < w.n; o++) f.b1.v[o] *= v.v[o];
+    return f;
+}
+
+/* y = x W′ᵀ + b′, with W′ and b′ of the method */
+static Adapted adapted(const Json *meta, Arrays *in, const char *new, Array w, Array X, const char *wrong) {
+    Adapted f = (same(text(meta, "method"), "ia3") ? vectors : matrices)(meta, in, new, w, wrong);
+    if (f.biased) f.b1 = (Array){"", 1, w.n, 1, {w.n}, f.b1.v};
     f.y = shaped(matmul(X, T(f.W1)), &X, w.n);
     for (int k = 0; f.biased && k < f.y.n * f.y.m; k++) f.y.v[k] += f.b1.v[k % w.n];
     return f;
 }
 
-static double scale(const Json *meta, const char *wrong) {
-    const Json *config = get(meta, "config");
-    double r = atof(text(config, "r")), alpha = atof(text(config, "lora_alpha"));
-    int root = same(text(meta, "method"), "rslora") != same(wrong, "scale");  /* broken: one for the other */
-    return alpha / (root ? sqrt(r) : r);
-}
-
-static void gradients(Arrays *in, Arrays *out, Adapted f, Array X, int embedding, double s, const char *wrong) {
+static void of_matrices(Arrays *in, Arrays *out, Adapted f, Array G, const char *wrong) {
     Array *dy = named(in, "dy"), *A = named(in, "A"), *B = named(in, "B");
-    Array G = matmul(T(*dy), X);  /* dW′ [o, i]; the norm counts as a constant */
-    Array dV = scaled(f.g, G);
-    if (!embedding) put(out, "dx", shaped(matmul(*dy, f.W1), dy, f.W1.m));
-    put(out, "dA", times(s, matmul(T(*B), dV)));
-    put(out, "dB", times(same(wrong, "gradient") ? 1 : s, matmul(dV, T(*A))));
+    Array dV = scaled(f.g, G);  /* the norm counts as a constant */
+    put(out, "dA", times(f.s, matmul(T(*B), dV)));
+    put(out, "dB", times(same(wrong, "gradient") ? 1 : f.s, matmul(dV, T(*A))));
     if (f.g) {
         Array dm = rowsums(G, f.V);
         for (int o = 0; o < dm.m; o++) dm.v[o] /= o < f.n.m ? f.n.v[o] : 1;
@@ -221,22 +239,37 @@ static void gradients(Arrays *in, Arrays *out, Adapted f, Array X, int embedding
     }
     if (named(in, "bias")) {
         Array ones = zeros(dy->m, dy->n), d = T(*dy);
-        for (int k = 0; k < ones.n * ones.m; k++) ones.v[k] = s;
+        for (int k = 0; k < ones.n * ones.m; k++) ones.v[k] = f.s;
         put(out, "dbias", rowsums(d, ones));
     }
+}
+
+static void of_vectors(const Json *meta, Arrays *in, Arrays *out, Adapted f, Array G, const char *wrong) {
+    Array *l = named(in, "l"), *b = named(in, "b"), *dy = named(in, "dy");
+    Array d = takes(meta) ? rowsums(T(G), T(f.V)) : rowsums(G, f.V), dl = times(1, *l);
+    for (int k = 0; k < d.m; k++) dl.v[k] = d.v[k];
+    for (int k = 0; b && !takes(meta) && !same(wrong, "gradient") && k < dy->n * dy->m; k++)
+        dl.v[k % dy->m] += dy->v[k] * b->v[k % dy->m];
+    put(out, "dl", shaped(dl, l, l->m));
+}
+
+static void gradients(const Json *meta, Arrays *in, Arrays *out, Adapted f, Array X, int embedding, const char *wrong) {
+    Array *dy = named(in, "dy"), G = matmul(T(*dy), X);  /* dW′ [o, i] */
+    if (!embedding) put(out, "dx", shaped(matmul(*dy, f.W1), dy, f.W1.m));
+    if (same(text(meta, "method"), "ia3")) of_vectors(meta, in, out, f, G, wrong);
+    else of_matrices(in, out, f, G, wrong);
 }
 
 static void layer(const Json *meta, Arrays *in, Arrays *out, const char *wrong) {
     const char *kind = text(get(meta, "layer"), "kind");
     int turned = !same(kind, "linear"), embedding = same(kind, "embedding");  /* Conv1D and embeddings store Wᵀ */
-    double s = scale(meta, wrong);
     Array w = turned ? T(*named(in, "W")) : *named(in, "W");
     Array X = embedding ? onehot(*named(in, "x"), w.m) : *named(in, "x");
-    Adapted f = adapted(in, "", w, X, s, wrong);
+    Adapted f = adapted(meta, in, "", w, X, wrong);
     for (Json *want = get(meta, "want")->first; want; want = want->next) {
         if (same(want->text, "output") || same(want->text, "changed")) put(out, "y", f.y);
-        if (same(want->text, "changed")) put(out, "y_changed", adapted(in, "new/", w, X, s, wrong).y);
-        if (same(want->text, "grads")) gradients(in, out, f, X, embedding, s, wrong);
+        if (same(want->text, "changed")) put(out, "y_changed", adapted(meta, in, "new/", w, X, wrong).y);
+        if (same(want->text, "grads")) gradients(meta, in, out, f, X, embedding, wrong);
         if (same(want->text, "first_row")) {
             Array y = f.y;
             y.n = y.n / (y.shape[0] ? y.shape[0] : 1);
@@ -343,7 +376,8 @@ static int check(const char *path, const char *id, const char *regime, const cha
 }
 
 static int able(const char *method, const char *level, const Json *want) {
-    if (!same(level, "layer") || !(same(method, "lora") || same(method, "rslora") || same(method, "dora"))) return 0;
+    int mine = same(method, "lora") || same(method, "rslora") || same(method, "dora") || same(method, "ia3");
+    if (!same(level, "layer") || !mine) return 0;
     return !has(want, "trained") && !has(want, "fresh") && !has(want, "unmerged") && !has(want, "disabled");
 }
 

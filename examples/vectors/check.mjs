@@ -1,4 +1,4 @@
-// Golden vectors in JavaScript, for node, with no dependency: LoRA, rsLoRA and DoRA on one layer, against index.json.
+// Golden vectors in JavaScript, for node, with no dependency: LoRA, rsLoRA, DoRA and (IA)³ on one layer.
 //
 //     refpeft vectors my-vectors
 //     node examples/vectors/check.mjs my-vectors [--wrong scale|gradient|merge|norm]
@@ -9,26 +9,20 @@
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 
-const METHODS = ["lora", "rslora", "dora"];
 const WANTS = ["output", "first_row", "grads", "merged", "changed"];
 const WRONG = ["scale", "gradient", "merge", "norm"];
 
-// W′ = diag(g) V,  V = W + s B A,  g = m/‖V‖ for DoRA, else 1;   y = x W′ᵀ + b + s β;   shapes as in the formulae
-function layer({ method, config, layer: { kind }, want }, { W, b, x, dy, A, B, m, bias, ...rest }, wrong) {
+// y = x W′ᵀ + b′, with W′ and b′ of the method;   shapes as in the formulae
+function layer({ method, config, layer: { kind }, want }, { W, b, x, dy, ...rest }, wrong) {
   const turned = kind !== "linear"; // Conv1D and embeddings store Wᵀ
-  const s = scale(method, config, wrong);
   const w = turned ? T(W) : W;
   const X = kind === "embedding" ? onehot(x, w.shape[1]) : x;
-  const rows = flat(X);
-  const adapted = ({ A, B, m, bias }) => {
-    const BA = times(s, matmul(B, A));
-    const V = plus(w, BA), n = norms(wrong === "norm" ? T(V) : V);
-    const g = m ? n.map((v, o) => m.data[o] / v) : null;
-    const b1 = b && bias ? plus(b, times(s, bias)) : bias ? times(s, bias) : b;
-    const W1 = g ? scaled(g, V) : V;
-    return { V, n, g, b1, W1, y: shifted(matmul(X, T(W1)), b1) };
+  const [make, names] = METHODS[method];
+  const adapted = at => {
+    const f = make({ method, config, w, b }, Object.fromEntries(names.map(p => [p, rest[at + p]])), wrong);
+    return { ...f, y: shifted(matmul(X, T(f.W1)), f.b1) };
   };
-  const { V, n, g, b1, W1, y } = adapted({ A, B, m, bias });
+  const { W1, b1, y, gradients } = adapted("");
   const answers = {
     output: () => ({ y }),
     first_row: () => ({ y_row: first(y) }),
@@ -37,23 +31,51 @@ function layer({ method, config, layer: { kind }, want }, { W, b, x, dy, A, B, m
       return { W_merged: turned ? T(M) : M, y_merged: shifted(matmul(X, T(M)), b1), ...(b1 && { b_merged: b1 }) };
     },
     grads: () => {
-      const d = flat(dy), G = matmul(T(d), rows); // dW′ [o, i]; the norm counts as a constant
-      const dV = g ? scaled(g, G) : G;
-      return {
-        ...(kind !== "embedding" && { dx: matmul(dy, W1) }),
-        dA: times(s, matmul(T(B), dV)),
-        dB: times(wrong === "gradient" ? 1 : s, matmul(dV, T(A))),
-        ...(m && { dm: { ...m, data: rowsums(product(G, V)).map((v, o) => v / n[o]) } }),
-        ...(bias && { dbias: { ...bias, data: times(s, { data: rowsums(T(d)) }).data } }),
-      };
+      const d = flat(dy), G = matmul(T(d), flat(X)), db = rowsums(T(d)); // dW′ [o, i], db′ [o]
+      return { ...(kind !== "embedding" && { dx: matmul(dy, W1) }), ...gradients(G, db) };
     },
-    changed: () => {
-      const after = Object.fromEntries(["A", "B", "m", "bias"].map(p => [p, rest["new/" + p]]));
-      return { y, y_changed: adapted(after).y };
-    },
+    changed: () => ({ y, y_changed: adapted("new/").y }),
   };
   return Object.assign({}, ...want.map(name => answers[name]()));
 }
+
+// W′ = diag(g) V,  V = W + s B A,  g = m/‖V‖ for DoRA, else 1;   b′ = b + s β
+function matrices({ method, config, w, b }, { A, B, m, bias }, wrong) {
+  const s = scale(method, config, wrong);
+  const V = plus(w, times(s, matmul(B, A))), n = norms(wrong === "norm" ? T(V) : V);
+  const g = m ? n.map((v, o) => m.data[o] / v) : null;
+  const b1 = b && bias ? plus(b, times(s, bias)) : bias ? times(s, bias) : b;
+  const gradients = (G, db) => {
+    const dV = g ? scaled(g, G) : G; // the norm counts as a constant
+    return {
+      dA: times(s, matmul(T(B), dV)),
+      dB: times(wrong === "gradient" ? 1 : s, matmul(dV, T(A))),
+      ...(m && { dm: { ...m, data: rowsums(product(G, V)).map((v, o) => v / n[o]) } }),
+      ...(bias && { dbias: { ...bias, data: db.map(v => s * v) } }),
+    };
+  };
+  return { W1: g ? scaled(g, V) : V, b1, gradients };
+}
+
+// W′ = diag(l) W,  b′ = l ⊙ b,  l [o, 1];   where the layer is feed-forward W′ = W diag(l),  b′ = b,  l [1, i]
+function vectors({ config, w, b }, { l }, wrong) {
+  const takes = config.feedforward_modules.length > 0;
+  const v = wrong === "scale" ? l.data.map(k => 1 + k) : l.data; // broken: 1 + l
+  const b1 = b && !takes ? { ...b, data: b.data.map((k, o) => v[o] * k) } : b;
+  const gradients = (G, db) => {
+    const sums = rowsums(takes ? T(product(G, w)) : product(G, w));
+    const ofBias = b && !takes && wrong !== "gradient" ? db.map((d, o) => d * b.data[o]) : sums.map(() => 0);
+    return { dl: { ...l, data: sums.map((d, k) => d + ofBias[k]) } };
+  };
+  return { W1: takes ? T(scaled(v, T(w))) : scaled(v, w), b1, gradients };
+}
+
+const METHODS = { // how each is computed, and from which parameters
+  lora: [matrices, ["A", "B", "bias"]],
+  rslora: [matrices, ["A", "B", "bias"]],
+  dora: [matrices, ["A", "B", "m"]],
+  ia3: [vectors, ["l"]],
+};
 
 function scale(method, { r, lora_alpha }, wrong) {
   const root = (method === "rslora") !== (wrong === "scale"); // broken: one for the other
@@ -151,7 +173,7 @@ function main([folder, flag, wrong = ""]) {
   if (!folder || (flag && (flag !== "--wrong" || !WRONG.includes(wrong))))
     throw new Error(`usage: node check.mjs DIR [--wrong ${WRONG.join("|")}]`);
   const { vectors } = JSON.parse(readFileSync(join(folder, "index.json"), "utf8"));
-  const mine = vectors.filter(v => METHODS.includes(v.method) && v.level === "layer" &&
+  const mine = vectors.filter(v => v.method in METHODS && v.level === "layer" &&
     v.want.every(w => WANTS.includes(w)));
   let failed = 0;
   console.log(`${"vector".padEnd(34)} ${"regime".padEnd(7)} ${"units".padStart(8)}  verdict`);

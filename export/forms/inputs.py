@@ -42,9 +42,12 @@ def make(subject: Subject, graph: Graph, store: Store) -> Made:
     places = found(subject)
     types = {name: np.dtype(np.float32) if slot.own else subject.dtype for name, slot in places.items()}
     fed = {name: graph.input(name, types[name], slot.shape) for name, slot in places.items()}
+    still = slots.kept(subject.adapters)
+    fed |= {name: graph.input(name, a.dtype, a.shape) for name, a in still.items()}
     inputs, outputs = run(graph, model, slots.hooks(subject.adapters, fed, model), subject)
     neutral = [(name, slot.neutral, types[name]) for name, slot in places.items()]
-    tensors = store(needed(graph, outputs, [*base_tensors(subject), *neutral]))
+    constants = [(name, a, a.dtype) for name, a in still.items()]
+    tensors = store(needed(graph, outputs, [*base_tensors(subject), *neutral, *constants]))
     read = [name for name in places if name in tensors]
     unread = [name for name in places if name not in tensors]  # the pooler's, where the model ends before it
     card = {"facts": facts(subject.adapters), "unread": unread}

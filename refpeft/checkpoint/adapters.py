@@ -36,12 +36,13 @@ from refpeft.checkpoint import (
 )
 from refpeft.checkpoint.format import Format
 from refpeft.checkpoint.safetensors import Malformed, fitting, show
-from refpeft.methods import METHODS, lora
+from refpeft.methods import METHODS, lora, vera
 from refpeft.model import Model
 from refpeft.ops import Array, is_half
 from refpeft.part import Part
 
 PREFIX = "base_model.model."
+SHARED = "base_model."  # before what belongs to no module
 CONFIG, FILE = "adapter_config.json", "adapter_model.safetensors"
 IGNORED = {  # without influence on the function
     "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version",
@@ -55,7 +56,7 @@ TWINS = {twin: name for name, twin in models.TWINS.items()}
 FORMATS = cast(Sequence[Format], (selection, prompts, prefix, intrinsic, bottleneck, products))
 HEADS = ("classifier", "score")
 METHOD_FLAGS = {"lora": (False, False), "rslora": (True, False), "dora": (False, True)}  # use_rslora, use_dora
-TYPES = {"IA3": "ia3"}  # peft_type → method, of the others that are read here
+TYPES = {"IA3": "ia3", "VERA": "vera"}  # peft_type → method, of the others that are read here
 LACKING = {"ia3": ("layers_to_transform", "layers_pattern")}  # fields that are not in HF peft's config
 
 
@@ -80,7 +81,9 @@ def load_adapter(path: str | os.PathLike[str], model: Model) -> Adapter:
         own = {name: spec for part in chosen.values() for name, spec in expected(method, cfg, part).items()}
     except ValueError as e:
         raise Malformed(f"{CONFIG}: {e}") from None
-    found = module_names(folder.tensors(where, "adapter_model"))
+    tensors = folder.tensors(where, "adapter_model")
+    frozen = start(cfg, chosen) if method != "vera" else projection(cfg, chosen, tensors)
+    found = module_names(tensors)
     params: dict[str, Array] = {}
     for name, (shape, dtype) in own.items():
         params[name] = take(found, [name, name + ".weight"], name, shape, dtype, model)
@@ -90,7 +93,7 @@ def load_adapter(path: str | os.PathLike[str], model: Model) -> Adapter:
         like = model.params[tensor]
         params[name] = take(found, aliases, name, like.shape, like.dtype, model)
     check_rest(found, cfg, model, whole)
-    return Adapter(method, cfg, params, start(cfg, chosen))
+    return Adapter(method, cfg, params, frozen)
 
 
 def read_config(raw: Mapping[str, Any], model: Model) -> tuple[str, Any]:
@@ -195,6 +198,15 @@ def tensor_of(model: Model, name: str) -> str | None:
     return None
 
 
+def projection(cfg: vera.Config, chosen: Mapping[str, Part], tensors: dict[str, Array]) -> dict[str, Array]:
+    """VeRA's A∗ and B∗, taken out of the file, where they are saved, and otherwise drawn from their key."""
+    parts = list(chosen.values())
+    if not cfg.save_projection:
+        return vera.projection(cfg, parts)
+    shapes = {vera.SHARED[n]: shape for n, shape in vera.sizes(cfg, parts).items()}
+    return {n: safetensors.take(FILE, tensors, SHARED + n, shape, vera.wide(parts)) for n, shape in shapes.items()}
+
+
 def start(cfg: Any, chosen: Mapping[str, Part]) -> dict[str, Array]:
     """A₀ and B₀ of a pissa or olora file, from the base."""
     frozen: dict[str, Array] = {}
@@ -229,7 +241,10 @@ def contents(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Array]]:
     savable = (*METHOD_FLAGS, *TYPES.values())
     if adapter.method not in savable:
         raise ValueError(f"{adapter.method} adapters have no HF folder: only {', '.join(savable)} do")
-    return as_json(adapter), {PREFIX + stored_name(adapter, name): a for name, a in plain_params(adapter).items()}
+    tensors = {PREFIX + stored_name(adapter, name): a for name, a in plain_params(adapter).items()}
+    if adapter.method == "vera" and adapter.config.save_projection:
+        tensors |= {SHARED + name: a for name, a in adapter.frozen.items()}
+    return as_json(adapter), tensors
 
 
 def as_json(adapter: Adapter) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from refpeft.methods import (
     rslora,
     said,
     trainable_tokens,
+    vera,
 )
 
 METHODS: Mapping[str, Method] = cast(
@@ -38,6 +39,7 @@ METHODS: Mapping[str, Method] = cast(
         "lokr": lokr,
         "oft": oft,
         "ia3": ia3,
+        "vera": vera,
         "full": full,
         "partial": partial,
         "bitfit": bitfit,

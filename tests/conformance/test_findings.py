@@ -41,6 +41,7 @@ SHOWN: dict[str, Callable[[Lines], bool]] = {  # what the script of a page print
     "peft-trainable-tokens-second-adapter": lambda said: (
         said[0] == "['lm_head.base_layer']" and said[-1].startswith("ValueError: TrainableTokensLayer wraps an unknown")
     ),
+    "peft-vera-second-rank": lambda said: said[-1].startswith("RuntimeError: The size of tensor a (2) must match"),
     "peft-weighted-float32": lambda said: 1e-9 < number(said[0]) < 1e-6,
     "peft-weighted-rslora": lambda said: abs(number(said[0]) - 2) < 1e-4,
 }

@@ -58,6 +58,7 @@ def test_every_form_has_a_section() -> None:
 
 ROWS = {
     "LoRA": ["lora", "rslora", "dora"],
+    "(IA)³": ["ia3", "vera"],
     "BitFit": ["bitfit", "ln_tuning", "trainable_tokens", "partial", "full"],
     "trained heads": ["head"],
     "prompt tuning": ["prompt_tuning", "p_tuning"],

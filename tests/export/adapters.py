@@ -15,6 +15,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "lora": {"r": 2, "lora_alpha": 6, "target_modules": "all-linear"},
     "rslora": {"r": 2, "lora_alpha": 6, "lora_bias": True},
     "dora": {"r": 2, "lora_alpha": 6, "target_modules": "all-linear"},
+    "vera": {"r": 3, "target_modules": "all-linear"},
     "loha": {"r": 2, "alpha": 6, "target_modules": "all-linear"},
     "lokr": {"r": 1, "alpha": 6, "decompose_both": True, "target_modules": "all-linear"},
     "oft": {"oft_block_size": 4, "target_modules": "all-linear"},

@@ -74,6 +74,8 @@ SWAPS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {  # exporte
     "a longer prompt": ("prompt_tuning", {"num_virtual_tokens": 2}, "prompt_tuning", {"num_virtual_tokens": 5}),
     "a prompt with an encoder": ("prompt_tuning", {"num_virtual_tokens": 2}, "p_tuning", {"num_virtual_tokens": 4}),
     "a shorter prefix": ("prefix_tuning", {"num_virtual_tokens": 5}, "prefix_tuning", {"num_virtual_tokens": 1}),
+    "other vectors": ("ia3", {}, "ia3", {"target_modules": ["c_attn"]}),
+    "other vectors of one projection": ("vera", {"r": 4}, "vera", {"r": 4, "d_initial": 0.5}),
     "other biases": ("bitfit", {}, "bitfit", {}),
     "other rows": ("trainable_tokens", {"token_indices": [3, 1]}, "trainable_tokens", {"token_indices": [3, 1]}),
     "another head": ("partial", {"layers": 0, "tied": True}, "partial", {"layers": 0, "tied": True}),
@@ -116,7 +118,17 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     export(model, refpeft.init("lora", {"r": 2}, model), tmp_path / "lora", "inputs", verify=False)
     export(model, refpeft.init("trainable_tokens", {"token_indices": [1]}, model), tmp_path / "tokens", "inputs")
     export(model, None, tmp_path / "merged", verify=False)
+    for name in ("ia3", "vera"):
+        export(model, refpeft.init(name, {"r": 2} if name == "vera" else {}, model), tmp_path / name, "inputs")
     wrong = {
+        r"takes .*mlp\.c_proj\.ia3_l of shape \[1, 64\], found \[16, 1\]": (
+            "ia3",
+            saved("d", "ia3", feedforward_modules=[]),
+        ),
+        "projection is .* in the vera adapter, and .* in the graph": (
+            "vera",
+            saved("e", "vera", r=2, projection_prng_key=1),
+        ),
         "no input adapter.transformer.h.0.mlp.c_fc.lora_A": ("lora", saved("a", "lora", target_modules=["c_fc"])),
         "no input .*lora_gain, which the dora adapter needs": ("lora", saved("b", "dora", r=2)),
         r"token_indices is \[2\] .* and \[1\] in the graph": (

@@ -25,6 +25,8 @@ OTHERS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "dora and lora": [("dora", {"r": 2}), ("lora", {"r": 2})],
     "prefixes": [("prefix_tuning", {"num_virtual_tokens": n}) for n in (2, 4)],
     "tasks with heads": [("p_tuning_v2", {"num_virtual_tokens": n}) for n in (2, 4)],
+    "vectors and lora": [("ia3", {}), ("lora", {"r": 2})],
+    "projections": [("vera", {"r": 2}), ("vera", {"r": 3, "projection_prng_key": 1})],
     "biases and norms": [("bitfit", {}), ("ln_tuning", {})],
     "embeddings": [("lora", {"r": 2, "target_modules": ["wte", "embed_tokens", "word_embeddings"]})],
     "with a bias": [("lora", {"r": 2, "lora_bias": True, "target_modules": ["c_attn", "q_proj", "query"]})],

@@ -39,6 +39,8 @@ CASES: dict[str, tuple[str, str, str, Named]] = {  # family, architecture, metho
     "loraplus": ("qwen2", "ForSequenceClassification", "lora", PLUS),
     "dora": ("roberta", "ForMaskedLM", "dora", {**LORA, "target_modules": ["query"]}),
     "bitfit": ("bert", "ForTokenClassification", "bitfit", {}),
+    "vectors": ("gpt2", "LMHeadModel", "ia3", {}),
+    "vectors and a projection": ("llama", "ForCausalLM", "vera", SMALL["vera"]),
     "loha": ("bert", "ForSequenceClassification", "loha", {"r": 2, "alpha": 6, "target_modules": ["query"]}),
     "lokr": ("bert", "ForSequenceClassification", "lokr", {"r": 1, "alpha": 6, "decompose_both": True}),
     "oft": ("gpt2", "LMHeadModel", "oft", {"oft_block_size": 4, "target_modules": ["c_attn", "wte"]}),
@@ -176,6 +178,8 @@ KEPT = {
     "rows of a table": ("trainable_tokens", SMALL["trainable_tokens"]),
     "what a rotation is made from": ("oft", SMALL["oft"]),
     "a bottleneck": ("pfeiffer", {}),
+    "a projection that is frozen": ("vera", SMALL["vera"]),
+    "vectors": ("ia3", {"modules_to_save": ["ln_f"]}),
 }
 
 
