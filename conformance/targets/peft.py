@@ -43,6 +43,7 @@ CLASSES = {  # of methods that are no LoRA
     "ln_tuning": "LNTuningConfig", "trainable_tokens": "TrainableTokensConfig", "ia3": "IA3Config",
     "vera": "VeraConfig", "loha": "LoHaConfig", "lokr": "LoKrConfig", "oft": "OFTConfig",
 }  # fmt: skip
+TURNED = ("loha", "lokr", "oft")  # methods that it lacks where a layer stores W as [i, o]
 FLAG = {"rslora": "use_rslora", "dora": "use_dora"}
 NEEDED = {"bias": "lora_bias", "patterns": "alpha_pattern"}  # features that stand or fall with a config field
 
@@ -62,7 +63,7 @@ class Peft(Driver):
                          and (f != "together" or together())],
             "without": {method: ["embedding"] for method, flag in FLAG.items() if not adapts_embeddings(flag)}
                        | {method: ["together"] for method in prompts.CLASSES}  # one at a time
-                       | {method: ["conv1d", "embedding"] for method in ("loha", "lokr")} | {"oft": ["conv1d", "tied"]},
+                       | {method: ["conv1d", "embedding"] for method in TURNED} | {"oft": ["conv1d", "tied"]},
             "families": [family for family in tiny.FAMILIES if buildable(family)],
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }  # fmt: skip
@@ -115,7 +116,11 @@ def matrix_config(method: str, fields: Mapping[str, Any], turned: bool, **more: 
     if method not in CLASSES:
         return lora_config(fields, fan_in_fan_out=turned, **more)
     make = getattr(peft, CLASSES[method])
-    fields = {n: v for n, v in fields.items() if n != "side"}  # of OFT, which turns inputs there
+    if turned and method in TURNED:
+        raise Skip(f"peft {peft.__version__} has no {make.__name__} for Conv1D")
+    if fields.get("side", "input") != "input":
+        raise Skip("OFT turns inputs there")
+    fields = {n: v for n, v in fields.items() if n != "side"}
     own = {"fan_in_fan_out": turned} if "fan_in_fan_out" in inspect.signature(make).parameters else {}
     return make(**fields, **own, **more)
 

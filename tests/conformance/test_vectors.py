@@ -156,6 +156,8 @@ DIFFERS = {  # it will not merge a bias of B into a layer without one; the other
     **{f"{m}/model/tied-{which}": "value" for m in LORA for which in ("head", "embedding")},
     "dora/layer/zero-row": "value",
     "ia3/layer/unmerged": "value",
+    "loha/layer/float64": "value",
+    **{f"oft/{name}": "value" for name in ("layer/exact", "layer/exact-square", "model/two")},
     **{f"trainable_tokens/model/{name}": "value" for name in ("bert", "padding")},
 }
 
