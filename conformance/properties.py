@@ -28,7 +28,7 @@ LAYER = [
         "The gradient with respect to the layer's input is that of the formula.",
         ["grads"],
         ["grads"],
-        ["L2", "D2", "IA2", "LH2", "LK2", "OF2"],
+        ["L2", "D2", "IA2", "LH2", "LK2", "OF2", "BO2"],
         kind=["linear", "conv1d"],
     ),
     layer(
@@ -36,7 +36,7 @@ LAYER = [
         "The gradients of the adapter's parameters are those of the formula.",
         ["grads"],
         ["grads"],
-        ["L2", "R1", "D2", "IA2", "LH2", "LK2", "OF2"],
+        ["L2", "R1", "D2", "IA2", "LH2", "LK2", "OF2", "BO2"],
     ),
     layer("frozen", "The adapter's parameters are trained, the layer's own are not.", ["trained"], ["frozen"]),
     layer(
@@ -44,7 +44,7 @@ LAYER = [
         "A fresh adapter changes nothing.",
         ["fresh"],
         ["init"],
-        ["L1", "D1", "IA1", "LH1", "LK1", "OF1"],
+        ["L1", "D1", "IA1", "LH1", "LK1", "OF1", "BO1"],
         regime=["float"],
     ),
     layer(
@@ -59,7 +59,7 @@ LAYER = [
         "Merged weights are W′ and b′ of the method, stored as the layer stores W, and give the same output.",
         ["merged"],
         ["merge"],
-        ["L2", "L5", "D2", "IA2", "LH2", "LK2", "OF2"],
+        ["L2", "L5", "D2", "IA2", "LH2", "LK2", "OF2", "BO2"],
     ),
     layer(
         "unmerge", "Unmerging restores W and b, and the adapter goes on as before.", ["unmerged"], ["merge", "unmerge"]
@@ -132,7 +132,7 @@ MODEL = [
         "The merged model has the base's tensors, no more and no fewer, equal to the formula's, and its output.",
         ["merged", "merged_logits"],
         ["merge"],
-        ["L2", "D2", "S3", "ID2", "SA2", "IA2", "LH2", "LK2", "OF2", "VE2"],
+        ["L2", "D2", "S3", "ID2", "SA2", "IA2", "LH2", "LK2", "OF2", "BO2", "VE2"],
     ),
     whole(
         "causal",
@@ -157,7 +157,7 @@ MODEL = [
         "Two active adapters act in the order given, each with its own rank and scale.",
         ["logits"],
         ["forward", "together"],
-        ["L4", "D5", "ID3", "IA3", "LH5", "LK5", "OF6", "VE3"],
+        ["L4", "D5", "ID3", "IA3", "LH5", "LK5", "OF6", "BO7", "VE3"],
         adapters=swapped,
         also={"swap": [False, True]},
     ),
@@ -166,7 +166,7 @@ MODEL = [
         "Two adapters merged are two adapters active.",
         ["merged", "merged_logits"],
         ["merge", "together"],
-        ["L4", "D5", "ID3", "IA3", "LH5", "LK5", "OF6", "VE3"],
+        ["L4", "D5", "ID3", "IA3", "LH5", "LK5", "OF6", "BO7", "VE3"],
         adapters=two,
     ),
     whole(
@@ -303,14 +303,14 @@ LIFE = [
         "Two adapters active are both of them, composed as the method says, and one of them again is one.",
         [[*BOTH, do("activate", adapters=["first", "second"]), do("activate", adapters=["second"])]],
         ["together"],
-        ["L4", "D5", "ID3", "IA3", "LH5", "LK5", "OF6", "VE3"],
+        ["L4", "D5", "ID3", "IA3", "LH5", "LK5", "OF6", "BO7", "VE3"],
     ),
     life(
         "two-merged",
         "Two active adapters merged are two active adapters, and come apart again.",
         [[*BOTH, do("activate", adapters=["first", "second"]), do("merge"), do("unmerge")]],
         ["together", "merge", "unmerge"],
-        ["L4", "D5", "ID3", "IA3", "LH5", "LK5", "OF6", "VE3"],
+        ["L4", "D5", "ID3", "IA3", "LH5", "LK5", "OF6", "BO7", "VE3"],
     ),
     life(
         "delete",
@@ -409,7 +409,7 @@ EXPORT = [
         "Two adapters exported together are two adapters merged.",
         ["merged_logits"],
         ["merge", "together"],
-        ["L4", "D5", "ID3", "IA3", "LH5", "LK5", "OF6", "VE3"],
+        ["L4", "D5", "ID3", "IA3", "LH5", "LK5", "OF6", "BO7", "VE3"],
         level="export",
         adapters=two,
         families=("gpt2", "roberta"),

@@ -7,6 +7,7 @@ from refpeft.conformance.property import PADDED, Property, two, whole
 
 CAUSAL = tiny.CAUSAL
 SOFT = ("prompt_tuning", "p_tuning", "prefix_tuning")
+BUTTERFLIES = {"boft_block_size": 2, "boft_n_butterfly_factor": 3}
 PREFIX = ("prefix_tuning", "p_tuning_v2")
 OWN: Sequence[Property] = [
     whole(
@@ -75,6 +76,16 @@ OWN: Sequence[Property] = [
         ["OF3", "OF5"],
         configs=lambda s: {"use_cayley_neumann": False},
         methods=("oft",),
+    ),
+    whole(
+        "butterfly",
+        "Three butterfly factors put the halves of blocks beside each other, 1, 2 and 4 halves apart, in this order.",
+        ["logits", "grads", "merged_logits"],
+        ["forward", "grads", "merge"],
+        ["BO3", "BO5"],
+        families=("llama", "bert"),
+        configs=lambda s: {**BUTTERFLIES, "target_modules": s["config"]["target_modules"][:2]},
+        methods=("boft",),
     ),
     whole(
         "transpose",

@@ -141,6 +141,10 @@ def other_alpha(first: Structure) -> Structure:
     return {**first, "r": 2 * first["r"], "alpha": 3 * first["alpha"]}
 
 
+def other_blocks(first: Structure) -> Structure:
+    return {**first, "boft_block_size": 0, "boft_block_num": 2}
+
+
 def larger_blocks(first: Structure) -> Structure:
     return {**first, "oft_block_size": 2 * first["oft_block_size"]}
 
@@ -216,6 +220,17 @@ TRAITS: Mapping[str, Traits] = {
         layer={"oft_block_size": [2, 4], "block_share": [False, True], "side": ["input", "output"]},
         exact=False,
         outputs=6,
+    ),
+    "boft": Traits(
+        "BO",
+        (*ONE_LAYER, *MATRICES, "model/butterfly"),
+        {"boft_block_size": [2, 1]},
+        fixed=linears,
+        second=other_blocks,
+        layer={"boft_block_size": [0], "boft_block_num": [1]},
+        lacks=("embedding",),
+        exact=False,
+        outputs=4,
     ),
     "full": Traits("F", SELECTION),
     "partial": Traits("T", SELECTION, {"layers": [1], "head": [True, False], "tied": [False, True]}),

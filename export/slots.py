@@ -13,6 +13,8 @@
     lokr                          <module>.lokr_sw1(_a)     [l, m]          s C, or s C_b        zeros
                                   <module>.lokr_w2, …       [k, n], …       D, or B, A; C_a      zeros
     oft                           <module>.oft_R.rotation   [n, p, p]       R                    I
+    boft                          <module>.boft_R.rotation  [m, n, p, p]    R                    I
+                                  <module>.boft_s           [o, 1]          s                    1
     prompt_tuning, p_tuning       prompt_embeddings         [n, d]          P                    no rows
     prefix_tuning, p_tuning_v2    prompt_embeddings         [n, 2 L t]      P                    no rows
     all that replace the model's  <tensor>                  as it is        φ                    the model's own
@@ -46,7 +48,8 @@ from refpeft.part import Back, Grads, Lazy, Part, Run, Want
 from refpeft.prompts import P, table, virtual
 
 LORA = ("lora", "rslora", "dora")
-PRODUCTS = ("loha", "lokr", "oft")
+PRODUCTS = ("loha", "lokr", "oft", "boft")
+ROTATIONS = ("oft", "boft")
 SCALED = {"B1": "hada_sw1_a", "C": "lokr_sw1", "Cb": "lokr_sw1_a"}  # what is fed with the scale in it
 PROMPTS = ("prompt_tuning", "p_tuning")
 PREFIXES = ("prefix_tuning", "p_tuning_v2")
@@ -143,7 +146,7 @@ def products(adapter: Adapter) -> dict[str, Slot]:
     found: dict[str, Slot] = {}
     for path, (names, _) in adapter.by_module.items():
         cfg, φ = adapter.at(path), {n: adapter.value(full).astype(np.float64) for n, full in names.items()}
-        s = 1.0 if adapter.method == "oft" else cfg.scale if adapter.method == "loha" else cfg.scale(φ)
+        s = 1.0 if adapter.method in ROTATIONS else cfg.scale if adapter.method == "loha" else cfg.scale(φ)
         for n, full in names.items():
             a = (s * φ[n] if n in SCALED else φ[n]).astype(np.float32)
             found[input_of(path, n, full)] = Slot(*unfed(adapter.method, path, n, a), own=True)
@@ -156,7 +159,8 @@ def unfed(method: str, path: str, n: str, a: Array) -> tuple[Sequence[int | str]
         rank = f"rank of {path}"
         return ((a.shape[0], rank), a, a[:, :0]) if n in ("B1", "B2") else ((rank, a.shape[1]), a, a[:0])
     nothing = np.zeros_like(a)
-    return a.shape, a, nothing + np.eye(a.shape[-1], dtype=a.dtype) if method == "oft" else nothing
+    neutral = 1 if n == "s" else np.eye(a.shape[-1], dtype=a.dtype) if method in ROTATIONS else 0
+    return a.shape, a, nothing + neutral
 
 
 def input_of(path: str, name: str, full: str) -> str:
@@ -221,9 +225,9 @@ def layers(adapter: Adapter, fed: Mapping[str, Any]) -> Callable[[Part], Part]:
 
 
 def product(adapter: Adapter, fed: Mapping[str, Any]) -> Callable[[Part], Part]:
-    """LoHa, LoKr or OFT on the layers that have slots, with s = 1."""
+    """LoHa, LoKr, OFT or BOFT on the layers that have slots; of the former two with s = 1."""
     m, cfg = METHODS[adapter.method], adapter.config
-    cfg = cfg if adapter.method == "oft" else replace(cfg, r=1, alpha=1, rank_pattern={}, alpha_pattern={})
+    cfg = cfg if adapter.method in ROTATIONS else replace(cfg, r=1, alpha=1, rank_pattern={}, alpha_pattern={})
 
     def part(p: Part) -> Part:
         names, _ = adapter.by_module.get(p.path, ({}, {}))

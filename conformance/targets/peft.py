@@ -35,15 +35,15 @@ from refpeft.ops import Array
 
 PREFIX = "base_model.model."
 OWN = (  # what holds an adapter's parameters by its name
-    r"lora_[A-Za-z_]+|ia3_l|vera_lambda_[bd]|hada_\w+|lokr_\w+|oft_R|oft_embedding_R|ln_tuning_layers"
+    r"lora_[A-Za-z_]+|ia3_l|vera_lambda_[bd]|hada_\w+|lokr_\w+|oft_R|oft_embedding_R|boft_[Rs]|ln_tuning_layers"
     r"|trainable_tokens_delta"
 )
 FIELDS = frozenset(inspect.signature(peft.LoraConfig).parameters)
 CLASSES = {  # of methods that are no LoRA
     "ln_tuning": "LNTuningConfig", "trainable_tokens": "TrainableTokensConfig", "ia3": "IA3Config",
-    "vera": "VeraConfig", "loha": "LoHaConfig", "lokr": "LoKrConfig", "oft": "OFTConfig",
+    "vera": "VeraConfig", "loha": "LoHaConfig", "lokr": "LoKrConfig", "oft": "OFTConfig", "boft": "BOFTConfig",
 }  # fmt: skip
-TURNED = ("loha", "lokr", "oft")  # methods that it lacks where a layer stores W as [i, o]
+TURNED = ("loha", "lokr", "oft", "boft")  # methods that it lacks where a layer stores W as [i, o]
 FLAG = {"rslora": "use_rslora", "dora": "use_dora"}
 NEEDED = {"bias": "lora_bias", "patterns": "alpha_pattern"}  # features that stand or fall with a config field
 
@@ -58,7 +58,7 @@ class Peft(Driver):
             "methods": ["lora", *(method for method, flag in FLAG.items() if flag in FIELDS),
                         *(method for method, name in {**CLASSES, **prompts.CLASSES}.items() if hasattr(peft, name))],
             "dtypes": list(DTYPES),
-            "options": {**prompts.OPTIONS, "oft": {"side": "input"}},
+            "options": {**prompts.OPTIONS, "oft": {"side": "input"}, "boft": {"boft_n_butterfly_factor": 1}},
             "features": [f for f in FEATURES if f not in ABSENT and NEEDED.get(f, "r") in FIELDS
                          and (f != "together" or together())],
             "without": {method: ["embedding"] for method, flag in FLAG.items() if not adapts_embeddings(flag)}

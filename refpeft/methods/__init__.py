@@ -6,6 +6,7 @@ from typing import cast
 from refpeft.method import Method
 from refpeft.methods import (
     bitfit,
+    boft,
     did,
     dora,
     full,
@@ -38,6 +39,7 @@ METHODS: Mapping[str, Method] = cast(
         "loha": loha,
         "lokr": lokr,
         "oft": oft,
+        "boft": boft,
         "ia3": ia3,
         "vera": vera,
         "full": full,

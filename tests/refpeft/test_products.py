@@ -37,6 +37,10 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "oft-exact": ("oft", {"oft_block_size": 4, "use_cayley_neumann": False}),
     "oft-shared": ("oft", {"oft_block_size": 4, "block_share": True}),
     "oft-output": ("oft", {"oft_block_size": 4, "use_cayley_neumann": False, "side": "output"}),
+    "boft": ("boft", {}),
+    "boft-butterflies": ("boft", {"boft_block_size": 2, "boft_n_butterfly_factor": 3}),
+    "boft-blocks": ("boft", {"boft_block_size": 0, "boft_block_num": 2, "boft_n_butterfly_factor": 2}),
+    "boft-random": ("boft", {"init_weights": False}),
     "oft-output-shared": ("oft", {"oft_block_size": 8, "block_share": True, "side": "output"}),
 }
 LAYERS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
