@@ -1,4 +1,4 @@
-"""The golden vectors of LoHa, LoKr and OFT: of one layer, and of models."""
+"""The golden vectors of LoHa, LoKr, OFT and BOFT: of one layer, and of models."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,13 +13,15 @@ PLAIN: Mapping[str, Fields] = {  # C is [2, 3] and D [2, 4] = B A of a layer [4,
     "loha": {"r": 2, "alpha": 8.0},
     "lokr": {"r": 1, "alpha": 4.0},
     "oft": {"oft_block_size": 3},
+    "boft": {"boft_block_size": 3},
 }
 
 
 def questions(method: str) -> Sequence[Question]:
     if method not in PLAIN:
         return []
-    return [*(sums(method) if method in SUMS else rotations()), *lives(method), *models(method)]
+    own = {"oft": rotations, "boft": butterflies}
+    return [*(sums(method) if method in SUMS else own[method]()), *lives(method), *models(method)]
 
 
 def layer(name: str, hunts: str, properties: Sequence[str], m: str, **fields: Any) -> Question:
@@ -79,6 +81,24 @@ def rotations() -> list[Question]:
     ]  # fmt: skip
 
 
+def butterflies() -> list[Question]:
+    def ask(name: str, hunts: str, **fields: Any) -> Question:
+        return layer(name, hunts, ALL, "boft", **fields)
+
+    two = {"boft_block_size": 2, "boft_n_butterfly_factor": 2}
+    return [
+        ask("linear", "The inverse rotation; S without its half; a bias that is scaled."),
+        ask("linear-square", "Outputs turned for inputs, which no shape gives away.", o=6, i=6),
+        ask("conv1d", "W is stored as [i, o]: turned, or scaled, on the wrong side.", kind="conv1d"),
+        ask("without-bias", "A layer without a bias, which gets none.", bias=False),
+        ask("two-factors", "Factors in the other order, or that mix the same blocks.", config=two),
+        ask("three-factors", "Halves of blocks that are not 4 halves apart in the third.", i=16,
+            config={**two, "boft_n_butterfly_factor": 3}),
+        ask("blocks", "The number of blocks taken for their size.", config={"boft_block_size": 0, "boft_block_num": 2}),
+        ask("float64", "Something computed in float32 inside.", dtype="float64"),
+    ]  # fmt: skip
+
+
 def lives(m: str) -> list[Question]:
     return [
         layer("empty-batch", "A batch without rows refused; a gradient of no rows that is not zero.",
@@ -107,6 +127,7 @@ def models(m: str) -> list[Question]:
               "llama", swap=True),
         model("two-merged", "Two adapters, of which one is merged.", ["two-merged"], m, "gpt2"),
         *(patterns(m) if m in SUMS else ()),
+        *([BUTTERFLY] if m == "boft" else ()),
     ]  # fmt: skip
 
 
@@ -115,3 +136,8 @@ def patterns(m: str) -> list[Question]:
         model("patterns", "rank_pattern and alpha_pattern with keys of their own, read as one list.", ["patterns"], m,
               "llama", key="[a-z]*.0..*{}"),
     ]  # fmt: skip
+
+
+BUTTERFLY = model(
+    "butterfly", "Three factors, of which one is left out or comes too early.", ["butterfly"], "boft", "llama"
+)

@@ -1,4 +1,4 @@
-"""What the mutants of LoHa, LoKr and OFT get wrong."""
+"""What the mutants of LoHa, LoKr, OFT and BOFT get wrong."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,13 +9,13 @@ import numpy as np
 from refpeft.conformance.case import Case
 from refpeft.conformance.targets.spec import Whole
 from refpeft.method import Phi, at
-from refpeft.methods import loha, lokr, oft
+from refpeft.methods import boft, loha, lokr, oft
 from refpeft.methods.loha import factors
 from refpeft.ops import Array
 from refpeft.part import Once, Part, link
 from refpeft.rotations import rotate
 
-hadamard, kronecker, rotation = loha.ΔW, lokr.ΔW, oft.rotation
+hadamard, kronecker, rotation, butterflies = loha.ΔW, lokr.ΔW, oft.rotation, boft.rotation
 Delta = Callable[..., Any]
 Wrap = Callable[..., Part]
 
@@ -127,6 +127,30 @@ def first_block_for_all(x: Array, R: Array) -> Any:
         return dx, lambda: np.concatenate([dR(), np.zeros((n - 1, *R.shape[1:]), R.dtype)])
 
     return y, back
+
+
+def half_turned(φ: Any) -> Any:
+    """S = A − Aᵀ, without the half."""
+    R, back = butterflies({**dict(φ.values if isinstance(φ, Phi) else φ), "A": 2 * φ["A"]})
+    return R, lambda dR: {"A": Once(lambda: 2 * back(dR)["A"]())}
+
+
+def never_gathered(x: Array, k: int, p: int) -> Array:
+    """Every factor mixes the same blocks."""
+    return x
+
+
+def scale_of_bias(wrap: Wrap, cfg: Any, φ: Phi, part: Part) -> Part:
+    """s on the bias too."""
+    wrapped = wrap(cfg, φ, part)
+    if part.b is None:
+        return wrapped
+
+    def run(x: Array) -> Any:
+        y, back = wrapped.run(x)
+        return y + (φ["s"][:, 0] - 1) * part.b, back
+
+    return wrapped.wrapped(run)
 
 
 def bias_turned(wrap: Wrap, cfg: Any, φ: Phi, part: Part) -> Part:

@@ -27,6 +27,7 @@ from refpeft.conformance.mistakes_bottleneck import BOTTLENECK
 from refpeft.conformance.targets.base import Arrays
 from refpeft.conformance.targets.spec import Layer, Session, Spec, Whole, answers
 from refpeft.methods import (
+    boft,
     did,
     dora,
     ia3,
@@ -275,7 +276,12 @@ PRODUCTS: Mapping[str, Mutant] = {
     **each(("loha", "lokr", "oft"), "only-first-merged", ("model", "two-merged"), of_model=m.MergesFirstOnly),
     **each(("loha", "lokr"), "rank-pattern-as-one-list", ("model", "patterns"),
            patches=lambda: [patch.object(delta.Config, "at", mo.patterns_as_one)]),
-    **each(("oft",), "in-the-other-order", ("model", "order"), of_model=mo.OtherOrder),
+    **each(("boft",), "half-forgotten", FORWARD, patches=mp.instead(boft, rotation=mo.half_turned)),
+    **each(("boft",), "bias-scaled", FORWARD, patches=m.wraps(mo.scale_of_bias, [boft])),
+    **each(("boft",), "same-blocks-mixed", ("model", "butterfly"),
+           patches=mp.instead(boft, gathered=mo.never_gathered, scattered=mo.never_gathered)),
+    **each(("boft",), "transposed-merge-on-square", MERGE, patches=m.merges(m.transposed_merge, [boft])),
+    **each(("oft", "boft"), "in-the-other-order", ("model", "order"), of_model=mo.OtherOrder),
 }  # fmt: skip
 MUTANTS: Mapping[str, Mutant] = {**MATRIX, **PROMPTS, **OWN, **STACKS, **VECTORS, **PRODUCTS}
 

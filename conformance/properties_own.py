@@ -81,7 +81,7 @@ OWN: Sequence[Property] = [
         "butterfly",
         "Three butterfly factors put the halves of blocks beside each other, 1, 2 and 4 halves apart, in this order.",
         ["logits", "grads", "merged_logits"],
-        ["forward", "grads", "merge"],
+        ["forward", "grads", "merge", "butterfly"],
         ["BO3", "BO5"],
         families=("llama", "bert"),
         configs=lambda s: {**BUTTERFLIES, "target_modules": s["config"]["target_modules"][:2]},

@@ -47,7 +47,7 @@ TURNED = ("loha", "lokr", "oft", "boft")  # methods that it lacks where a layer 
 FLAG = {"rslora": "use_rslora", "dora": "use_dora"}
 NEEDED = {"bias": "lora_bias", "patterns": "alpha_pattern"}  # features that stand or fall with a config field
 
-ABSENT = ("rows", "pull")  # features that no version has
+ABSENT = ("rows", "pull", "butterfly")  # features that no version has, or, like the last, only with CUDA
 
 
 class Peft(Driver):
@@ -120,6 +120,8 @@ def matrix_config(method: str, fields: Mapping[str, Any], turned: bool, **more: 
         raise Skip(f"peft {peft.__version__} has no {make.__name__} for Conv1D")
     if fields.get("side", "input") != "input":
         raise Skip("OFT turns inputs there")
+    if fields.get("boft_n_butterfly_factor", 1) != 1:
+        raise Skip("more than one butterfly factor needs a CUDA extension there")
     fields = {n: v for n, v in fields.items() if n != "side"}
     own = {"fan_in_fan_out": turned} if "fan_in_fan_out" in inspect.signature(make).parameters else {}
     return make(**fields, **own, **more)

@@ -3,8 +3,8 @@
     W′ = diag(s) W Mᵀ,   b′ = b           M = B_m−1 ⋯ B₁ B₀,   B_k = Π_k diag(R_k1, …, R_kn) Π_kᵀ,   s [o]
     y  = b + s ⊙ (f(x M) − b)             R = (I − S)(I + S)⁻¹,   S = (A − Aᵀ)/2,   A [m, n, p, p], p n = i
 
-f is the layer. Π_k puts beside each other the halves of blocks that are 2^k halves apart, so that M mixes 2^(m−1) p inputs
-by m n small matrices. Π₀ = I: with m = 1 and s = 1 it is OFT.
+f is the layer. Π_k puts beside each other the halves of blocks that are 2^k halves apart, so that M mixes 2^(m−1) p
+inputs by m n small matrices. Π₀ = I: with m = 1 and s = 1 it is OFT.
 
 With G = ∂L/∂W′:   ds = Σ_i G ⊙ (W Mᵀ),   d(W Mᵀ) = diag(s) G,   then back through the B_k, each as in `oft`; with
 Q = −S:   dQ = (I − Q)⁻ᵀ dR (I + R)ᵀ,   dA = (dQᵀ − dQ)/2.

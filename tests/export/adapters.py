@@ -19,6 +19,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "loha": {"r": 2, "alpha": 6, "target_modules": "all-linear"},
     "lokr": {"r": 1, "alpha": 6, "decompose_both": True, "target_modules": "all-linear"},
     "oft": {"oft_block_size": 4, "target_modules": "all-linear"},
+    "boft": {"boft_block_size": 2, "boft_n_butterfly_factor": 2},
     "partial": {"layers": 1},
     "trainable_tokens": {"token_indices": [3, 1, 5]},
     "prompt_tuning": {"num_virtual_tokens": 3},

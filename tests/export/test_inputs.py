@@ -71,6 +71,7 @@ SWAPS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {  # exporte
     "loha of another rank": ("loha", {"r": 2}, "loha", {"r": 3, "alpha": 5, "alpha_pattern": {"h.1.*": 2}}),
     "another lokr": ("lokr", {"r": 2}, "lokr", {"r": 2, "alpha": 3}),
     "an exact rotation": ("oft", {}, "oft", {"use_cayley_neumann": False}),
+    "other butterflies": ("boft", {"boft_block_size": 2}, "boft", {"boft_block_size": 2}),
     "a longer prompt": ("prompt_tuning", {"num_virtual_tokens": 2}, "prompt_tuning", {"num_virtual_tokens": 5}),
     "a prompt with an encoder": ("prompt_tuning", {"num_virtual_tokens": 2}, "p_tuning", {"num_virtual_tokens": 4}),
     "a shorter prefix": ("prefix_tuning", {"num_virtual_tokens": 5}, "prefix_tuning", {"num_virtual_tokens": 1}),

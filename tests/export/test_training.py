@@ -200,10 +200,11 @@ def test_the_way_back_keeps_everything(case: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(model(ids, loaded)[0], model(ids, adapter)[0], rtol=0, atol=1e-5)
 
 
-def test_the_exact_cayley_transform_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "config"), [("oft", {"use_cayley_neumann": False}), ("boft", {})])
+def test_the_exact_cayley_transform_is_refused(method: str, config: Named, tmp_path: Path) -> None:
     model = tiny("gpt2", dtype=F32)
-    adapter = refpeft.init("oft", {"use_cayley_neumann": False}, model)
-    with pytest.raises(ValueError, match="use_cayley_neumann=False needs the inverse of a matrix, which ONNX does not"):
+    adapter = refpeft.init(method, config, model)
+    with pytest.raises(ValueError, match="needs the inverse of a matrix, which ONNX does not"):
         export(model, adapter, tmp_path / "out", "training", verify=False)
 
 

@@ -1,4 +1,4 @@
-"""LoHa, LoKr and OFT: the claims of their docstrings, and what they refuse."""
+"""LoHa, LoKr, OFT and BOFT: the claims of their docstrings, and what they refuse."""
 
 import math
 from functools import partial
@@ -12,7 +12,7 @@ from scipy.linalg import expm
 import refpeft
 from refpeft import METHODS, Adapter, Model
 from refpeft.method import Phi, weight
-from refpeft.methods import lokr, oft
+from refpeft.methods import boft, lokr, oft
 from refpeft.part import Part
 from refpeft.rotations import cayley, cayley_series, rotate, skew
 from tests.models import tiny
@@ -50,7 +50,15 @@ LAYERS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "embedding": ("gpt2", None, {"target_modules": ["wte", "wpe", "c_attn"]}),
     "tied-head": ("gpt2", None, {"target_modules": ["lm_head", "c_fc"]}),
 }
-everywhere = pytest.mark.parametrize("layer", LAYERS)
+
+
+def defined(option: str, layer: str) -> bool:
+    """BOFT is refused on embeddings (tested below)."""
+    return layer != "embedding" or not option.startswith("boft")
+
+
+COMBINATIONS = [(o, layer) for o in OPTIONS for layer in LAYERS if defined(o, layer)]
+everywhere = pytest.mark.parametrize(("option", "layer"), COMBINATIONS, ids=["-on-".join(c) for c in COMBINATIONS])
 always = pytest.mark.parametrize("option", OPTIONS)
 
 
@@ -99,7 +107,6 @@ def merged(option: str, seed: int = 0, **config: Any) -> tuple[Array, Array]:
 
 
 @everywhere
-@always
 def test_gradients_are_exact(option: str, layer: str) -> None:
     """Of the adapter and of the whole base under it."""
     model = model_of(layer)
@@ -110,9 +117,8 @@ def test_gradients_are_exact(option: str, layer: str) -> None:
 
 
 @everywhere
-@always
 def test_wrap_is_merge(option: str, layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """LH2, LK2, OF2: outputs of the run-time form and of the merged model, and gradients of both forms."""
+    """LH2, LK2, OF2, BO2: outputs of the run-time form and of the merged model, and gradients of both forms."""
     model = model_of(layer)
     adapter = moved(fresh(model, option, layer))
     out, vjp = model(IDS, adapter)
@@ -134,9 +140,8 @@ def test_wrap_is_merge(option: str, layer: str, monkeypatch: pytest.MonkeyPatch)
 
 
 @everywhere
-@always
 def test_a_fresh_adapter_changes_nothing(option: str, layer: str) -> None:
-    """LH1, LK1, OF1: not a bit, merged or not."""
+    """LH1, LK1, OF1, BO1: not a bit, merged or not."""
     model = model_of(layer)
     adapter = fresh(model, option, layer)
     out, merged = model(IDS)[0], refpeft.merge(model, adapter)
@@ -151,7 +156,7 @@ def test_a_fresh_adapter_changes_nothing(option: str, layer: str) -> None:
 
 @always
 def test_several_adapters(option: str) -> None:
-    """LH5, LK5: they add up in any order; OF6: rotations compose, W R₁ᵀ R₂ᵀ, and in another order another."""
+    """LH5, LK5: they add up in any order; OF6, BO7: rotations compose, W R₁ᵀ R₂ᵀ, and in another order another."""
     model = model_of("linear-with-bias")
     a, b = (moved(fresh(model, option, "linear-with-bias", seed=s), seed=s + 5) for s in (0, 1))
     out = model(IDS, [a, b])[0]
@@ -159,10 +164,10 @@ def test_several_adapters(option: str) -> None:
     same(refpeft.merge(refpeft.merge(model, a), b)(IDS)[0], out)
     assert max(d for found in [refpeft.check_model(model, IDS, [a, b], base=True)] for d in found.values()) <= EXACT
     gap = np.abs(model(IDS, [b, a])[0] - out).max()
-    assert gap > 1e-3 if a.method == "oft" else gap < EXACT * 10
+    assert gap > 1e-3 if "oft" in a.method else gap < EXACT * 10
 
 
-@pytest.mark.parametrize("option", ["oft", "oft-output"])
+@pytest.mark.parametrize("option", ["oft", "oft-output", "boft"])
 def test_beside_other_methods(option: str) -> None:
     """OF6: what is turned is all that came before, a LoRA with its bias too; and a LoRA on top is not turned."""
     model = model_of("linear-with-bias")
@@ -174,10 +179,11 @@ def test_beside_other_methods(option: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("option", ["loha", "lokr", "oft", "oft-output"])
+@pytest.mark.parametrize("option", ["loha", "lokr", "oft", "oft-output", "boft-butterflies"])
 def test_a_layer_of_16_bits_stays_one(option: str, dtype: Any) -> None:
-    model = model_of("embedding", dtype=dtype)
-    adapter = moved(fresh(model, option, "embedding"))
+    layer = "conv1d" if option.startswith("boft") else "embedding"
+    model = model_of(layer, dtype=dtype)
+    adapter = moved(fresh(model, option, layer, modules_to_save=None))
     assert {a.dtype for a in adapter.params.values()} == {np.dtype(np.float32)}
     out, vjp = model(IDS, adapter)
     assert out.dtype == dtype
@@ -341,6 +347,56 @@ def test_the_bias_of_oft_only() -> None:
     assert {n for n in adapter.params if n.endswith("bias")} == {n for n in model.params if n.endswith("query.bias")}
 
 
+# ── BOFT ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def matrix_of(p: int, n: int, factors: int, seed: int = 0) -> Array:
+    """M [i, i], by what W = I is merged to: Mᵀ."""
+    rng, W = np.random.default_rng(seed), np.eye(p * n)
+    cfg = boft.Config(boft_block_size=p, boft_n_butterfly_factor=factors)
+    φ = {"A": rng.normal(size=(factors, n, p, p)), "s": np.ones((p * n, 1))}
+    M: Array = boft.merge(cfg, W, None, φ)[0].T
+    return M
+
+
+def test_butterflies_mix_what_the_paper_says() -> None:
+    """BO3, BO5: M is orthogonal, and full with 2^(m−1) p inputs; with a factor less it is not."""
+    for factors, mixed in ((1, 2), (2, 4), (3, 8)):
+        M = matrix_of(2, 4, factors)
+        same(M @ M.T, np.eye(8))
+        assert {int(c) for c in (np.abs(M) > 1e-9).sum(1)} == {mixed}
+
+
+def test_the_second_factor_pairs_halves_of_neighbours() -> None:
+    """B₁ by hand: of blocks a b | c d | e f | g h it turns (a, c), (b, d), (e, g) and (f, h)."""
+    rng = np.random.default_rng(0)
+    R = boft.rotation({"A": rng.normal(size=(2, 4, 2, 2))})[0]
+    B1 = np.zeros((8, 8))
+    for block, (j, k) in enumerate([(0, 2), (1, 3), (4, 6), (5, 7)]):
+        B1[np.ix_([j, k], [j, k])] = R[1, block]
+    x = rng.normal(size=(3, 8))
+    same(boft.butterfly(x, R, [1])[0], x @ B1)
+
+
+def test_one_factor_is_oft() -> None:
+    """BO4"""
+    m, cfg, part, φ = values("boft")
+    i, j = np.triu_indices(4, 1)
+    S = (φ["A"][0] - φ["A"][0].swapaxes(1, 2)) / 2
+    turned = oft.Config(oft_block_size=4, use_cayley_neumann=False)
+    expected = oft.merge(turned, part.W, part.b, {"v": -S[:, i, j]})[0]
+    same(m.merge(cfg, part.W, part.b, {**φ, "s": np.ones((6, 1))})[0], expected)
+
+
+def test_the_scale_doubles_the_weight_alone() -> None:
+    """BO6"""
+    m, cfg, part, φ = values("boft")
+    W1, b1, _ = m.merge(cfg, part.W, part.b, φ)
+    W2, b2, _ = m.merge(cfg, part.W, part.b, {**φ, "s": 2 * φ["s"]})
+    same(W2, 2 * W1)
+    assert b1 is b2 is part.b
+
+
 # ── what is refused ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -357,6 +413,12 @@ def test_the_bias_of_oft_only() -> None:
         ("oft", {"num_cayley_neumann_terms": 3}, "num_cayley_neumann_terms must be at least 4, found 3"),
         ("oft", {"side": "left"}, r"side must be one of \('input', 'output'\), found 'left'"),
         ("oft", {"bias": "lora_only"}, "bias must be 'none', 'all' or 'oft_only', found 'lora_only'"),
+        ("boft", {"boft_block_num": 2}, "one of boft_block_size and boft_block_num must be a positive integer"),
+        ("boft", {"boft_n_butterfly_factor": 0}, "boft_n_butterfly_factor must be at least 1, found 0"),
+        ("boft", {"boft_block_size": 3}, r"q_proj: boft_block_size must divide the 16 inputs, found 3"),
+        ("boft", {"boft_n_butterfly_factor": 4}, "4 butterfly factors need an even block size and a number of blocks"),
+        ("boft", {"target_modules": ["embed_tokens"]}, "embed_tokens: BOFT is defined for linear layers, not for emb"),
+        ("boft", {"bias": "oft_only"}, "bias must be 'none', 'all' or 'boft_only', found 'oft_only'"),
         ("oft", {"coft": True}, "oft has no config field 'coft'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""LoHa, LoKr and OFT beside HF peft: the same files, outputs and gradients."""
+"""LoHa, LoKr, OFT and BOFT beside HF peft: the same files, outputs and gradients."""
 
 import json
 import warnings
@@ -10,6 +10,7 @@ import pytest
 
 import refpeft
 from refpeft.checkpoint.safetensors import Malformed, read, write
+from refpeft.methods import boft
 from tests.refpeft.test_checkpoint_peft import IDS, hf_model, hf_out
 
 pytestmark = pytest.mark.peft
@@ -28,6 +29,10 @@ OPTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "oft-exact": ("oft", "OFTConfig", {"oft_block_size": 4, "use_cayley_neumann": False}),
     "oft-shared": ("oft", "OFTConfig", {"oft_block_size": 4, "block_share": True, "bias": "oft_only"}),
     "oft-embedding": ("oft", "OFTConfig", {"oft_block_size": 4, "target_modules": ["embed_tokens", "q_proj"]}),
+}
+OPTIONS |= {
+    "boft": ("boft", "BOFTConfig", {"bias": "boft_only"}),
+    "boft-blocks": ("boft", "BOFTConfig", {"boft_block_size": 0, "boft_block_num": 2}),
 }
 always = pytest.mark.parametrize("option", OPTIONS)
 
@@ -109,6 +114,25 @@ def test_what_we_save_peft_reads(option: str, tmp_path: Path) -> None:
     assert again.params.keys() == adapter.params.keys()
     assert all(np.array_equal(again.params[n], v) for n, v in adapter.params.items())
     np.testing.assert_array_equal(model(IDS, again)[0], model(IDS, adapter)[0])
+
+
+@pytest.mark.parametrize("factors", [1, 2, 3])
+def test_the_places_of_butterflies_are_those_of_peft(factors: int) -> None:
+    """B_k = P_k diag(R_k) P_kᵀ with its own permutations, which need no CUDA, as the product of them does."""
+    import torch
+    from peft.tuners.boft.layer import BOFTLayer
+    from scipy.linalg import block_diag
+
+    p, n, own = 4, 4, BOFTLayer.__new__(BOFTLayer)
+    A = np.random.default_rng(0).normal(size=(factors, n, p, p))
+    R = own.cayley_batch(torch.tensor(A).reshape(-1, p, p)).reshape(factors, n, p, p).numpy()
+    M = np.eye(p * n)
+    for k in range(factors):
+        P = own.perm2mat(own.block_butterfly_perm(p * n, n // 2**k, p // 2, factors - 1)).numpy()
+        M = P @ block_diag(*R[k]) @ P.T @ M
+    x = np.random.default_rng(1).normal(size=(3, p * n))
+    ours, _ = boft.butterfly(x, boft.rotation({"A": A})[0], range(factors)[::-1])
+    assert near(ours, x @ M, 1e-14)
 
 
 def test_an_unscaled_lokr_is_saved_so_that_peft_means_the_same(tmp_path: Path) -> None:
