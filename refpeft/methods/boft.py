@@ -140,12 +140,14 @@ def butterfly(x: Array, R: Array, levels: Sequence[int]) -> tuple[Array, Vjp]:
 
 def gathered(x: Array, k: int, p: int) -> Array:
     """Halves of blocks that lie 2^k halves apart, side by side."""
-    return x if k == 0 else x.reshape(*x.shape[:-1], -1, 2, 2**k, p // 2).swapaxes(-3, -2).reshape(x.shape)
+    n = x.shape[-1] // (p * 2**k)
+    return x if k == 0 else x.reshape(*x.shape[:-1], n, 2, 2**k, p // 2).swapaxes(-3, -2).reshape(x.shape)
 
 
 def scattered(x: Array, k: int, p: int) -> Array:
     """And back to where they were."""
-    return x if k == 0 else x.reshape(*x.shape[:-1], -1, 2**k, 2, p // 2).swapaxes(-3, -2).reshape(x.shape)
+    n = x.shape[-1] // (p * 2**k)
+    return x if k == 0 else x.reshape(*x.shape[:-1], n, 2**k, 2, p // 2).swapaxes(-3, -2).reshape(x.shape)
 
 
 def rotations(adapter: "Adapter") -> "Adapter":
