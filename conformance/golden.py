@@ -2,7 +2,7 @@
 
 A vector is a case (`case.py`) that also holds, under `expect/<name>`, what the specification answers, and in its
 metadata the kind of bug that it hunts, and how far another answer may be off. Which questions are asked is chosen in
-`golden_layers` and `golden_models`; nothing is computed here but by the specification.
+`golden_layers` and its neighbours; nothing is computed here but by the specification.
 
     exact   answers must be equal as numbers
     float   ‖got − expect‖ ≤ limit · unit, with expect = ref in the dtype of the answer and unit = max(dither, u ‖ref‖)
@@ -87,9 +87,13 @@ def short(a: Array) -> Array:
 
 
 def chosen(method: str) -> Sequence[Question]:
-    from refpeft.conformance import golden_layers, golden_models
+    from refpeft.conformance import golden_layers, golden_models, golden_products
 
-    return [*golden_layers.questions(method), *golden_models.questions(method)]
+    return [
+        *golden_layers.questions(method),
+        *golden_models.questions(method),
+        *golden_products.questions(method),
+    ]
 
 
 # ── answers ──────────────────────────────────────────────────────────────────────────────────────────────────────────

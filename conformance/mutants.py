@@ -14,9 +14,10 @@ from typing import Any
 from unittest.mock import patch
 
 import refpeft.tune
-from refpeft import hooks, inputs, layers, recurrent, selection
+from refpeft import delta, hooks, inputs, layers, recurrent, selection
 from refpeft.conformance import mistakes as m
 from refpeft.conformance import mistakes_intrinsic as mi
+from refpeft.conformance import mistakes_products as mo
 from refpeft.conformance import mistakes_prompts as mp
 from refpeft.conformance import mistakes_selection as ms
 from refpeft.conformance import mistakes_stacks as mt
@@ -27,10 +28,14 @@ from refpeft.conformance.targets.base import Arrays
 from refpeft.conformance.targets.spec import Layer, Session, Spec, Whole, answers
 from refpeft.methods import (
     adalora,
+    boft,
     did,
     dora,
     ia3,
+    loha,
+    lokr,
     lora,
+    oft,
     p_tuning_v2,
     prefix_tuning,
     rslora,
@@ -259,7 +264,36 @@ VECTORS: Mapping[str, Mutant] = {
     **each(("vera",), "projection-drawn-again", ("lifecycle", "save-load"), of_session=mi.DrawsAgain),
     **each(("adalora", "vera"), "stays-enabled", ("lifecycle", "disable"), of_session=ms.StaysEnabled),
 }  # fmt: skip
-MUTANTS: Mapping[str, Mutant] = {**MATRIX, **PROMPTS, **OWN, **STACKS, **VECTORS}
+
+# ── products and rotations ───────────────────────────────────────────────────────────────────────────────────────────
+
+PRODUCTS: Mapping[str, Mutant] = {
+    **each(("loha",), "scaled-twice", FORWARD, patches=mp.instead(loha, ΔW=mo.scaled_twice(loha.ΔW))),
+    **each(("loha",), "alpha-ignored", FORWARD, patches=mp.instead(loha, ΔW=mo.unscaled(loha.ΔW))),
+    **each(("loha",), "summed", FORWARD, patches=mp.instead(loha, ΔW=mo.summed)),
+    **each(("loha",), "gradient-of-a-sum", GRADS, patches=mp.instead(loha, ΔW=mo.one_sided)),
+    **each(("lokr",), "scaled-twice", FORWARD, patches=mp.instead(lokr, ΔW=mo.lokr_scaled_twice)),
+    **each(("lokr",), "factors-commuted", FORWARD, patches=mp.instead(lokr, ΔW=mo.commuted)),
+    **each(("lokr",), "unscaled-where-full", FORWARD, patches=mp.instead(lokr, ΔW=mo.one_where_full)),
+    **each(("oft",), "turned-back", FORWARD, patches=mp.instead(oft, rotation=mo.turned_back)),
+    **each(("oft",), "turned-back-if-exact", ("model", "exact-cayley"),
+           patches=mp.instead(oft, rotation=mo.turned_back_if_exact)),
+    **each(("oft",), "term-lost", FORWARD, patches=mp.instead(oft, rotation=mo.term_lost)),
+    **each(("oft",), "first-block-for-all", FORWARD, patches=mp.instead(oft, rotate=mo.first_block_for_all)),
+    **each(("oft",), "bias-turned", FORWARD, patches=m.wraps(mo.bias_turned, [oft])),
+    **each(("loha", "lokr", "oft"), "transposed-merge-on-square", MERGE,
+           patches=m.merges(m.transposed_merge, [loha, lokr, oft])),
+    **each(("loha", "lokr", "oft"), "only-first-merged", ("model", "two-merged"), of_model=m.MergesFirstOnly),
+    **each(("loha", "lokr"), "rank-pattern-as-one-list", ("model", "patterns"),
+           patches=lambda: [patch.object(delta.Config, "at", mo.patterns_as_one)]),
+    **each(("boft",), "half-forgotten", FORWARD, patches=mp.instead(boft, rotation=mo.half_turned)),
+    **each(("boft",), "bias-scaled", FORWARD, patches=m.wraps(mo.scale_of_bias, [boft])),
+    **each(("boft",), "same-blocks-mixed", ("model", "butterfly"),
+           patches=mp.instead(boft, gathered=mo.never_gathered, scattered=mo.never_gathered)),
+    **each(("boft",), "transposed-merge-on-square", MERGE, patches=m.merges(m.transposed_merge, [boft])),
+    **each(("oft", "boft"), "in-the-other-order", ("model", "order"), of_model=mo.OtherOrder),
+}  # fmt: skip
+MUTANTS: Mapping[str, Mutant] = {**MATRIX, **PROMPTS, **OWN, **STACKS, **VECTORS, **PRODUCTS}
 
 
 def target(name: str) -> Mutant:

@@ -7,6 +7,7 @@ from refpeft.conformance.property import PADDED, Property, two, whole
 
 CAUSAL = tiny.CAUSAL
 SOFT = ("prompt_tuning", "p_tuning", "prefix_tuning")
+BUTTERFLIES = {"boft_block_size": 2, "boft_n_butterfly_factor": 3}
 PREFIX = ("prefix_tuning", "p_tuning_v2")
 OWN: Sequence[Property] = [
     whole(
@@ -66,6 +67,25 @@ OWN: Sequence[Property] = [
         adapters=two,
         also={"rows": [[1, 0, -1], [0, 0, 1], [-1, 1, 1]], "batch": [[3, 3], [3, 2]]},
         methods=PREFIX,
+    ),
+    whole(
+        "exact-cayley",
+        "The exact Cayley transform is (I + Q)(I − Q)⁻¹, which its series approaches: it turns the same way.",
+        ["logits", "grads", "merged_logits"],
+        ["forward", "grads", "merge"],
+        ["OF3", "OF5"],
+        configs=lambda s: {"use_cayley_neumann": False},
+        methods=("oft",),
+    ),
+    whole(
+        "butterfly",
+        "Three butterfly factors put the halves of blocks beside each other, 1, 2 and 4 halves apart, in this order.",
+        ["logits", "grads", "merged_logits"],
+        ["forward", "grads", "merge", "butterfly"],
+        ["BO3", "BO5"],
+        families=("llama", "bert"),
+        configs=lambda s: {**BUTTERFLIES, "target_modules": s["config"]["target_modules"][:2]},
+        methods=("boft",),
     ),
     whole(
         "transpose",

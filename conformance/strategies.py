@@ -22,7 +22,7 @@ def layer(draw: Any, /, method: str, info: Mapping[str, Any], **fixed: Any) -> S
     """One layer with one adapter. `fixed` fields are not drawn."""
     features, dtypes = info["features"], info["dtypes"]
     kinds = ["linear", *(kind for kind in ("conv1d", "embedding") if kind in features)]
-    s: Structure = {"kind": draw(st.sampled_from(kinds)), "regime": draw(st.sampled_from(["exact", "float"]))}
+    s: Structure = {"kind": draw(st.sampled_from(kinds)), "regime": draw(st.sampled_from(regimes(method)))}
     s = {**s, **{k: v for k, v in fixed.items() if k in s}}
     s["edge"] = "none" if s["regime"] == "exact" else draw(st.sampled_from(EDGES))
     s["o"] = draw(st.integers(1, 7))
@@ -43,13 +43,16 @@ def layer(draw: Any, /, method: str, info: Mapping[str, Any], **fixed: Any) -> S
 def layer_corners(method: str, info: Mapping[str, Any], fixed: Mapping[str, Sequence[Any]]) -> list[Structure]:
     """Every kind of layer, square and not, in both regimes, and every combination of what is `fixed`."""
     kinds = ["linear", *(kind for kind in ("conv1d", "embedding") if kind in info["features"])]
-    axes: dict[str, Any] = {"kind": kinds, "regime": ["exact", "float"], "i": [3, 4]} | dict(fixed)
+    o = TRAITS[method].outputs
+    axes: dict[str, Any] = {"kind": kinds, "regime": regimes(method), "i": [o, o + 1]} | dict(fixed)
     if method not in LORA:
-        axes["config"] = configs(TRAITS[method].layer)
+        given = options(info, method)
+        free = {name: values for name, values in TRAITS[method].layer.items() if name not in given}
+        axes["config"] = [c | given for c in configs(free)]
     found = []
     for n, values in enumerate(itertools.product(*axes.values())):
         s = dict(zip(axes, values, strict=True))
-        bias = s["kind"] != "embedding" and (s["i"] == 3 or s["kind"] == "conv1d")
+        bias = s["kind"] != "embedding" and (s["i"] == o or s["kind"] == "conv1d")
         own: Structure = {"r": 4 if method == "rslora" else 2, "lora_alpha": 8.0} | FLAGS.get(method, {})
         if bias and "bias" in info["features"] and method != "dora":
             own["lora_bias"] = True
@@ -57,9 +60,13 @@ def layer_corners(method: str, info: Mapping[str, Any], fixed: Mapping[str, Sequ
         wide = [d for d in EXACT if d in info["dtypes"]] or info["dtypes"]
         dtype = wide[n // 2 % len(wide)]
         found.append(
-            {"o": 3, "bias": bias, "batch": [2, 2], "draw": n, "dtype": dtype, "edge": "none", "config": own} | s
+            {"o": o, "bias": bias, "batch": [2, 2], "draw": n, "dtype": dtype, "edge": "none", "config": own} | s
         )
     return [s | setting for s in found for setting in settings(info)]
+
+
+def regimes(method: str) -> list[str]:
+    return ["exact", "float"] if TRAITS[method].exact else ["float"]
 
 
 def configs(choices: Mapping[str, Sequence[Any]]) -> list[Structure]:

@@ -27,7 +27,9 @@ MERGES = tuple(
 class Traits:
     """`asks`: properties as level/name; None means all. `choices`: values to draw for each field of the config;
     `fixed`: fields that depend on the family and the architecture. `second`: another config of the same kind.
-    `layer`: values for the config of one layer, called 'layer'. `lacks`: features that make no sense for the method."""
+    `layer`: values for the config of one layer, called 'layer'. `lacks`: features that make no sense for the method.
+    `exact`: where numbers are small integers, so is all that is computed of them. `outputs`: of the layers that are
+    always asked about."""
 
     letter: str  # of its claims
     asks: Sequence[str] | None = None
@@ -39,6 +41,8 @@ class Traits:
     architectures: Sequence[str] | None = None  # None: any; '' is the family's language model
     layer: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     lacks: Sequence[str] = ()
+    exact: bool = True
+    outputs: int = 3
 
     def plain(self, family: str, architecture: str) -> Structure:
         first = {name: values[0] for name, values in self.choices.items()}
@@ -121,6 +125,10 @@ MATRICES = (*SELECTION, *PAIRS, *WHOLE_TOO)
 TAKES = r".*(mlp\.c_proj|down_proj|intermediate\.dense|\.wo|fc2)"
 
 
+TIED = ("model/embedding", "model/tied", "export/onnx-tied")
+SCALED = ("model/patterns", "lifecycle/saved-patterns")
+
+
 def linears(family: str, architecture: str) -> Structure:
     """Layers of unlike shapes, of which the last is the widest."""
     first, second, *_, last = tiny.LINEARS[family]
@@ -134,6 +142,18 @@ BUDGET: Mapping[str, Sequence[Any]] = {
 
 def more_triplets(first: Structure) -> Structure:
     return {**first, "init_r": first["init_r"] + 1, "lora_alpha": 2 * first["lora_alpha"] + 1}
+
+
+def other_alpha(first: Structure) -> Structure:
+    return {**first, "r": 2 * first["r"], "alpha": 3 * first["alpha"]}
+
+
+def other_blocks(first: Structure) -> Structure:
+    return {**first, "boft_block_size": 0, "boft_block_num": 2}
+
+
+def larger_blocks(first: Structure) -> Structure:
+    return {**first, "oft_block_size": 2 * first["oft_block_size"]}
 
 
 def other_start(first: Structure) -> Structure:
@@ -184,6 +204,43 @@ TRAITS: Mapping[str, Traits] = {
     ),
     "adalora": Traits("AL", MATRICES, BUDGET, fixed=linears, second=more_triplets),
     "vera": Traits("VE", MATRICES, {"r": [2, 1, 3], "d_initial": [0.1, 0.5]}, fixed=linears, second=other_start),
+    "loha": Traits(
+        "LH",
+        (*ONE_LAYER, *MATRICES, *TIED, *SCALED),
+        {"r": [2, 1, 4], "alpha": [6.0, 1.0]},
+        fixed=linears,
+        second=other_alpha,
+        layer={"r": [2, 1, 4], "alpha": [3.0]},
+    ),
+    "lokr": Traits(
+        "LK",
+        (*ONE_LAYER, *MATRICES, *TIED, *SCALED),
+        {"r": [1, 2, 8], "alpha": [6.0, 1.0], "decompose_both": [False, True], "decompose_factor": [-1, 2]},
+        fixed=linears,
+        second=other_alpha,
+        layer={"r": [1, 4], "alpha": [3.0], "decompose_both": [False, True]},
+    ),
+    "oft": Traits(
+        "OF",
+        (*ONE_LAYER, *MATRICES, *TIED, "model/exact-cayley"),
+        {"oft_block_size": [4, 2, 8], "num_cayley_neumann_terms": [5, 4, 7], "block_share": [False, True]},
+        fixed=linears,
+        second=larger_blocks,
+        layer={"oft_block_size": [2, 4], "block_share": [False, True], "side": ["input", "output"]},
+        exact=False,
+        outputs=6,
+    ),
+    "boft": Traits(
+        "BO",
+        (*ONE_LAYER, *MATRICES, "model/butterfly"),
+        {"boft_block_size": [2, 1]},
+        fixed=linears,
+        second=other_blocks,
+        layer={"boft_block_size": [0], "boft_block_num": [1]},
+        lacks=("embedding",),
+        exact=False,
+        outputs=4,
+    ),
     "full": Traits("F", SELECTION),
     "partial": Traits("T", SELECTION, {"layers": [1], "head": [True, False], "tied": [False, True]}),
     "bitfit": Traits("B", SELECTION, {"biases": ["all", "query_and_intermediate"]}, families=BIASED),

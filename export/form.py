@@ -24,7 +24,7 @@ from refpeft.export.runtime import Runner
 from refpeft.export.symbols import Graph, Symbol
 from refpeft.hooks import Hooks
 from refpeft.method import shared
-from refpeft.methods import METHODS, prefix_tuning
+from refpeft.methods import METHODS, boft, oft, prefix_tuning
 from refpeft.model import Model
 from refpeft.prompts import drop_encoder
 
@@ -89,7 +89,12 @@ class Form(Protocol):
 
 
 def trained(adapter: Adapter) -> Adapter:
-    """The same function without what only training needs: the networks that make prompts and prefixes."""
+    """The same function without what only training needs: the networks that make prompts and prefixes, and the Cayley
+    transform, whose inverse of a matrix ONNX does not have."""
+    if adapter.method == "oft":
+        return oft.rotations(adapter)
+    if adapter.method == "boft":
+        return boft.rotations(adapter)
     if adapter.method == "p_tuning":
         return drop_encoder(adapter)
     return prefix_tuning.flat(adapter) if adapter.method in ("prefix_tuning", "p_tuning_v2") else adapter

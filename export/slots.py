@@ -9,6 +9,13 @@
     ia3                           <module>.ia3_l            [o, 1], [1, i]  l                    1
     vera                          <module>.vera_lambda_b    [o]             λb                   0
                                   <module>.vera_lambda_d    [r]             λd                   0
+    loha                          <module>.hada_sw1_a       [o, r]          s B₁                 rank 0
+                                  <module>.hada_w1_b, …     [r, i], …       A₁, B₂, A₂           rank 0
+    lokr                          <module>.lokr_sw1(_a)     [l, m]          s C, or s C_b        zeros
+                                  <module>.lokr_w2, …       [k, n], …       D, or B, A; C_a      zeros
+    oft                           <module>.oft_R.rotation   [n, p, p]       R                    I
+    boft                          <module>.boft_R.rotation  [m, n, p, p]    R                    I
+                                  <module>.boft_s           [o, 1]          s                    1
     houlsby, pfeiffer, parallel   <module>.adapter_down     [m, d]          D                    rank 0
                                   <module>.adapter_s_up     [d, m]          s U                  rank 0
                                   … and each with _bias     [m], [d]        b_D, s b_U           0
@@ -43,12 +50,15 @@ from refpeft.checkpoint.adapters import tensor_of
 from refpeft.export.form import Array, own, prefixes, trained
 from refpeft.hooks import Block, Hooks, Prompt, compose
 from refpeft.method import Phi, Values, as_dtype, branch
-from refpeft.methods import dora, lora, trainable_tokens
+from refpeft.methods import METHODS, dora, lora, trainable_tokens
 from refpeft.model import Model
 from refpeft.part import Back, Grads, Lazy, Part, Run, Want
 from refpeft.prompts import P, table, virtual
 
 LORA = ("lora", "rslora", "dora", "adalora")
+PRODUCTS = ("loha", "lokr", "oft", "boft")
+ROTATIONS = ("oft", "boft")
+SCALED = {"B1": "hada_sw1_a", "C": "lokr_sw1", "Cb": "lokr_sw1_a"}  # what is fed with the scale in it
 PROMPTS = ("prompt_tuning", "p_tuning")
 PREFIXES = ("prefix_tuning", "p_tuning_v2")
 VECTORS = {"ia3": 1, "vera": 0}  # what is fed is what the method has, and this where it does nothing
@@ -126,6 +136,8 @@ def of_one(adapter: Adapter, model: Model, dtype: Any) -> dict[str, Slot]:
             found[name] = Slot(("virtual_tokens", rows.shape[1]), rows, rows[:0], own=True)
     elif adapter.method in NECKS:
         found |= necks(adapter, model)
+    elif adapter.method in PRODUCTS:
+        found |= products(adapter)
     elif not substitutes(adapter):
         raise NotImplementedError(f"{adapter.method} has no slots: its parameters are not what a layer runs with")
     return found
@@ -153,6 +165,32 @@ def low_rank(adapter: Adapter, model: Model, dtype: Any) -> dict[str, Slot]:
             for n, a in fed.items():
                 found[f"{path}.{INPUT[n]}"] = Slot(shapes[n], a, nothing[n].astype(a.dtype), own=True)
     return found
+
+
+def products(adapter: Adapter) -> dict[str, Slot]:
+    found: dict[str, Slot] = {}
+    for path, (names, _) in adapter.by_module.items():
+        cfg, φ = adapter.at(path), {n: adapter.value(full).astype(np.float64) for n, full in names.items()}
+        s = 1.0 if adapter.method in ROTATIONS else cfg.scale if adapter.method == "loha" else cfg.scale(φ)
+        for n, full in names.items():
+            a = (s * φ[n] if n in SCALED else φ[n]).astype(np.float32)
+            found[input_of(path, n, full)] = Slot(*unfed(adapter.method, path, n, a), own=True)
+    return found
+
+
+def unfed(method: str, path: str, n: str, a: Array) -> tuple[Sequence[int | str], Array, Array]:
+    """The sizes of an input, what is fed, and what does nothing."""
+    if method == "loha":
+        rank = f"rank of {path}"
+        return ((a.shape[0], rank), a, a[:, :0]) if n in ("B1", "B2") else ((rank, a.shape[1]), a, a[:0])
+    nothing = np.zeros_like(a)
+    neutral = 1 if n == "s" else np.eye(a.shape[-1], dtype=a.dtype) if method in ROTATIONS else 0
+    return a.shape, a, nothing + neutral
+
+
+def input_of(path: str, name: str, full: str) -> str:
+    """The input of a parameter: its name in checkpoints, or another where the scale is in it."""
+    return f"{path}.{SCALED[name]}" if name in SCALED else full
 
 
 def scaled(cfg: Any, φ: Values, part: Part, dtype: Any) -> dict[str, Array]:
@@ -215,6 +253,8 @@ def hooks(adapters: Sequence[Adapter], values: Mapping[str, Any], model: Model) 
             then.append(Hooks(part=layers(adapter, fed)))
         elif adapter.method in NECKS:
             then.append(Hooks(block=sublayers(adapter, fed, model)))
+        elif adapter.method in PRODUCTS:
+            then.append(Hooks(part=product(adapter, fed)))
         elif adapter.method in PREFIXES:
             then.append(each([named.replace(params={n: fed[n] for n in fed if own(adapter, n)})], model))
         elif adapter.method in VECTORS:
@@ -248,6 +288,19 @@ def sublayers(adapter: Adapter, fed: Mapping[str, Any], model: Model) -> Callabl
         return bottleneck.adapted(cfg, Phi({n: fed[name] for n, name in names.items() if name in fed}, {}), b)
 
     return block
+
+
+def product(adapter: Adapter, fed: Mapping[str, Any]) -> Callable[[Part], Part]:
+    """LoHa, LoKr, OFT or BOFT on the layers that have slots; of the former two with s = 1."""
+    m, cfg = METHODS[adapter.method], adapter.config
+    cfg = cfg if adapter.method in ROTATIONS else replace(cfg, r=1, alpha=1, rank_pattern={}, alpha_pattern={})
+
+    def part(p: Part) -> Part:
+        names, _ = adapter.by_module.get(p.path, ({}, {}))
+        φ = {n: fed[input_of(p.path, n, full)] for n, full in names.items()}
+        return m.wrap(cfg, Phi(φ, {}), p) if φ else p
+
+    return part
 
 
 def gained(g: Any, f: Run, δ: Run) -> Run:

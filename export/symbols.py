@@ -362,7 +362,8 @@ def concatenate(g: Graph, xs: Sequence[Any], axis: int = 0) -> Symbol:
     return g.emit("Concat", parts, parts[0].dtype, shape, axis=axis)
 
 
-def take_along_axis(g: Graph, x: Symbol, at: Symbol, axis: int) -> Symbol:
+def take_along_axis(g: Graph, x: Symbol, at: Any, axis: int) -> Symbol:
+    at = operand(g, at, INT)
     return g.emit("GatherElements", (x, at), x.dtype, at.shape, axis=axis)
 
 

@@ -59,5 +59,6 @@ FEATURES: Mapping[str, str] = {
     "drop": "put what a network made in its place: a prompt without its encoder",
     "rows": "run several adapters in one batch, each for some of its rows",
     "pull": "give the gradient of a linear function of the merged weights",
+    "butterfly": "more than one butterfly factor of BOFT",
     "tied": "tied input and output embeddings",
 }

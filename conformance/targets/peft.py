@@ -28,24 +28,27 @@ from refpeft.conformance.case import DTYPES, Case, read
 from refpeft.conformance.targets import peft_prompts as prompts
 from refpeft.conformance.targets.base import FEATURES, Arrays, Skip
 from refpeft.conformance.targets.models import Driver, base_model, buildable, decoder_of, output, values_of
-from refpeft.conformance.targets.spec import mask_of, real
+from refpeft.conformance.targets.spec import LATIN, mask_of, real
 from refpeft.conformance.targets.tensors import array, quietly, tensor
+from refpeft.methods import METHODS
 from refpeft.ops import Array
 
 PREFIX = "base_model.model."
-# what holds an adapter's parameters by its name
-OWN = r"lora_[A-Za-z_]+|ia3_l|vera_lambda_[bd]|ln_tuning_layers|trainable_tokens_delta"
-SHORT = {"A": "lora_A.weight", "B": "lora_B.weight", "bias": "lora_B.bias", "m": "lora_magnitude_vector", "l": "ia3_l"}
-SHORT_EMBEDDING = {"A": "lora_embedding_A", "B": "lora_embedding_B", "m": "lora_magnitude_vector"}
+OWN = (  # what holds an adapter's parameters by its name
+    r"lora_[A-Za-z_]+|ia3_l|vera_lambda_[bd]|hada_\w+|lokr_\w+|oft_R|oft_embedding_R|boft_[Rs]|ln_tuning_layers"
+    r"|trainable_tokens_delta"
+)
 FIELDS = frozenset(inspect.signature(peft.LoraConfig).parameters)
 CLASSES = {  # of methods that are no LoRA
     "ln_tuning": "LNTuningConfig", "trainable_tokens": "TrainableTokensConfig", "ia3": "IA3Config",
-    "vera": "VeraConfig", "adalora": "AdaLoraConfig",
+    "vera": "VeraConfig", "adalora": "AdaLoraConfig", "loha": "LoHaConfig", "lokr": "LoKrConfig", "oft": "OFTConfig",
+    "boft": "BOFTConfig",
 }  # fmt: skip
+TURNED = ("loha", "lokr", "oft", "boft")  # methods that it lacks where a layer stores W as [i, o]
 FLAG = {"rslora": "use_rslora", "dora": "use_dora"}
 NEEDED = {"bias": "lora_bias", "patterns": "alpha_pattern"}  # features that stand or fall with a config field
 
-ABSENT = ("rows", "pull")  # features that no version has
+ABSENT = ("rows", "pull", "butterfly")  # features that no version has, or, like the last, only with CUDA
 
 
 class Peft(Driver):
@@ -56,11 +59,12 @@ class Peft(Driver):
             "methods": ["lora", *(method for method, flag in FLAG.items() if flag in FIELDS),
                         *(method for method, name in {**CLASSES, **prompts.CLASSES}.items() if hasattr(peft, name))],
             "dtypes": list(DTYPES),
-            "options": prompts.OPTIONS,
+            "options": {**prompts.OPTIONS, "oft": {"side": "input"}, "boft": {"boft_n_butterfly_factor": 1}},
             "features": [f for f in FEATURES if f not in ABSENT and NEEDED.get(f, "r") in FIELDS
                          and (f != "together" or together())],
             "without": {method: ["embedding"] for method, flag in FLAG.items() if not adapts_embeddings(flag)}
-                       | {method: ["together"] for method in prompts.CLASSES},  # one at a time
+                       | {method: ["together"] for method in prompts.CLASSES}  # one at a time
+                       | {method: ["conv1d", "embedding"] for method in TURNED} | {"oft": ["conv1d", "tied"]},
             "families": [family for family in tiny.FAMILIES if buildable(family)],
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }  # fmt: skip
@@ -113,6 +117,13 @@ def matrix_config(method: str, fields: Mapping[str, Any], turned: bool, **more: 
     if method not in CLASSES:
         return lora_config(fields, fan_in_fan_out=turned, **more)
     make = getattr(peft, CLASSES[method])
+    if turned and method in TURNED:
+        raise Skip(f"peft {peft.__version__} has no {make.__name__} for Conv1D")
+    if fields.get("side", "input") != "input":
+        raise Skip("OFT turns inputs there")
+    if fields.get("boft_n_butterfly_factor", 1) != 1:
+        raise Skip("more than one butterfly factor needs a CUDA extension there")
+    fields = {n: v for n, v in fields.items() if n != "side"}
     own = {"fan_in_fan_out": turned} if "fan_in_fan_out" in inspect.signature(make).parameters else {}
     return make(**fields, **own, **more)
 
@@ -165,7 +176,8 @@ class Layer:
         config = matrix_config(case.method, case.meta["config"], self.kind == "conv1d", target_modules=["layer"])
         self.model = peft.get_peft_model(Toy(plain(self.kind, a["W"], a.get("b"))), config).eval()
         self.x = tensor(a["x"])
-        self.short = SHORT_EMBEDDING if self.kind == "embedding" else SHORT
+        keys = METHODS[case.method].KEYS
+        self.short = {LATIN.get(n, n): pair[self.kind == "embedding"] for n, pair in keys.items()}
         if "fresh" not in case.meta["want"]:
             self.write("")
 

@@ -43,6 +43,10 @@ def check(subject: Subject) -> None:
         raise ValueError("the form training reads whole texts, and does not decode")
     if subject.dtype != np.float32:
         raise ValueError(f"the form training computes in float32, found {subject.dtype}")
+    if not getattr(subject.adapters[0].config, "use_cayley_neumann", True):
+        raise ValueError("use_cayley_neumann=False needs the inverse of a matrix, which ONNX does not have")
+    if subject.adapters[0].method == "boft":
+        raise ValueError("BOFT needs the inverse of a matrix, which ONNX does not have")
     training.objective(subject.model)
     training.optimizer(subject.options)
     contents(subject.adapters[0])  # refused if it could not be saved

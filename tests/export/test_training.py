@@ -41,6 +41,9 @@ CASES: dict[str, tuple[str, str, str, Named]] = {  # family, architecture, metho
     "bitfit": ("bert", "ForTokenClassification", "bitfit", {}),
     "vectors": ("gpt2", "LMHeadModel", "ia3", {}),
     "vectors and a projection": ("llama", "ForCausalLM", "vera", SMALL["vera"]),
+    "loha": ("bert", "ForSequenceClassification", "loha", {"r": 2, "alpha": 6, "target_modules": ["query"]}),
+    "lokr": ("bert", "ForSequenceClassification", "lokr", {"r": 1, "alpha": 6, "decompose_both": True}),
+    "oft": ("gpt2", "LMHeadModel", "oft", {"oft_block_size": 4, "target_modules": ["c_attn", "wte"]}),
     "a prompt": ("gpt2", "LMHeadModel", "prompt_tuning", SMALL["prompt_tuning"]),
     "a prompt that a network makes": ("bert", "ForSequenceClassification", "p_tuning", SMALL["p_tuning"]),
     "a prefix": ("llama", "ForCausalLM", "prefix_tuning", SMALL["prefix_tuning"]),
@@ -173,6 +176,7 @@ KEPT = {
     "patterns": ("lora", {"r": 2, "rank_pattern": {"c_fc": 3}, "target_modules": ["c_attn", "c_fc", "wte"]}),
     "biases and a tied head": ("lora", {"r": 2, "bias": "all", "modules_to_save": ["lm_head"]}),
     "rows of a table": ("trainable_tokens", SMALL["trainable_tokens"]),
+    "what a rotation is made from": ("oft", SMALL["oft"]),
     "a bottleneck": ("pfeiffer", {}),
     "a projection that is frozen": ("vera", SMALL["vera"]),
     "vectors": ("ia3", {"modules_to_save": ["ln_f"]}),
@@ -194,6 +198,14 @@ def test_the_way_back_keeps_everything(case: str, tmp_path: Path) -> None:
     ids = np.arange(8)[None]
     loaded = refpeft.load_adapter(tmp_path / "back", model)
     np.testing.assert_allclose(model(ids, loaded)[0], model(ids, adapter)[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("method", "config"), [("oft", {"use_cayley_neumann": False}), ("boft", {})])
+def test_the_exact_cayley_transform_is_refused(method: str, config: Named, tmp_path: Path) -> None:
+    model = tiny("gpt2", dtype=F32)
+    adapter = refpeft.init(method, config, model)
+    with pytest.raises(ValueError, match="needs the inverse of a matrix, which ONNX does not"):
+        export(model, adapter, tmp_path / "out", "training", verify=False)
 
 
 def test_what_does_not_come_out_is_said(tmp_path: Path) -> None:
