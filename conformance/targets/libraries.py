@@ -71,6 +71,12 @@ LIBRARIES: Mapping[str, Library] = {
         alone=True,
     ),
     "flax": Library("Flax NNX, layers", "flax", ("flax==0.12.8",), HERE + "flax:loaded"),
+    "bitsandbytes": Library(
+        "bitsandbytes' NF4, layers, with HF peft",
+        "bitsandbytes",
+        ("bitsandbytes==0.50.2", "peft==0.21.2", "transformers>=5", "torch>=2.6"),
+        HERE + "bitsandbytes:loaded",
+    ),
 }
 
 

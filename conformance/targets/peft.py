@@ -41,7 +41,7 @@ CLASSES = {"ln_tuning": "LNTuningConfig", "trainable_tokens": "TrainableTokensCo
 FLAG = {"rslora": "use_rslora", "dora": "use_dora"}
 NEEDED = {"bias": "lora_bias", "patterns": "alpha_pattern"}  # features that stand or fall with a config field
 
-ABSENT = ("rows", "pull")  # features that no version has
+ABSENT = ("rows", "pull", "nf4")  # features that no version has, or that are of a target of its own
 
 
 class Peft(Driver):
@@ -150,11 +150,14 @@ class Layer:
         self.case, a = case, case.arrays
         self.kind = case.meta["layer"]["kind"]
         config = lora_config(case.meta["config"], target_modules=["layer"], fan_in_fan_out=self.kind == "conv1d")
-        self.model = peft.get_peft_model(Toy(plain(self.kind, a["W"], a.get("b"))), config).eval()
+        self.model = peft.get_peft_model(self.host(a["W"], a.get("b")), config).eval()
         self.x = tensor(a["x"])
         self.short = SHORT_EMBEDDING if self.kind == "embedding" else SHORT
         if "fresh" not in case.meta["want"]:
             self.write("")
+
+    def host(self, W: Array, b: Array | None) -> Any:
+        return Toy(plain(self.kind, W, b))
 
     def write(self, prefix: str) -> None:
         values = {f"layer.{self.short[n]}": self.case.arrays[prefix + n] for n in self.case.meta["params"]}

@@ -32,6 +32,7 @@ DECLARES = {  # methods, and the property that shows how much of the layer level
     "keras": ({"lora"}, "merge"),
     "axolotl": ({"lora", "rslora", "dora"}, "sensitive"),
     "flax": ({"lora"}, "param-grads"),
+    "bitsandbytes": ({"lora", "rslora"}, "nf4-merged"),
 }
 EACH = pytest.mark.parametrize("name", [pytest.param(name, marks=getattr(pytest.mark, name)) for name in DECLARES])
 PAGES = [(name, page) for name in DECLARES for page in sorted(FINDINGS.glob(f"{name}-*.md"))]
