@@ -19,6 +19,8 @@ SHARED: Sequence[str] = (  # what refpeft needs to answer from there
     "numpy>=2.0", "scipy>=1.13", "safetensors>=0.4.3", "ml-dtypes>=0.4", "packaging>=23", "typer>=0.20", "rich>=13",
 )  # fmt: skip
 HERE = "refpeft.conformance.targets."
+NPM = ("--no-save", "--no-audit", "--no-fund", "--silent", "--ignore-scripts", "--omit=optional")
+ENGINES = "refpeft.conformance.engines."
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,17 @@ class Library:
     module: str  # that is imported
     requires: Sequence[str]  # as pip has them; the first is the library itself, in the version that was tried
     factory: str  # of the target, module:function
+    npm: Sequence[str] = ()  # packages of npm, put into the environment without running anything of theirs
     alone: bool = False  # the library without what it says it needs, most of which is for something else
 
     @property
     def package(self) -> str:
         return self.requires[0].partition("==")[0].partition("[")[0]
+
+    @property
+    def tried(self) -> str:
+        """The version that was tried: of what npm brings, if that is what the library is."""
+        return self.npm[0].rpartition("@")[2] if self.npm else self.requires[0].partition("==")[2]
 
     def lacks(self, name: str, module: str) -> str:
         """What to do where `module` is missing, in one sentence."""
@@ -76,6 +84,13 @@ LIBRARIES: Mapping[str, Library] = {
         "bitsandbytes",
         ("bitsandbytes==0.50.2", "peft==0.21.2", "transformers>=5", "torch>=2.6"),
         HERE + "bitsandbytes:loaded",
+    ),
+    "llamacpp": Library(
+        "llama.cpp, models",
+        "gguf",
+        ("gguf==0.19.0", "torch>=2.6", "transformers>=5", "sentencepiece"),
+        ENGINES + "llamacpp:loaded",
+        npm=("node-llama-cpp@3.22.1", "@node-llama-cpp/linux-x64@3.22.1"),
     ),
 }
 
@@ -139,6 +154,8 @@ def install(name: str, where: Path | None = None, run: Run = pip) -> Path:
     if alone:
         run([*install, "--no-deps", *alone])
     run([*install, *SHARED, *together])
+    if npm := LIBRARIES[name].npm:
+        run(["npm", "install", "--prefix", str(python.parents[1]), *NPM, *npm])
     share(python)
     return python
 

@@ -1,0 +1,1 @@
+"""Engines: whole models as others run them, each from the same folders."""
