@@ -14,7 +14,7 @@ import hypothesis
 import numpy as np
 import pytest
 
-from refpeft.conformance.targets.libraries import LIBRARIES, elsewhere
+from refpeft.conformance.targets.libraries import EVERY, elsewhere
 
 NEEDS = {  # marker → its libraries or programs, and what brings them
     "peft": (("torch", "transformers", "peft"), "the extra [peft]"),
@@ -32,7 +32,7 @@ MISSING = {
 NPM = Path(__file__).parents[1] / "examples" / "training" / "node_modules" / "onnxruntime-node"
 NEEDS["npm"] = (("onnxruntime-node",), "npm install in examples/training")
 MISSING["npm"] = [] if NPM.is_dir() else ["onnxruntime-node"]
-for name, library in LIBRARIES.items():  # here, or in an environment of its own
+for name, library in EVERY.items():  # here, or in an environment of its own
     NEEDS[name] = ((library.module,), f"refpeft targets --install {name}")
     MISSING[name] = [] if find_spec(library.module) or elsewhere(name) else [library.module]
 
@@ -61,9 +61,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """What was not run, and what would bring it; the libraries with an environment of their own in one line."""
     absent = [marker for marker, names in MISSING.items() if names]
     for marker in absent:
-        if marker not in LIBRARIES:
+        if marker not in EVERY:
             names = ", ".join(MISSING[marker])
             terminalreporter.write_line(f"Not run: tests marked '{marker}' ({names} is missing: {NEEDS[marker][1]})")
-    if libraries := [marker for marker in absent if marker in LIBRARIES]:
+    if libraries := [marker for marker in absent if marker in EVERY]:
         bring = "refpeft targets --install NAME brings one"
         terminalreporter.write_line(f"Not run: tests of the libraries {', '.join(libraries)} ({bring})")

@@ -7,6 +7,7 @@ How rows and scales are stored is said in `gguf_files`.
 
 import io
 import json
+import logging
 import runpy
 import sys
 from collections.abc import Sequence
@@ -51,15 +52,28 @@ class LlamaCpp:
 
 def convert(model: Path, adapter: Path, file: Path) -> None:
     """In this process: a start of its own takes seconds, most of them for torch."""
-    script, said = scripts() / CONVERTER, io.StringIO()
+    script, said, errors = scripts() / CONVERTER, io.StringIO(), Errors()
     words = [str(script), "--base", str(model), "--outfile", str(file), "--outtype", "f32", str(adapter)]
+    logging.getLogger().addHandler(errors)
     with patch.object(sys, "argv", words), redirect_stdout(said), redirect_stderr(said):
         try:
             runpy.run_path(str(script), run_name="__main__")
         except SystemExit as end:
             if end.code:
-                lines = [line for line in said.getvalue().splitlines() if line.startswith("ERROR")]
-                raise ValueError(lines[-1] if lines else f"{CONVERTER} ended with {end.code}") from None
+                raise ValueError(errors.said[0] if errors.said else f"{CONVERTER} ended with {end.code}") from None
+        finally:
+            logging.getLogger().removeHandler(errors)
+
+
+class Errors(logging.Handler):
+    """What is logged as an error."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
 
 
 def made(case: Case, model: Path, work: Path) -> LlamaCpp:

