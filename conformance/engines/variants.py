@@ -9,6 +9,7 @@ import numpy as np
 
 import refpeft
 from refpeft.adapter import Adapter
+from refpeft.checkpoint.safetensors import write_json
 from refpeft.conformance import tiny
 from refpeft.conformance.numbers import integers, normal
 from refpeft.model import Model
@@ -17,7 +18,7 @@ from refpeft.ops import Array
 SIZES: Mapping[str, Any] = {  # that all engines take: a head of 32, a vocabulary that is not the width
     "vocab_size": 160, "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5,
     "intermediate_size": 192, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2,
-    "tie_word_embeddings": False,
+    "tie_word_embeddings": False, "hidden_act": "silu", "rope_theta": 10000.0,
 }  # fmt: skip
 LINEARS = tiny.LINEARS["llama"]
 PLAIN: Mapping[str, Any] = {"r": 4, "lora_alpha": 12.0, "target_modules": list(LINEARS)}
@@ -57,9 +58,37 @@ def prompt() -> Array:
     return integers(0, "ids", (12,), 3, SIZES["vocab_size"] - 1)
 
 
+DECODER = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+
+
+def word(token: int) -> str:
+    """None of them is in another."""
+    return f"t{token:03d}"
+
+
+def tokenizer() -> dict[str, Any]:
+    """One word for each token, which some engines want to have; and a chat whose text is what is said, and no more."""
+    vocab = {word(n): n for n in range(SIZES["vocab_size"])}
+    nothing = dict.fromkeys(["truncation", "padding", "normalizer", "post_processor"])
+    model = {"type": "WordLevel", "vocab": vocab, "unk_token": word(0)}
+    special = {"id": 2, "content": word(2), "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {
+        "tokenizer.json": {
+            "version": "1.0", **nothing, "added_tokens": [{**special, "special": True}],
+            "pre_tokenizer": {"type": "WhitespaceSplit"}, "decoder": DECODER, "model": model,
+        },
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": word(1), "eos_token": word(2),
+            "unk_token": word(0), "chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}",
+        },
+    }  # fmt: skip
+
+
 def write(folder: Path) -> None:
     base = model()
     refpeft.save(base, folder / "model")
+    for name, content in tokenizer().items():
+        write_json(folder / "model" / name, content)
     for name in VARIANTS:
         refpeft.save_adapter(adapter(name, base), folder / name)
 

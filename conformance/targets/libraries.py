@@ -102,6 +102,13 @@ RUNTIMES: Mapping[str, Library] = {  # that start once for a model, and are aske
         ENGINES + "vllm:VLLM",
         without=("torchvision", "torchaudio", "torchcodec"),
     ),
+    "mistralrs": Library("mistral.rs", "mistralrs", ("mistralrs==0.9.5",), ENGINES + "mistralrs:MistralRs"),
+    "genai": Library(
+        "onnxruntime-genai's builder",
+        "onnxruntime_genai",
+        ("onnxruntime-genai==0.18.0", "onnxruntime", "onnx-ir", "peft>=0.20", "transformers>=5", "torch>=2.6"),
+        ENGINES + "genai:GenAI",
+    ),
 }
 EVERY: Mapping[str, Library] = {**LIBRARIES, **RUNTIMES}
 
