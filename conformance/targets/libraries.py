@@ -103,6 +103,12 @@ RUNTIMES: Mapping[str, Library] = {  # that start once for a model, and are aske
         without=("torchvision", "torchaudio", "torchcodec"),
     ),
     "mistralrs": Library("mistral.rs", "mistralrs", ("mistralrs==0.9.5",), ENGINES + "mistralrs:MistralRs"),
+    "openvino": Library(
+        "OpenVINO GenAI",
+        "openvino_genai",
+        ("openvino-genai==2026.4.1", "optimum-intel>=2.2", "torch>=2.6"),
+        ENGINES + "openvino:OpenVINO",
+    ),
     "genai": Library(
         "onnxruntime-genai's builder",
         "onnxruntime_genai",
