@@ -93,6 +93,13 @@ LIBRARIES: Mapping[str, Library] = {
         ENGINES + "llamacpp:loaded",
         npm=("node-llama-cpp@3.22.1", "@node-llama-cpp/linux-x64@3.22.1"),
     ),
+    "invokeai": Library(
+        "InvokeAI's patches, layers",
+        "invokeai",
+        ("invokeai==6.14.2", "torch>=2.6"),
+        HERE + "invokeai:loaded",
+        alone=True,
+    ),
 }
 RUNTIMES: Mapping[str, Library] = {  # that start once for a model, and are asked by `refpeft engines` alone
     "vllm": Library(
