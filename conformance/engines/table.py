@@ -136,6 +136,7 @@ def markdown(found: Sequence[Row]) -> str:
         about = ENGINES[r.engine]
         lines.append([f"{about.what} {r.version or ''}".strip(), *[cell(r.verdicts[v]) for v in VARIANTS]])
         said = [f"  * `{n}`, {v.verdict}: {v.detail}" for n, v in r.verdicts.items() if v.detail]
-        notes += [f"* **{about.what}**, by {about.how}" + (":" if said else ""), *said]
+        told = f" ({about.note})" if about.note else ""
+        notes += [f"* **{about.what}**, by {about.how}{told}" + (":" if said else ""), *said]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return PAGE.format(legend=legend, table=table, notes="\n".join(notes) + "\n")

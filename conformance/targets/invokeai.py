@@ -8,7 +8,7 @@ The package asks for much that these layers do not use, so it is installed alone
 packages around them import; the one module that is replaced is that which writes its log.
 """
 
-import importlib.util
+import importlib
 import logging
 import sys
 import types
@@ -34,10 +34,9 @@ NAMES = {"A": "lora_down.weight", "B": "lora_up.weight", "m": "dora_magnitude"}
 
 def patches() -> Any:
     """The module that makes a patch of whatever tensors there are."""
-    spec = importlib.util.find_spec("invokeai")
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError("no invokeai", name="invokeai")
-    backend = Path(spec.submodule_search_locations[0]) / "backend"
+    import invokeai  # type: ignore[import-not-found, unused-ignore]
+
+    backend = Path(invokeai.__path__[0]) / "backend"
     for name in BARE:
         bare = types.ModuleType(f"invokeai.backend.{name}")
         bare.__path__ = [str(backend / name.replace(".", "/"))]
