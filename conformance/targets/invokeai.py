@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import invokeai  # type: ignore[import-not-found, unused-ignore]
 import numpy as np
 import torch
 
@@ -34,8 +35,6 @@ NAMES = {"A": "lora_down.weight", "B": "lora_up.weight", "m": "dora_magnitude"}
 
 def patches() -> Any:
     """The module that makes a patch of whatever tensors there are."""
-    import invokeai  # type: ignore[import-not-found, unused-ignore]
-
     backend = Path(invokeai.__path__[0]) / "backend"
     for name in BARE:
         bare = types.ModuleType(f"invokeai.backend.{name}")
@@ -45,12 +44,15 @@ def patches() -> Any:
     return importlib.import_module("invokeai.backend.patches.layers.utils")
 
 
+LAYERS = patches()
+
+
 class Adapted(Layer):
     def __init__(self, case: Case) -> None:
         super().__init__(case)
         values = {NAMES[n]: tensor(np.ascontiguousarray(a)) for n, a in self.asked.items()}
         values["alpha"] = torch.tensor(float(self.config["lora_alpha"]), dtype=torch.float64)
-        self.patch = patches().any_lora_layer_from_state_dict(values)
+        self.patch = LAYERS.any_lora_layer_from_state_dict(values)
         own = {"weight": case.arrays["W"], "bias": case.arrays.get("b")}
         self.base = {n: tensor(a) for n, a in own.items() if a is not None}
         self.patched: dict[str, Any] = {}
@@ -70,7 +72,6 @@ class Adapted(Layer):
 
 def loaded() -> Layers:
     quietly()
-    patches()
     return Layers(
         Adapted, name="invokeai", version=version("invokeai"), methods=["lora", "dora"],
         features=["forward", "merge"], versions={"torch": torch.__version__},
