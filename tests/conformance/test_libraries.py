@@ -140,6 +140,25 @@ def test_a_library_that_asks_for_too_much_is_installed_alone(tmp_path: Path) -> 
     assert [list(words[5:]) for words in asked] == [["--no-deps", first], [*libraries.SHARED, *others]]
 
 
+@pytest.mark.parametrize(
+    ("name", "last"),
+    [
+        ("vllm", ["uninstall", "--quiet", "--yes", "torchvision", "torchaudio", "torchcodec"]),
+        ("llamacpp", ["--omit=optional", "node-llama-cpp@3.22.1", "@node-llama-cpp/linux-x64@3.22.1"]),
+    ],
+)
+def test_what_pip_does_not_bring_comes_after_it_and_what_does_not_run_goes(
+    name: str, last: Sequence[str], tmp_path: Path
+) -> None:
+    asked: list[Sequence[str]] = []
+    python = tmp_path / name / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.touch()
+    libraries.install(name, tmp_path, asked.append)
+    assert [words[0] for words in asked] == [str(python), "npm" if libraries.EVERY[name].npm else str(python)]
+    assert list(asked[-1][-len(last) :]) == list(last)
+
+
 def test_install_makes_an_environment_that_has_this_refpeft_and_nothing_else_of_ours(tmp_path: Path) -> None:
     asked: list[Sequence[str]] = []
     python = libraries.install("loralib", tmp_path, asked.append)
