@@ -14,6 +14,7 @@ from refpeft.conformance.targets.spec import LATIN, part
 from refpeft.methods import METHODS
 from refpeft.model import Model
 from refpeft.ops import Array
+from refpeft.quantisation import rounded
 
 Meta = dict[str, Any]
 
@@ -47,6 +48,8 @@ def layer(method: str, prop: str, s: Mapping[str, Any], seed: int, want: Sequenc
         arrays["W"][0] = params["B"][0] = 0
     if edge == "repeated-rows" and arrays["x"].size:
         arrays["x"][:] = arrays["x"][:1, :1]
+    if "stored" in s:
+        arrays["W"] = storable(arrays["W"], dtype, exact)
     if s["kind"] != "linear":
         arrays["W"] = arrays["W"].T.copy()
     arrays |= params
@@ -57,12 +60,17 @@ def layer(method: str, prop: str, s: Mapping[str, Any], seed: int, want: Sequenc
     if edge == "strided":
         typed["x"] = np.repeat(typed["x"], 2, axis=-1)[..., ::2] if typed["x"].ndim > 2 else typed["x"]
     asked = {
-        "layer": {"kind": s["kind"], "path": "layer"},
+        "layer": {"kind": s["kind"], "path": "layer", **({"stored": s["stored"]} if "stored" in s else {})},
         "config": s["config"],
         "params": list(params),
         "want": list(want),
     }
     return Case(meta(method, "layer", prop, s, seed) | asked, typed)
+
+
+def storable(W: Array, dtype: Any, exact: bool) -> Array:
+    """A matrix that storing in NF4 does not change; of whole numbers −2, 0 and 2."""
+    return 2 * np.sign(W) if exact else rounded(typed_as(W, dtype))
 
 
 def other(params: Mapping[str, Array], only_m: bool) -> dict[str, Array]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from refpeft.conformance import strategies, tiny
 from refpeft.conformance.properties_own import OWN
+from refpeft.conformance.properties_stored import STORED
 from refpeft.conformance.property import PADDED, Property, Steps, do, layer, life, two, whole
 from refpeft.conformance.strategies import Structure
 from refpeft.conformance.traits import TRAITS
@@ -427,4 +428,4 @@ EXPORT = [
     ),
 ]
 
-PROPERTIES: Sequence[Property] = (*LAYER, *MODEL, *OWN, *LIFE, *EXPORT)
+PROPERTIES: Sequence[Property] = (*LAYER, *STORED, *MODEL, *OWN, *LIFE, *EXPORT)

@@ -37,7 +37,7 @@ def layer(draw: Any, /, method: str, info: Mapping[str, Any], **fixed: Any) -> S
         own = {name: st.sampled_from(values) for name, values in TRAITS[method].layer.items()}
         s["config"] = draw(st.fixed_dictionaries(own))
     s["config"] |= options(info, method)
-    return {**s, **draw(st.sampled_from(settings(info))), **fixed}
+    return {**s, **stored(info), **draw(st.sampled_from(settings(info))), **fixed}
 
 
 def layer_corners(method: str, info: Mapping[str, Any], fixed: Mapping[str, Sequence[Any]]) -> list[Structure]:
@@ -62,6 +62,7 @@ def layer_corners(method: str, info: Mapping[str, Any], fixed: Mapping[str, Sequ
         found.append(
             {"o": o, "bias": bias, "batch": [2, 2], "draw": n, "dtype": dtype, "edge": "none", "config": own} | s
         )
+        found[-1] |= stored(info)
     return [s | setting for s in found for setting in settings(info)]
 
 
@@ -122,6 +123,11 @@ def linears_of(info: Mapping[str, Any], family: str) -> list[str]:
 def options(info: Mapping[str, Any], method: str) -> Structure:
     """Where a method leaves a choice, what the target declares to have chosen."""
     return dict(info.get("options", {}).get(method, {}))
+
+
+def stored(info: Mapping[str, Any]) -> Structure:
+    """How the target keeps the weights of a layer, where that is not as they are."""
+    return {"stored": info["stored"]} if "stored" in info else {}
 
 
 def settings(info: Mapping[str, Any]) -> list[Structure]:

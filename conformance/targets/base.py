@@ -25,6 +25,7 @@ class Target(Protocol):
         families   optional: of gpt2, llama, qwen2, bert, roberta, t5, bart, those that it can build
         linears    optional: family → the layers that it can adapt
         options    optional: method → fields of its config, with the only value that it has
+        stored     optional: 'nf4', if it keeps W in four bits: then W is one that this does not change
         settings   optional: what it can be set to and makes no difference → the values to try
 
     run(case) → the arrays that the case wants, by name.
@@ -60,5 +61,6 @@ FEATURES: Mapping[str, str] = {
     "rows": "run several adapters in one batch, each for some of its rows",
     "pull": "give the gradient of a linear function of the merged weights",
     "butterfly": "more than one butterfly factor of BOFT",
+    "nf4": "store the weights of a layer in four bits, NF4",
     "tied": "tied input and output embeddings",
 }

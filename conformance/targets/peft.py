@@ -48,7 +48,7 @@ TURNED = ("loha", "lokr", "oft", "boft")  # methods that it lacks where a layer 
 FLAG = {"rslora": "use_rslora", "dora": "use_dora"}
 NEEDED = {"bias": "lora_bias", "patterns": "alpha_pattern"}  # features that stand or fall with a config field
 
-ABSENT = ("rows", "pull", "butterfly")  # features that no version has, or, like the last, only with CUDA
+ABSENT = ("rows", "pull", "butterfly", "nf4")  # features that no version has, or only with CUDA, or a target of its own
 
 
 class Peft(Driver):
@@ -174,12 +174,15 @@ class Layer:
         self.case, a = case, case.arrays
         self.kind = case.meta["layer"]["kind"]
         config = matrix_config(case.method, case.meta["config"], self.kind == "conv1d", target_modules=["layer"])
-        self.model = peft.get_peft_model(Toy(plain(self.kind, a["W"], a.get("b"))), config).eval()
+        self.model = peft.get_peft_model(self.host(a["W"], a.get("b")), config).eval()
         self.x = tensor(a["x"])
         keys = METHODS[case.method].KEYS
         self.short = {LATIN.get(n, n): pair[self.kind == "embedding"] for n, pair in keys.items()}
         if "fresh" not in case.meta["want"]:
             self.write("")
+
+    def host(self, W: Array, b: Array | None) -> Any:
+        return Toy(plain(self.kind, W, b))
 
     def write(self, prefix: str) -> None:
         values = {f"layer.{self.short[n]}": self.case.arrays[prefix + n] for n in self.case.meta["params"]}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 import refpeft
-from refpeft import bottleneck
+from refpeft import bottleneck, quantisation
 from refpeft.adapter import Adapter
 from refpeft.adapter import found as adapted
 from refpeft.checkpoint.adapters import PREFIX, contents
@@ -115,6 +115,18 @@ class Layer:
             "y_merged": part(kind, stored(kind, W), b).run(self.x)[0],
         }
         return found if b is None else {**found, "b_merged": b}
+
+    def nf4(self) -> Arrays:
+        """What is stored of W in four bits, and W as it is read from there."""
+        W = self.case.arrays["W"]
+        codes, absmax = quantisation.nf4(W)
+        return {"codes": codes, "absmax": absmax, "W_read": quantisation.read(codes, absmax, W)}
+
+    def merged_nf4(self) -> Arrays:
+        """What is stored of the merged weights, and the bias beside them."""
+        W, b, _ = self.method.merge(self.cfg, self.part.W, self.part.b, self.φ)
+        codes, absmax = quantisation.nf4(W)
+        return {"codes": codes, "absmax": absmax, **({} if b is None else {"b_merged": b})}
 
     def unmerged(self) -> Arrays:
         a = self.case.arrays

@@ -13,6 +13,7 @@ from refpeft.cli.errors import sentence
 
 COMMANDS = {  # in the order of `refpeft --help`
     "check": ("check", "replay", "targets", "mutants", "report"),
+    "engines": ("engines",),
     "history": ("history",),
     "methods": ("methods",),
     "count": ("count",),

@@ -1,0 +1,78 @@
+"""InvokeAI's patch layers: LoRA and DoRA as differences that are added to the weights of a layer.
+
+A patch is made from the tensors of a file, by LyCORIS's names: `lora_down.weight` is A, `lora_up.weight` B, `alpha` α,
+and s = α/r; without `alpha` s = 1. DoRA's m is `dora_magnitude`, one for each row of W, as in HF peft (`dora_scale`
+would be one for each column, as in LyCORIS, another function). Patched is merged: W + ΔW, and the layer runs on that.
+
+The package asks for much that these layers do not use, so it is installed alone, and they are imported without what the
+packages around them import; the one module that is replaced is that which writes its log.
+"""
+
+import importlib
+import logging
+import sys
+import types
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import invokeai  # type: ignore[import-not-found, unused-ignore]
+import numpy as np
+import torch
+
+from refpeft.conformance.case import Case
+from refpeft.conformance.targets.base import Arrays
+from refpeft.conformance.targets.layers import Layer, Layers
+from refpeft.conformance.targets.tensors import array, quietly, tensor
+from refpeft.ops import Array
+
+BARE = (  # packages whose own import is passed over
+    "util", "model_manager", "model_manager.load", "model_manager.load.model_cache",
+    "model_manager.load.model_cache.torch_module_autocast",
+)  # fmt: skip
+NAMES = {"A": "lora_down.weight", "B": "lora_up.weight", "m": "dora_magnitude"}
+
+
+def patches() -> Any:
+    """The module that makes a patch of whatever tensors there are."""
+    backend = Path(invokeai.__path__[0]) / "backend"
+    for name in BARE:
+        bare = types.ModuleType(f"invokeai.backend.{name}")
+        bare.__path__ = [str(backend / name.replace(".", "/"))]
+        sys.modules.setdefault(bare.__name__, bare)
+    sys.modules.setdefault("invokeai.backend.util.logging", logging)
+    return importlib.import_module("invokeai.backend.patches.layers.utils")
+
+
+LAYERS = patches()
+
+
+class Adapted(Layer):
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        values = {NAMES[n]: tensor(np.ascontiguousarray(a)) for n, a in self.asked.items()}
+        values["alpha"] = torch.tensor(float(self.config["lora_alpha"]), dtype=torch.float64)
+        self.patch = LAYERS.any_lora_layer_from_state_dict(values)
+        own = {"weight": case.arrays["W"], "bias": case.arrays.get("b")}
+        self.base = {n: tensor(a) for n, a in own.items() if a is not None}
+        self.patched: dict[str, Any] = {}
+
+    def merge(self) -> None:
+        found = self.patch.get_parameters(dict(self.base), weight=1.0)
+        self.patched = {n: p + found[n] if n in found else p for n, p in self.base.items()}
+
+    def y(self, x: Array) -> Array:
+        if not self.patched:
+            self.merge()
+        return array(torch.nn.functional.linear(tensor(x), self.patched["weight"], self.patched.get("bias")))
+
+    def weights(self) -> Arrays:
+        return {"Wb"[n == "bias"]: array(p) for n, p in self.patched.items()}
+
+
+def loaded() -> Layers:
+    quietly()
+    return Layers(
+        Adapted, name="invokeai", version=version("invokeai"), methods=["lora", "dora"],
+        features=["forward", "merge"], versions={"torch": torch.__version__},
+    )  # fmt: skip
