@@ -30,10 +30,11 @@ from refpeft.conformance.build import about
 from refpeft.conformance.case import Case
 from refpeft.conformance.properties import PROPERTIES, Property
 from refpeft.conformance.targets import Skip, Target, open_target
+from refpeft.conformance.targets.spec_stories import settled
 from refpeft.conformance.traits import known
 from refpeft.conformance.yardstick import LIMIT, Verdict, Yardstick
 
-EXAMPLES = {"layer": 12, "model": 3, "lifecycle": 2, "export": 2}  # drawn, beside the corners
+EXAMPLES = {"layer": 12, "model": 3, "lifecycle": 2, "story": 25, "export": 2}  # drawn, beside the corners
 ON_REAL_WEIGHTS = 1  # instead, on the model in a folder: one there costs as much as many tiny ones
 LEVELS = tuple(EXAMPLES)
 CASES = ".refpeft/cases"
@@ -333,7 +334,7 @@ def examine(target: Target, case: Case, clock: Clock | None = None) -> Outcome:
         clock.target += time.perf_counter() - began
     began = time.perf_counter()
     try:
-        return Outcome(Yardstick(case).judge(got))
+        return Outcome(Yardstick(settled(case, got)).judge(got))
     finally:
         clock.spec += time.perf_counter() - began
 

@@ -24,6 +24,7 @@ from refpeft.conformance.case import Case
 from refpeft.conformance.mistakes_bottleneck import BOTTLENECK
 from refpeft.conformance.targets.base import Arrays
 from refpeft.conformance.targets.spec import Layer, Session, Spec, Whole, answers
+from refpeft.conformance.targets.spec_stories import Story
 from refpeft.methods import did, dora, lora, p_tuning_v2, prefix_tuning, rslora, said, trainable_tokens
 from refpeft.ops import relu
 
@@ -37,6 +38,7 @@ class Mutant(Spec):
     of_layer: Callable[[Case], Any] = Layer
     of_model: Callable[[Case], Any] = Whole
     of_session: Callable[[Case], Session] = Session
+    of_story: Callable[[Case], Session] = Story
     methods: Sequence[str] = ("lora", "rslora", "dora")
 
     def run(self, case: Case) -> Arrays:
@@ -52,7 +54,7 @@ class Mutant(Spec):
         return answers(self.of_model(case), case.meta["want"])
 
     def session(self, case: Case) -> Session:
-        return self.of_session(case)
+        return self.of_story(case) if case.level == "story" else self.of_session(case)
 
 
 # ── all of them ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -10,6 +10,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from refpeft.conformance.case import DTYPES, Case, read
 from refpeft.conformance.targets import peft_prompts as prompts
 from refpeft.conformance.targets.base import FEATURES, Arrays, Skip
 from refpeft.conformance.targets.models import Driver, base_model, buildable, decoder_of, output, values_of
-from refpeft.conformance.targets.spec import mask_of, real
+from refpeft.conformance.targets.spec import arguments, mask_of, real
 from refpeft.conformance.targets.tensors import array, quietly, tensor
 from refpeft.ops import Array
 
@@ -48,13 +49,13 @@ class Peft(Driver):
     def __init__(self) -> None:
         quietly("transformers")
         self.declared = {
-            "name": "peft", "version": peft.__version__, "levels": ["layer", "model", "lifecycle"],
+            "name": "peft", "version": peft.__version__, "levels": ["layer", "model", "lifecycle", "story"],
             "methods": ["lora", *(method for method, flag in FLAG.items() if flag in FIELDS),
                         *(method for method, name in {**CLASSES, **prompts.CLASSES}.items() if hasattr(peft, name))],
             "dtypes": list(DTYPES),
             "options": prompts.OPTIONS,
             "features": [f for f in FEATURES if f not in ABSENT and NEEDED.get(f, "r") in FIELDS
-                         and (f != "together" or together())],
+                         and (f != "together" or together()) and (f != "swap" or find_spec("peft.utils.hotswap"))],
             "without": {method: ["embedding"] for method, flag in FLAG.items() if not adapts_embeddings(flag)}
                        | {method: ["together"] for method in prompts.CLASSES},  # one at a time
             "families": [family for family in tiny.FAMILIES if buildable(family)],
@@ -65,7 +66,9 @@ class Peft(Driver):
         return Layer(case) if case.level == "layer" else Whole(case)
 
     def of_life(self, case: Case, folder: Path) -> "Session":
-        return Session(case, folder)
+        from refpeft.conformance.targets.peft_stories import Story
+
+        return Story(case, folder) if case.level == "story" else Session(case, folder)
 
 
 # ── what this version has, found out by trying ───────────────────────────────────────────────────────────────────────
@@ -354,11 +357,14 @@ class Session:
     def run(self, steps: Sequence[Mapping[str, Any]]) -> Arrays:
         found: Arrays = {}
         for k, step in enumerate(steps):
-            said = getattr(self, step["do"])(**{n: v for n, v in step.items() if n != "do"}) or {}
+            said = getattr(self, step["do"])(**arguments(step)) or {}
             with torch.no_grad():
-                said["logits"] = array(output(self.model, self.case.arrays["ids"], **decoder_of(self.case)))
+                said["logits"] = self.logits()
             found |= {f"{k}/{name}": a for name, a in said.items()}
         return found
+
+    def logits(self) -> Array:
+        return array(output(self.model, self.case.arrays["ids"], **decoder_of(self.case)))
 
     def add(self, adapter: str) -> None:
         self.model = add(self.case, self.model, adapter)
