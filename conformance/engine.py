@@ -286,11 +286,26 @@ def drawn(
         each()
     except (Wrong, Gone, Flaky):
         case, verdict = wrong[-1]
+        if prop.smaller and options.shrink and verdict.kind not in COSTLY:
+            case, verdict = smallest(target, prop, case, verdict, entries, clock)
         return {**failure(name, case, verdict, options), "examples": sum(tally.values())}
     row: Event = {"examples": tally["pass"], "ratio": float(f"{max(ratios):.3g}") if ratios else None}
     if entry := next(iter([*met, *entries]), None):
         return row | {"status": "known", "detail": entry.reason, **stored(entry.case, name)}
     return row | ({"status": "pass"} if tally["pass"] else {"status": "skip", "detail": skips[-1]})
+
+
+def smallest(
+    target: Target, prop: Property, case: Case, verdict: Verdict, entries: Sequence["knowledge.Entry"], clock: Clock
+) -> tuple[Case, Verdict]:
+    """The case made smaller as the property can, as long as it fails in the same way, and not in one that is known."""
+    assert prop.smaller
+    for structure in prop.smaller(case.meta["structure"]):
+        trial = prop.case(case.method, structure, case.meta["seed"] - case.meta["structure"]["draw"])
+        found = examine(target, trial, clock).verdict
+        if found.kind == verdict.kind and not any(e.explains(trial, found.kind) for e in entries):
+            return smallest(target, prop, trial, found, entries, clock)
+    return case, verdict
 
 
 def failure(name: str, case: Case, verdict: Verdict, options: Options) -> Event:

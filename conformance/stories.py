@@ -5,7 +5,7 @@ the other: what is possible at that point becomes a step, what is not is left ou
 is all that shrinking asks for. The steps are what a case stores and targets see.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,13 @@ class Teller:
     files: dict[str, str] = field(default_factory=dict)  # what is saved, with whose config
     sums: dict[str, str] = field(default_factory=dict)  # made of others → how
     doubtful: bool = False  # a step may have been refused
+    facts: dict[str, bool] = field(default_factory=dict)  # what happened in it, for known failures to match
+
+    def note(self, **facts: bool) -> None:
+        self.facts |= {name.replace("_", "-"): True for name, holds in facts.items() if holds}
+
+    def config(self, name: str) -> Mapping[str, Any]:
+        return self.configs[self.adapters[name]]
 
     def named(self, n: int) -> str | None:
         return sorted(self.adapters)[n % len(self.adapters)] if self.adapters else None
@@ -58,7 +65,8 @@ class Teller:
         first, second = self.named(a), self.named(a + 1)
         if first is None or second is None or not self.enabled:
             return None
-        self.active = [first, second] if b % 3 == 2 and first != second else [first]
+        both = first != second and (plain(self.config(first)) or plain(self.config(second)))  # or which head would it be?
+        self.active = [first, second] if b % 3 == 2 and both else [first]
         self.merged = False
         return do("activate", adapters=list(self.active))
 
@@ -96,10 +104,18 @@ class Teller:
         name = self.named(a)
         if name is None or len(self.adapters) < 2 or not self.enabled or self.doubtful:
             return None
-        self.doubtful = self.merged
+        if self.active == [name] and len(self.adapters) > 2:
+            return None  # which of the others would be active, nobody says
+        self.doubtful, config = self.merged, self.config(name)
         del self.adapters[name]
         self.sums.pop(name, None)
-        self.active = [n for n in self.active if n != name] or list(self.adapters)[:1]
+        left = [n for n in self.active if n != name]
+        heir = self.config(next(iter(self.adapters)))
+        self.note(
+            heir_has_head=not left and not plain(heir),
+            heir_elsewhere=not left and set(heir["target_modules"]) != set(config["target_modules"]),
+        )
+        self.active = left or list(self.adapters)[:1]
         return do("delete", adapter=name, **({"may": "refuse"} if self.merged else {}))
 
     def save(self, a: int, b: int) -> Step | None:
@@ -134,8 +150,24 @@ class Teller:
         file = sorted(self.files)[b % len(self.files)]
         if not alike(self.configs[self.adapters[name]], self.configs[self.files[file]]):
             return None
+        config, others = self.config(name), [n for n in self.adapters if n != name]
+        self.note(
+            swap=True,
+            swap_of_part_of_a_name=any(name in n for n in others),
+            swap_with_head=not plain(config),
+            swap_with_patterns=bool({"alpha_pattern", "rank_pattern"} & config.keys()),
+            swap_of_inactive=name not in self.active,
+        )
         self.adapters[name] = self.files[file]
         return do("swap", adapter=name, file=file)
+
+    def replace(self, a: int, b: int) -> Step | None:
+        """A saved adapter loaded under a name that is taken: replaced, or refused."""
+        name = self.named(a)
+        if name is None or not self.files or name in self.sums or self.merged or self.doubtful:
+            return None
+        self.doubtful = True
+        return do("load_as", adapter=name, file=sorted(self.files)[b % len(self.files)], may="refuse")
 
     def combine(self, a: int, b: int) -> Step | None:
         """Weights and densities that all differ from each other and from what leaves things as they are."""
@@ -147,6 +179,7 @@ class Teller:
             return None
         if len(ranks) > 1 and how != "cat" and not how.endswith("svd"):
             return None
+        self.note(combine=True)
         self.adapters[name], self.sums[name] = self.adapters[of[0]], how if len(of) > 1 else "linear"
         more: Structure = {"density": 0.6} if how.removesuffix("_svd") in PRUNING else {}
         more |= {"sign": "frequency"} if "ties" in how and a % 3 == 2 else {}
@@ -159,7 +192,7 @@ PRUNING = ("magnitude_prune", "ties", "dare_linear", "dare_ties")
 NEEDED: Mapping[str, Sequence[str]] = {  # moves → the features that they are about
     "merge": ("merge",), "unmerge": ("merge", "unmerge"), "disable": ("disable",), "enable": ("disable",),
     "train": ("train",), "delete": ("several", "delete"), "save": ("save",), "load": ("save",),
-    "load_as": ("several", "save"), "swap": ("save", "swap"), "combine": ("several", "combine"),
+    "load_as": ("several", "save"), "replace": ("several", "save"), "swap": ("save", "swap"), "combine": ("several", "combine"),
     "activate": ("several",), "add": (),
 }  # fmt: skip
 
@@ -174,14 +207,14 @@ def plain(config: Mapping[str, Any]) -> bool:
     return not config.get("modules_to_save")
 
 
-def told(moves: Sequence[Move], able: Sequence[str], configs: Mapping[str, Mapping[str, Any]]) -> list[Step]:
-    """The steps that moves come to, with `able[n]` the name of move n; 0 is to do nothing."""
+def told(moves: Sequence[Move], able: Sequence[str], configs: Mapping[str, Mapping[str, Any]]) -> tuple[list[Step], dict[str, bool]]:
+    """The steps that moves come to, and what happens in them. Move 0 is to do nothing, n is `able[n − 1]`."""
     teller, steps = Teller(configs), list[Step]()
     for n, a, b in moves:
         step = getattr(teller, able[n - 1])(a, b) if 0 < n <= len(able) else None
         if step is not None:
             steps.append(step)
-    return steps
+    return steps, teller.facts
 
 
 TARGETS = (["q"], ["q2", "down"], ["q", "q2"], ["block.q"], ["down"])
@@ -199,6 +232,7 @@ def story(
     corners: Sequence[Sequence[Any]],
     needs: Sequence[str] = (),
     heads: Sequence[Structure] = HEADS,
+    where: Sequence[Sequence[str]] = TARGETS,
     tied: Sequence[bool] = (False, True),
     dtypes: Sequence[str] = ("float32", "float64"),
     **more: Any,
@@ -213,7 +247,7 @@ def story(
         move = st.tuples(st.integers(0, n), st.integers(0, 2), st.integers(0, 10))
         fields = {
             "moves": st.lists(move, min_size=LONGEST, max_size=LONGEST),
-            "configs": configurations(method, heads),
+            "configs": configurations(method, heads, where),
             "tied": st.sampled_from(list(tied)),
             "dtype": st.sampled_from([d for d in dtypes if d in info["dtypes"]]),
             "draw": st.integers(0, 3),
@@ -227,20 +261,38 @@ def story(
             if all(m in there for m, _, _ in named):
                 found.append({
                     "moves": [[there.index(m) + 1, a, b] for m, a, b in named], "able": there, "draw": n,
-                    "configs": plainly(method, n, heads), "tied": tied[n % len(tied)], "dtype": dtypes[n % len(dtypes)],
+                    "configs": plainly(method, n, heads, where), "tied": tied[n % len(tied)], "dtype": dtypes[n % len(dtypes)],
                 })  # fmt: skip
         return found
 
     def make(method: str, s: Structure, seed: int) -> Case:
         return case(method, name, s, seed)
 
-    return Property(name, "story", statement, drawn, always, make, needs, **more)
+    return Property(name, "story", statement, drawn, always, make, needs, smaller=shorter, **more)
 
 
-def configurations(method: str, heads: Sequence[Structure]) -> Strategy:
+def shorter(s: Structure) -> Iterator[Structure]:
+    """Without one of the moves, from the last on; then with less that is special about the model and the adapters."""
+    for n in reversed(range(len(s["moves"]))):
+        yield {**s, "moves": [*s["moves"][:n], *s["moves"][n + 1 :]]}
+    if s["tied"]:
+        yield {**s, "tied": False}
+    for option in ("modules_to_save", "alpha_pattern", "rank_pattern"):
+        for name, config in s["configs"].items():
+            if option in config:
+                less = {field: value for field, value in config.items() if field != option}
+                yield {**s, "configs": {**s["configs"], name: less}}
+    for where in (["q2"], ["q"]):
+        if any(len(config["target_modules"]) > 1 for config in s["configs"].values()):
+            yield {**s, "configs": {name: {**c, "target_modules": where} for name, c in s["configs"].items()}}
+    if s["dtype"] != "float32":
+        yield {**s, "dtype": "float32"}
+
+
+def configurations(method: str, heads: Sequence[Structure], where: Sequence[Sequence[str]]) -> Strategy:
     """Of three adapters, most on the same layers, with ranks and α of their own."""
     own = st.fixed_dictionaries({"r": st.sampled_from([2, 1, 3]), "lora_alpha": st.sampled_from([3.0, 1.0, 8.0])})
-    where = st.sampled_from(TARGETS)
+    layers = st.sampled_from(where)
 
     def joined(first: list[str], each: list[tuple[Structure, list[str], bool, Structure, Structure]]) -> Structure:
         return {
@@ -248,17 +300,20 @@ def configurations(method: str, heads: Sequence[Structure]) -> Strategy:
             for name, (own, there, apart, option, whole) in zip(NAMES, each, strict=True)
         }
 
-    one = st.tuples(own, where, st.booleans(), st.sampled_from(OPTIONS), st.sampled_from(heads))
-    return st.builds(joined, where, st.lists(one, min_size=3, max_size=3))
+    one = st.tuples(own, layers, st.booleans(), st.sampled_from(OPTIONS), st.sampled_from(heads))
+    return st.builds(joined, layers, st.lists(one, min_size=3, max_size=3))
 
 
-def plainly(method: str, n: int, heads: Sequence[Structure]) -> Structure:
-    """Of the stories that are always told: the same layers and ranks, but for every third."""
-    flags, head = FLAGS.get(method, {}), heads[n % len(heads)]
-    where = TARGETS[2 - n % 2]
+def plainly(method: str, n: int, heads: Sequence[Structure], where: Sequence[Sequence[str]]) -> Structure:
+    """Of the n-th of the stories that are always told: most on the same layers; in some there is a head trained whole, a
+    pattern, or ranks that differ."""
+    flags, option = FLAGS.get(method, {}), OPTIONS[1] if n % 4 == 3 else {}
+    whole = heads[-1] if n % 4 == 1 else {}
+    layers = where[(2 - n % 2) % len(where)]
+    last = where[-1] if n % 4 == 0 else layers
+    ranks, places = [2, 3 if n % 3 == 2 else 2, 2], [layers, layers, last]
     return {
-        name: {"r": 2 + k % 2 * (n % 3 == 2), "lora_alpha": float(3 + 2 * k), "target_modules": where, **flags}
-        | (head if k != 1 else {})
+        name: {"r": ranks[k], "lora_alpha": float(3 + 2 * k), "target_modules": places[k], **option, **flags} | (whole if k != 1 else {})
         for k, name in enumerate(NAMES)
     }
 
@@ -267,7 +322,7 @@ def case(method: str, prop: str, s: Structure, seed: int) -> Case:
     """The model, the adapters with their numbers, and the steps."""
     seed += s["draw"]
     dtype, source = DTYPES[s["dtype"]], chain.source(s["tied"])
-    steps = told(s["moves"], s["able"], s["configs"])
+    steps, facts = told(s["moves"], s["able"], s["configs"])
     used = {step["adapter"] for step in steps if step["do"] == "add"}
     weights = chain.params(source, seed, dtype)
     arrays: dict[str, Array] = {f"model/{n}": a for n, a in weights.items()}
@@ -277,7 +332,7 @@ def case(method: str, prop: str, s: Structure, seed: int) -> Case:
         arrays |= {f"{name}/{n}": a for n, a in numbers(method, s["configs"][name], source, weights, seed, name).items()}
     arrays["ids"] = integers(seed, "ids", (2, 2), 0, 4)
     arrays["dout"] = chain.short(seed, "dout", (2, 2, 5)).astype(dtype)
-    asked = {"model": source, "adapters": about, "active": list(about), "steps": steps}
+    asked = {"model": source, "adapters": about, "active": list(about), "steps": steps, "facts": facts}
     told_so_far = Case(meta(method, "story", prop, s, seed) | asked, arrays)
     return Case(told_so_far.meta, {**arrays, **masks(told_so_far, seed)})
 
@@ -328,9 +383,10 @@ STORIES: Sequence[Property] = [
         ["add", "activate", "merge", "unmerge", "disable", "enable", "train", "delete"],
         [
             ["add", "merge", "merge"],
-            ["add", "train", "merge", "unmerge", "train"],
-            [*BOTH, "merge", SECOND, "merge", "unmerge"],
             [*BOTH, SECOND, ("delete", 1, 0), "train"],
+            [*BOTH, "merge", SECOND, "merge", "unmerge"],
+            ["add", "train", "merge", "unmerge", "train"],
+            ["add", ("add", 2, 0), ("delete", 0, 0), "train"],
             [*BOTH, ACTIVE, "train", "merge", "disable", "enable"],
             [*BOTH, ACTIVE, ("delete", 0, 0), "merge", "unmerge"],
             [*BOTH, "merge", ("delete", 0, 0), "unmerge"],
@@ -340,17 +396,47 @@ STORIES: Sequence[Property] = [
     ),
     story(
         "files",
-        "What was saved is what is loaded, into a fresh model, beside others under another name, or in the place of one.",
-        ["add", "activate", "train", "save", "load", "load_as", "swap", "merge", "unmerge", "delete"],
+        "What was saved is what is loaded, into a fresh model, or beside others under another name.",
+        ["add", "activate", "train", "save", "load", "load_as", "merge", "unmerge", "delete"],
         [
             ["add", "save", "train", ("load_as", 0, 0), ("activate", 1, 0)],
-            [*BOTH, ("save", 1, 0), ("swap", 0, 0)],
             ["add", "train", "save", "train", "load"],
             [*BOTH, ("save", 0, 0), ("save", 1, 0), ("load", 1, 1), "train"],
             [*BOTH, ("save", 0, 0), "merge", ("load_as", 0, 0), "unmerge", ("activate", 2, 0)],
             [*BOTH, ("save", 1, 0), ("delete", 1, 0), ("load_as", 0, 1), ("activate", 1, 0)],
         ],
         ["several", "save"],
+    ),
+    story(
+        "hot-swap",
+        "An adapter put in the place of another runs with its own scale, and the others are as before.",
+        ["add", "activate", "train", "save", "swap", "merge", "unmerge"],
+        [
+            [*BOTH, ("save", 1, 0), ("swap", 0, 0), "train", ("activate", 1, 0)],
+            ["add", ("add", 2, 0), ("save", 1, 0), ("swap", 0, 0), "merge", "unmerge"],
+            [*BOTH, ("save", 0, 0), ("swap", 1, 0), "train", ("activate", 1, 0)],
+            [*BOTH, ("save", 0, 0), "train", ("swap", 0, 0)],
+        ],
+        ["several", "save", "swap"],
+    ),
+    story(
+        "replaced",
+        "An adapter loaded under a name that is taken is the one of that name from then on, unless that is refused.",
+        ["add", "activate", "train", "save", "replace"],
+        [[*BOTH, ("save", 1, 0), ("replace", 0, 0)], ["add", "save", "train", "replace"]],
+        ["several", "save"],
+        required=False,
+    ),
+    story(
+        "tied",
+        "Of two tied layers, the one that is not adapted is as it was, whatever was done to the other.",
+        ["add", "activate", "merge", "unmerge", "disable", "enable", "train", "delete"],
+        [["add", "merge"], ["add", "train", "merge", "unmerge"], [*BOTH, ACTIVE, "train"]],
+        ["tied", "embedding", "merge"],
+        heads=[{}],
+        where=(["wte"], ["head"], ["wte"]),
+        tied=[True],
+        required=False,
     ),
     story(
         "combined",

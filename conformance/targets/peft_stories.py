@@ -78,9 +78,17 @@ class Story(Session):
             self.load_as(name, name)
         self.model.eval()
 
-    def load_as(self, adapter: str, file: str) -> None:
-        self.model.load_adapter(str(self.folder / file), adapter_name=adapter, is_trainable=True)
-        self.model.eval()
+    def load_as(self, adapter: str, file: str) -> Arrays | None:
+        """Where the name is taken, sizes that do not fit are refused: torch says so."""
+        try:
+            self.model.load_adapter(str(self.folder / file), adapter_name=adapter, is_trainable=True)
+        except RuntimeError as error:
+            if "size mismatch" not in str(error):
+                raise
+            return {"refused": np.array(True)}
+        finally:
+            self.model.eval()
+        return None
 
     def swap(self, adapter: str, file: str) -> None:
         from peft.utils.hotswap import hotswap_adapter
