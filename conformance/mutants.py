@@ -14,11 +14,12 @@ from typing import Any
 from unittest.mock import patch
 
 import refpeft.tune
-from refpeft import hooks, inputs, layers, recurrent, selection
+from refpeft import combine, hooks, inputs, layers, recurrent, selection
 from refpeft.conformance import mistakes as m
 from refpeft.conformance import mistakes_intrinsic as mi
 from refpeft.conformance import mistakes_prompts as mp
 from refpeft.conformance import mistakes_selection as ms
+from refpeft.conformance import mistakes_stories as mo
 from refpeft.conformance import mistakes_stacks as mt
 from refpeft.conformance.case import Case
 from refpeft.conformance.mistakes_bottleneck import BOTTLENECK
@@ -216,7 +217,36 @@ STACKS: Mapping[str, Mutant] = {  # which no other model reveals
         ("model", "causal"), mp.instead(layers, buckets=mt.both_ways), methods=ONE
     ),
 }
-MUTANTS: Mapping[str, Mutant] = {**MATRIX, **PROMPTS, **OWN, **STACKS}
+
+# ── stories ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+ANY, FILES, SWAP, COMBINED = (("story", name) for name in ("any-order", "files", "hot-swap", "combined"))
+STORIES: Mapping[str, Mutant] = {  # which only show after something else was done
+    "merges-again": Mutant(ANY, of_story=mo.MergesAgain),
+    "delete-leaves-merged-weights": Mutant(ANY, of_story=mo.DeleteLeavesMerged),
+    "delete-activates-none": Mutant(ANY, of_story=mo.DeleteActivatesNone),
+    "delete-forgets-head-of-heir": Mutant(ANY, of_story=mo.HeirWithoutHead),
+    "delete-by-prefix": Mutant(ANY, of_story=mo.DeletesByPrefix),
+    "switch-on-top-of-merged": Mutant(ANY, of_story=mo.SwitchKeepsMerged),
+    "unmerge-restores-other-dtype": Mutant(ANY, of_story=mo.RestoresOtherDtype),
+    "disabled-stays-merged": Mutant(ANY, of_story=mo.DisableForgetsMerged),
+    "disabled-keeps-saved-modules": Mutant(ANY, of_story=mo.DisableKeepsHead),
+    "training-moves-inactive-adapters": Mutant(ANY, of_story=mo.TrainsAll),
+    "training-leaves-saved-modules": Mutant(ANY, of_story=mo.TrainsHeadNot),
+    "load-under-another-name-keeps-the-old": Mutant(FILES, of_story=mo.LoadKeepsOld),
+    "saved-as-it-was-added": Mutant(FILES, of_story=mo.SaveSavesActive),
+    "hot-swap-keeps-scale": Mutant(SWAP, of_story=mo.SwapKeepsScale),
+    "hot-swap-clears-neighbours": Mutant(SWAP, of_story=mo.SwapClearsNeighbours),
+    "replaced-keeps-config": Mutant(("story", "replaced"), of_story=mo.ReplacedKeepsConfig),
+    "combined-as-they-were-added": Mutant(COMBINED, of_story=mo.CombinedSeesLater, methods=SUMS),
+    "pruned-the-largest": Mutant(COMBINED, mp.instead(combine, top=mo.smallest), methods=SUMS),
+    "pruned-by-rows": Mutant(COMBINED, mp.instead(combine, top=mo.by_rows), methods=SUMS),
+    "dare-not-rescaled": Mutant(COMBINED, mp.instead(combine, summing=mo.not_rescaled), methods=SUMS),
+    "ties-against-the-majority": Mutant(COMBINED, mp.instead(combine, elected=mo.against), methods=SUMS),
+    "ties-elects-by-the-other-count": Mutant(COMBINED, mp.instead(combine, elected=mo.by_frequency), methods=SUMS),
+    "ties-mean-of-all": Mutant(COMBINED, mp.instead(combine, summing=mo.mean_of_all), methods=SUMS),
+}
+MUTANTS: Mapping[str, Mutant] = {**MATRIX, **PROMPTS, **OWN, **STACKS, **STORIES}
 
 
 def target(name: str) -> Mutant:

@@ -37,6 +37,7 @@ class Teller:
     active: list[str] = field(default_factory=list)
     merged: bool = False
     enabled: bool = True
+    last: str | None = None  # the one that was active alone before
     files: dict[str, str] = field(default_factory=dict)  # what is saved, with whose config
     sums: dict[str, str] = field(default_factory=dict)  # made of others → how
     doubtful: bool = False  # a step may have been refused
@@ -59,6 +60,7 @@ class Teller:
             return None
         self.adapters[name] = name
         self.active = self.active or [name]
+        self.last = self.last or name
         return do("add", adapter=name)
 
     def activate(self, a: int, b: int) -> Step | None:
@@ -68,6 +70,7 @@ class Teller:
         both = first != second and (plain(self.config(first)) or plain(self.config(second)))  # or which head would it be?
         self.active = [first, second] if b % 3 == 2 and both else [first]
         self.merged = False
+        self.last = first if len(self.active) == 1 else self.last
         return do("activate", adapters=list(self.active))
 
     def merge(self, a: int, b: int) -> Step | None:
@@ -113,9 +116,11 @@ class Teller:
         heir = self.config(next(iter(self.adapters)))
         self.note(
             heir_has_head=not left and not plain(heir),
+            two_left=len(left) > 1 and name == self.last,
             heir_elsewhere=not left and set(heir["target_modules"]) != set(config["target_modules"]),
         )
         self.active = left or list(self.adapters)[:1]
+        self.last = self.active[0] if len(self.active) == 1 else self.last
         return do("delete", adapter=name, **({"may": "refuse"} if self.merged else {}))
 
     def save(self, a: int, b: int) -> Step | None:
@@ -133,6 +138,7 @@ class Teller:
         names = [names[a % len(names)], *(n for n in names if n != names[a % len(names)])][: 1 + b % 2]
         self.adapters = {n: self.files[n] for n in names}
         self.active, self.merged, self.enabled, self.sums = names[:1], False, True, {}
+        self.last = names[0]
         return do("load", adapters=names)
 
     def load_as(self, a: int, b: int) -> Step | None:
@@ -172,7 +178,7 @@ class Teller:
     def combine(self, a: int, b: int) -> Step | None:
         """Weights and densities that all differ from each other and from what leaves things as they are."""
         how, name = SUMS[b % len(SUMS)], f"sum{len(self.sums)}"
-        there = [n for n in sorted(self.adapters) if n not in self.sums and plain(self.configs[self.adapters[n]])]
+        there = [n for n in sorted(self.adapters) if n not in self.sums and summable(self.config(n))]
         of = there[a % 2 :][:2]
         ranks = {self.configs[self.adapters[n]]["r"] for n in of}
         if not of or name in self.adapters or not self.enabled or self.doubtful:
@@ -205,6 +211,11 @@ def alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 def plain(config: Mapping[str, Any]) -> bool:
     return not config.get("modules_to_save")
+
+
+def summable(config: Mapping[str, Any]) -> bool:
+    """Nothing besides A and B, all of one rank."""
+    return plain(config) and not config.get("rank_pattern")
 
 
 def told(moves: Sequence[Move], able: Sequence[str], configs: Mapping[str, Mapping[str, Any]]) -> tuple[list[Step], dict[str, bool]]:
@@ -390,6 +401,7 @@ STORIES: Sequence[Property] = [
             [*BOTH, ACTIVE, "train", "merge", "disable", "enable"],
             [*BOTH, ACTIVE, ("delete", 0, 0), "merge", "unmerge"],
             [*BOTH, "merge", ("delete", 0, 0), "unmerge"],
+            [*BOTH, "train", SECOND],
             ["add", "disable", "enable", "merge", "disable", "enable"],
         ],
         ["merge", "several"],

@@ -127,6 +127,8 @@ def factors(
         ΔW = summed([sₖ * (Bₖ @ Aₖ) for sₖ, Aₖ, Bₖ in zip(s, A, B, strict=True)], w, which, paths[0])
         U, S, Vt = np.linalg.svd(ΔW, full_matrices=False)
         return np.ascontiguousarray(Vt[:r]), U[:, :r] * S[:r]
+    if len({len(Aₖ) for Aₖ in A}) > 1:
+        raise ValueError(f"{how} needs adapters of one rank, found {[len(Aₖ) for Aₖ in A]} at {paths[0]}")
     root = [math.sqrt(abs(cₖ)) for cₖ in c]
     signed = [math.copysign(x, cₖ) for x, cₖ in zip(root, c, strict=True)]
     return summed(A, signed, which, named_A[0]), summed(B, root, which, named_B[0])

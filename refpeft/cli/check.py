@@ -260,10 +260,21 @@ def report(files: Reports, html: Html = None, junit: Junit = None, svg: Svg = No
     finish(read_reports(files), views)
 
 
-def replay(case: CaseFile, target: Target, python: Python = None, json_file: Json = None) -> None:
+Script = Annotated[
+    Path | None,
+    typer.Option("--script", metavar="FILE", help="Write the story as a script that needs the library alone."),
+]
+
+
+def replay(
+    case: CaseFile, target: Target, python: Python = None, json_file: Json = None, script: Script = None
+) -> None:
     """Put one stored case to a target again.
 
     [cyan]refpeft replay .refpeft/cases/peft-dora-layer-merge.safetensors peft[/cyan]
+
+    A story as a script for a bug report, which imports nothing of refpeft:
+    [cyan]refpeft replay .refpeft/cases/peft-lora-story-files.safetensors peft --script story.py[/cyan]
 
     Exit code 0: the answer is as specified. 1: it is not, or it is skipped.
     2: could not run.
@@ -273,7 +284,11 @@ def replay(case: CaseFile, target: Target, python: Python = None, json_file: Jso
     from refpeft.conformance import engine, terminal
     from refpeft.conformance.case import Case
 
-    writable(json_file)
+    writable(json_file, script)
+    if script:
+        from refpeft.conformance import script as scripts
+
+        script.write_text(scripts.script(Case.read(case), target), encoding="utf-8")
     result = answered(Case.read(case), str(case), engine.replay(case, elsewhere(target, python)))
     terminal.story(result, Console(highlight=False))
     save(json_file, [result])
