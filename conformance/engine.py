@@ -26,6 +26,7 @@ from hypothesis.errors import Flaky
 
 from refpeft import SPEC_VERSION
 from refpeft.conformance import known as knowledge
+from refpeft.conformance import script as scripts
 from refpeft.conformance.build import about
 from refpeft.conformance.case import Case
 from refpeft.conformance.properties import PROPERTIES, Property
@@ -322,7 +323,16 @@ def failure(name: str, case: Case, verdict: Verdict, options: Options) -> Event:
     short = re.sub(r"[^\w.]+", "-", name)[:40]
     path = Path(options.folder) / f"{short}-{m['method']}-{m['level']}-{m['property']}.safetensors"
     case.save(path)
-    return {**row, **stored(path, name)}
+    return {**row, **stored(path, name), **scripted(case, path, name)}
+
+
+def scripted(case: Case, path: Path, target: str) -> Event:
+    """A story is stored as a script, too, where one can be written for the target."""
+    if case.level != "story" or target not in scripts.WRITERS:
+        return {}
+    file = path.with_suffix(".py")
+    file.write_text(scripts.script(case, target), encoding="utf-8")
+    return {"script": str(file)}
 
 
 def stored(path: Path, target: str) -> Event:

@@ -34,7 +34,7 @@ def script(case: Case, target: str) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(literal=literal, plain=plain)
+    environment.filters.update(literal=literal, plain=plain, repr=repr)
     template = environment.get_template(WRITERS[target])
     return template.render(about(case, target))
 
@@ -51,7 +51,7 @@ def about(case: Case, target: str) -> dict[str, Any]:
         "masks": list(masks(case)), "ids": arrays["ids"],
         "dout": arrays["dout"] if "train" in used else None, "rate": RATE, "used": used,
         "tolerance": TOLERANCE.get(m["dtype"], 1e-1),
-        "steps": [(filled(step), expected[f"{k}/logits"], line(step)) for k, step in enumerate(steps)],
+        "steps": [(filled(step), rounded(expected[f"{k}/logits"]), line(step)) for k, step in enumerate(steps)],
     }  # fmt: skip
 
 
@@ -87,6 +87,11 @@ def literal(a: Array, indent: int = 8) -> str:
     if len(text) <= 90:
         return text
     return pprint.pformat(values, width=110, compact=True).replace("\n", "\n" + " " * indent)
+
+
+def rounded(a: Array) -> Array:
+    """Twelve figures, which is more than is asked for."""
+    return np.vectorize(lambda x: float(f"{x:.12g}"))(a)
 
 
 def shortest(a: Array) -> Any:
