@@ -26,6 +26,7 @@ from hypothesis.errors import Flaky
 
 from refpeft import SPEC_VERSION
 from refpeft.conformance import known as knowledge
+from refpeft.conformance import refusals
 from refpeft.conformance import script as scripts
 from refpeft.conformance.build import about
 from refpeft.conformance.case import Case
@@ -350,16 +351,24 @@ def examine(target: Target, case: Case, clock: Clock | None = None) -> Outcome:
     try:
         got = {name: np.asarray(a) for name, a in target.run(case).items()}
     except Skip as skip:
+        if "refuse" in case.meta:
+            return Outcome(refusals.refused(case, str(skip)))
         return Outcome(Verdict(), str(skip) or "no reason given")
     except Exception as error:  # whatever a target throws is a finding
         text = " ".join(str(error).split())[:300]
         kind = getattr(error, "kind", type(error).__name__)
+        if "refuse" in case.meta and f"error:{kind}" not in COSTLY:
+            return Outcome(refusals.refused(case, text))
         return Outcome(Verdict(f"error:{kind}", None, f"{kind}: {text}"))
     finally:
         clock.target += time.perf_counter() - began
     began = time.perf_counter()
     try:
         return Outcome(Yardstick(settled(case, got)).judge(got))
+    except (ValueError, TypeError):
+        if "refuse" not in case.meta:
+            raise
+        return Outcome(refusals.accepted(case))  # the specification refuses it
     finally:
         clock.spec += time.perf_counter() - began
 

@@ -18,6 +18,7 @@ from refpeft import combine, hooks, inputs, layers, recurrent, selection
 from refpeft.conformance import mistakes as m
 from refpeft.conformance import mistakes_intrinsic as mi
 from refpeft.conformance import mistakes_prompts as mp
+from refpeft.conformance import mistakes_refusals as mr
 from refpeft.conformance import mistakes_selection as ms
 from refpeft.conformance import mistakes_stories as mo
 from refpeft.conformance import mistakes_stacks as mt
@@ -41,8 +42,20 @@ class Mutant(Spec):
     of_session: Callable[[Case], Session] = Session
     of_story: Callable[[Case], Session] = Story
     methods: Sequence[str] = ("lora", "rslora", "dora")
+    forgets: Sequence[str] = ()  # fields of configs that it does not look at
+    lacks: Sequence[str] = ()  # features
+
+    def info(self) -> Mapping[str, Any]:
+        told = super().info()
+        return {**told, "features": [f for f in told["features"] if f not in self.lacks]}
+
+    def made(self, case: Case) -> None:
+        if case.meta["refuse"] not in self.forgets:
+            super().made(case)
 
     def run(self, case: Case) -> Arrays:
+        if case.meta.get("refuse") in self.forgets:
+            case = mr.without(case)
         with ExitStack() as stack:
             for change in self.patches():
                 stack.enter_context(change)
@@ -246,7 +259,19 @@ STORIES: Mapping[str, Mutant] = {  # which only show after something else was do
     "ties-elects-by-the-other-count": Mutant(COMBINED, mp.instead(combine, elected=mo.by_frequency), methods=SUMS),
     "ties-mean-of-all": Mutant(COMBINED, mp.instead(combine, summing=mo.mean_of_all), methods=SUMS),
 }
-MUTANTS: Mapping[str, Mutant] = {**MATRIX, **PROMPTS, **OWN, **STACKS, **STORIES}
+REJECTS: Mapping[str, Mutant] = {
+    "unknown-field-ignored": Mutant(("layer", "rejects"), forgets=["lora_alfa"]),
+    "patterns-ignored-where-not-supported": Mutant(
+        ("layer", "rejects"), forgets=["alpha_pattern"], lacks=["patterns"]
+    ),
+    "bias-of-B-ignored-where-not-supported": Mutant(
+        ("layer", "rejects"), forgets=["lora_bias"], lacks=["bias"], methods=SUMS
+    ),
+    "targets-that-match-nothing-accepted": Mutant(("model", "rejects"), forgets=["target_modules"]),
+    "modules-to-save-that-match-nothing-accepted": Mutant(("model", "rejects"), forgets=["modules_to_save"]),
+    "fails-without-a-reason": Mutant(("model", "rejects"), mr.speechless),
+}
+MUTANTS: Mapping[str, Mutant] = {**MATRIX, **PROMPTS, **OWN, **STACKS, **STORIES, **REJECTS}
 
 
 def target(name: str) -> Mutant:

@@ -9,6 +9,7 @@ from typing import Any
 from refpeft.conformance import strategies, tiny
 from refpeft.conformance.properties_own import OWN
 from refpeft.conformance.property import PADDED, Property, Steps, do, layer, life, two, whole
+from refpeft.conformance.refusals import REJECTS
 from refpeft.conformance.stories import STORIES
 from refpeft.conformance.strategies import Structure
 from refpeft.conformance.traits import TRAITS
@@ -421,4 +422,4 @@ EXPORT = [
     ),
 ]
 
-PROPERTIES: Sequence[Property] = (*LAYER, *MODEL, *OWN, *LIFE, *STORIES, *EXPORT)
+PROPERTIES: Sequence[Property] = (*LAYER, *MODEL, *OWN, *REJECTS, *LIFE, *STORIES, *EXPORT)

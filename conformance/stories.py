@@ -116,6 +116,7 @@ class Teller:
         heir = self.config(next(iter(self.adapters)))
         self.note(
             heir_has_head=not left and not plain(heir),
+            head_beside_two=len(left) > 1 and not plain(config),
             two_left=len(left) > 1 and name == self.last,
             heir_elsewhere=not left and set(heir["target_modules"]) != set(config["target_modules"]),
         )

@@ -98,7 +98,9 @@ class Story(Session):
     def delete(self, adapter: str) -> Arrays | None:
         try:
             super().delete(adapter)
-        except ValueError:
+        except ValueError as error:
+            if "while they are merged" not in str(error):
+                raise
             return {"refused": np.array(True)}
         return None
 

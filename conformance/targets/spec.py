@@ -38,12 +38,21 @@ class Spec:
         }  # fmt: skip
 
     def run(self, case: Case) -> Arrays:
+        if "refuse" in case.meta:
+            self.made(case)
         if "steps" in case.meta:
             return self.session(case).run(case.meta["steps"])
         return self.layer(case) if case.level == "layer" else self.model(case)
 
     def close(self) -> None:
         pass
+
+    def made(self, case: Case) -> None:
+        """An adapter made from the case's config, with all that is checked then."""
+        if case.level == "layer":
+            METHODS[case.method].Config(**case.meta["config"])
+        else:
+            refpeft.init(case.method, case.meta["adapters"]["default"]["config"], model_of(case))
 
     def layer(self, case: Case) -> Arrays:
         return answers(Layer(case), case.meta["want"])
@@ -75,7 +84,7 @@ class Layer:
         meta, a = case.meta, case.arrays
         self.case, self.x, self.dy = case, a["x"], a.get("dy")
         self.method = METHODS[case.method]
-        self.cfg = self.method.Config(**meta["config"], target_modules=["layer"])
+        self.cfg = self.method.Config(**meta["config"], target_modules=["layer"]).at("layer")
         self.φ = {GREEK.get(n, n): a[n] for n in meta["params"]}
         self.part = part(meta["layer"]["kind"], a["W"], a.get("b"))
 
