@@ -6,7 +6,6 @@ formula says after each.
 The script ends with exit code 1 and the first step after which the library says something else.
 """
 
-import json
 import pprint
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -83,7 +82,7 @@ def literal(a: Array, indent: int = 8) -> str:
     values = np.asarray(a, np.float64 if a.dtype.kind not in "iub" else None).tolist()
     if a.dtype == np.float32:
         values = shortest(a)
-    text = json.dumps(values)
+    text = repr(values)
     if len(text) <= 90:
         return text
     return pprint.pformat(values, width=110, compact=True).replace("\n", "\n" + " " * indent)

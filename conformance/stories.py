@@ -323,7 +323,7 @@ def plainly(method: str, n: int, heads: Sequence[Structure], where: Sequence[Seq
     whole = heads[-1] if n % 4 == 1 else {}
     layers = where[(2 - n % 2) % len(where)]
     last = where[-1] if n % 4 == 0 else layers
-    ranks, places = [2, 3 if n % 3 == 2 else 2, 2], [layers, layers, last]
+    ranks, places = [2, 3 if n % 6 == 2 else 2, 2], [layers, layers, last]
     return {
         name: {"r": ranks[k], "lora_alpha": float(3 + 2 * k), "target_modules": places[k], **option, **flags} | (whole if k != 1 else {})
         for k, name in enumerate(NAMES)

@@ -1,6 +1,6 @@
 """Combinations of LoRA adapters: claims CO1–CO5 of `refpeft.combine`, and what it refuses. HF peft's own: the stories."""
 
-from dataclasses import replace
+import re
 from typing import Any
 
 import numpy as np
@@ -145,13 +145,12 @@ def test_the_scale_is_one_whatever_it_was() -> None:
     ],
 )
 def test_what_cannot_be_combined(adapters: Any, how: str, options: Any, said: str) -> None:
-    with pytest.raises(ValueError, match="") as error:
+    with pytest.raises(ValueError, match=re.escape(said)):
         combine(adapters(), [1.0, 1.0], how, **options)
-    assert said in str(error.value)
 
 
 def test_one_name_for_each_way() -> None:
     assert len(set(HOW)) == 11
     assert set(PLAIN) < set(HOW)
-    made = combine([lora(1), replace(lora(2))], [1.0, 1.0], "svd")
+    made = combine([lora(1), lora(2)], [1.0, 1.0], "svd")
     assert made.config.r == 2
