@@ -49,8 +49,7 @@ class Chain(Model):
 def source(tied: bool) -> dict[str, Any]:
     """What stands in the place of a config.json: the layers, and the order in which they run."""
     layers = {
-        path: {"kind": kind, "in": i, "out": o, "bias": bias}
-        | ({"tied_to": "wte"} if tied and path == "head" else {})
+        path: {"kind": kind, "in": i, "out": o, "bias": bias} | ({"tied_to": "wte"} if tied and path == "head" else {})
         for path, (kind, i, o, bias) in LAYERS.items()
     }
     return {"model_type": FAMILY, "layers": layers, "order": list(ORDER)}

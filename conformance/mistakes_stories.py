@@ -256,4 +256,3 @@ def mean_of_all(how: str, density: float, sign: str, mask: Any) -> Any:
 
 combinations_top, combinations_elected = combinations.top, combinations.elected
 combinations_summing = combinations.summing
-

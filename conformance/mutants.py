@@ -261,9 +261,7 @@ STORIES: Mapping[str, Mutant] = {  # which only show after something else was do
 }
 REJECTS: Mapping[str, Mutant] = {
     "unknown-field-ignored": Mutant(("layer", "rejects"), forgets=["lora_alfa"]),
-    "patterns-ignored-where-not-supported": Mutant(
-        ("layer", "rejects"), forgets=["alpha_pattern"], lacks=["patterns"]
-    ),
+    "patterns-ignored-where-not-supported": Mutant(("layer", "rejects"), forgets=["alpha_pattern"], lacks=["patterns"]),
     "bias-of-B-ignored-where-not-supported": Mutant(
         ("layer", "rejects"), forgets=["lora_bias"], lacks=["bias"], methods=SUMS
     ),

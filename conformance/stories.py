@@ -67,7 +67,9 @@ class Teller:
         first, second = self.named(a), self.named(a + 1)
         if first is None or second is None or not self.enabled:
             return None
-        both = first != second and (plain(self.config(first)) or plain(self.config(second)))  # or which head would it be?
+        both = first != second and (
+            plain(self.config(first)) or plain(self.config(second))
+        )  # or which head would it be?
         self.active = [first, second] if b % 3 == 2 and both else [first]
         self.merged = False
         self.last = first if len(self.active) == 1 else self.last
@@ -219,7 +221,9 @@ def summable(config: Mapping[str, Any]) -> bool:
     return plain(config) and not config.get("rank_pattern")
 
 
-def told(moves: Sequence[Move], able: Sequence[str], configs: Mapping[str, Mapping[str, Any]]) -> tuple[list[Step], dict[str, bool]]:
+def told(
+    moves: Sequence[Move], able: Sequence[str], configs: Mapping[str, Mapping[str, Any]]
+) -> tuple[list[Step], dict[str, bool]]:
     """The steps that moves come to, and what happens in them. Move 0 is to do nothing, n is `able[n − 1]`."""
     teller, steps = Teller(configs), list[Step]()
     for n, a, b in moves:
@@ -325,7 +329,8 @@ def plainly(method: str, n: int, heads: Sequence[Structure], where: Sequence[Seq
     last = where[-1] if n % 4 == 0 else layers
     ranks, places = [2, 3 if n % 6 == 2 else 2, 2], [layers, layers, last]
     return {
-        name: {"r": ranks[k], "lora_alpha": float(3 + 2 * k), "target_modules": places[k], **option, **flags} | (whole if k != 1 else {})
+        name: {"r": ranks[k], "lora_alpha": float(3 + 2 * k), "target_modules": places[k], **option, **flags}
+        | (whole if k != 1 else {})
         for k, name in enumerate(NAMES)
     }
 
@@ -341,7 +346,9 @@ def case(method: str, prop: str, s: Structure, seed: int) -> Case:
     about: dict[str, Any] = {}
     for name in (n for n in NAMES if n in used):
         about[name] = {"method": method, "config": s["configs"][name]}
-        arrays |= {f"{name}/{n}": a for n, a in numbers(method, s["configs"][name], source, weights, seed, name).items()}
+        arrays |= {
+            f"{name}/{n}": a for n, a in numbers(method, s["configs"][name], source, weights, seed, name).items()
+        }
     arrays["ids"] = integers(seed, "ids", (2, 2), 0, 4)
     arrays["dout"] = chain.short(seed, "dout", (2, 2, 5)).astype(dtype)
     asked = {"model": source, "adapters": about, "active": list(about), "steps": steps, "facts": facts}

@@ -62,7 +62,13 @@ def head_places(names: Sequence[str] | None, model: Any) -> Iterator[Place]:
 # ── LoRA and DoRA ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-FIELDS = ("r", "lora_alpha", "target_modules", "use_dora", "detach_norm")  # of LoRA's config, which this driver translates
+FIELDS = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "use_dora",
+    "detach_norm",
+)  # of LoRA's config, which this driver translates
 
 
 def lora_config(config: Config, model: Any) -> Any:

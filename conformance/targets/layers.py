@@ -15,7 +15,13 @@ from refpeft.conformance.targets.base import Arrays, Info, Skip
 from refpeft.conformance.targets.spec import answers
 from refpeft.ops import Array
 
-HONOURED = ("r", "lora_alpha", "use_rslora", "use_dora", "detach_norm")  # which drivers read, or their methods stand for
+HONOURED = (
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "detach_norm",
+)  # which drivers read, or their methods stand for
 NEEDS = {"lora_bias": "bias", "alpha_pattern": "patterns", "rank_pattern": "patterns"}  # field → feature
 Reshape = Callable[[Array], Array]
 

@@ -105,7 +105,13 @@ class Story(Session):
         return None
 
     def combine(
-        self, adapter: str, of: Sequence[str], weights: Sequence[float], how: str, density: float = 1.0, sign: str = "total"
+        self,
+        adapter: str,
+        of: Sequence[str],
+        weights: Sequence[float],
+        how: str,
+        density: float = 1.0,
+        sign: str = "total",
     ) -> None:
         masks = self.masks(adapter, of, how)
         with patch.object(torch, "bernoulli", lambda p: next(masks).to(p.dtype)) if "dare" in how else nullcontext():

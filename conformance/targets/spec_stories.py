@@ -44,7 +44,13 @@ class Story(Session):
         self.adapters[adapter] = self.files[file]
 
     def combine(
-        self, adapter: str, of: Sequence[str], weights: Sequence[float], how: str, density: float = 1.0, sign: str = "total"
+        self,
+        adapter: str,
+        of: Sequence[str],
+        weights: Sequence[float],
+        how: str,
+        density: float = 1.0,
+        sign: str = "total",
     ) -> None:
         """A new adapter made of others, as `refpeft.combine` defines it; it is not active yet."""
 

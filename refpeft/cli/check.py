@@ -24,7 +24,8 @@ Target = Annotated[str, typer.Argument(metavar="TARGET", help="What to check; se
 Names = list[str] | None
 Methods = Annotated[Names, typer.Option("--method", "-m", metavar="NAME", help="Only this method (repeatable).")]
 Levels = Annotated[
-    Names, typer.Option("--level", "-l", metavar="LEVEL", help="Only layer, model, lifecycle, story or export (repeatable).")
+    Names,
+    typer.Option("--level", "-l", metavar="LEVEL", help="Only layer, model, lifecycle, story or export (repeatable)."),
 ]
 Properties = Annotated[Names, typer.Option("--property", "-p", metavar="NAME", help="Only this property (repeatable).")]
 Model = Annotated[

@@ -46,7 +46,10 @@ def done(case: Case) -> list[str]:
 
 
 def test_what_is_not_possible_is_left_out() -> None:
-    assert done(told(["unmerge", "delete", "enable", "load", "add", "swap", "unmerge", "merge", "train"])) == ["add", "merge"]
+    assert done(told(["unmerge", "delete", "enable", "load", "add", "swap", "unmerge", "merge", "train"])) == [
+        "add",
+        "merge",
+    ]
 
 
 def test_any_part_of_a_story_is_a_story() -> None:
@@ -196,7 +199,18 @@ def test_a_script_of_what_is_right_says_so(method: str, tmp_path: Path) -> None:
     """Files, training, merging, a head; combinations with masks."""
     flags: dict[str, Any] = {"use_dora": True} if method == "dora" else {}
     sums: Sequence[Any] = () if flags else (("combine", 0, 6), ("activate", 3, 0), "train", ("combine", 0, 9))
-    moves = [*BOTH, "train", "save", ("load_as", 0, 0), ("activate", 2, 0), *sums, "merge", "unmerge", "disable", "enable"]
+    moves = [
+        *BOTH,
+        "train",
+        "save",
+        ("load_as", 0, 0),
+        ("activate", 2, 0),
+        *sums,
+        "merge",
+        "unmerge",
+        "disable",
+        "enable",
+    ]
     done = ran(script(told(moves, method, **flags), "peft"), tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == len(moves)

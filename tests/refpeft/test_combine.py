@@ -119,7 +119,11 @@ def test_magnitudes_and_signs() -> None:
     assert top(T, 0.5).tolist() == [[3.0, 0.0], [0.0, -2.0]]
     assert top(T, 0.9).tolist() == [[3.0, -1.0], [0.0, -2.0]]
     τ = [np.array([1.0, -3.0, 2.0, 0.0]), np.array([-1.0, 1.0, 2.0, 0.0]), np.array([0.0, 1.0, 2.0, -1.0])]
-    assert elected(τ, "total").tolist() == [[True, True, True, False], [False, False, True, False], [False, False, True, True]]
+    assert elected(τ, "total").tolist() == [
+        [True, True, True, False],
+        [False, False, True, False],
+        [False, False, True, True],
+    ]
     assert elected(τ, "frequency")[:, 1].tolist() == [False, True, True]
 
 
