@@ -2,8 +2,8 @@
 
     wte → q → q2 → q → block.q → down → head,      tanh between them
 
-`q` runs twice; `q` is the beginning of `q2` and the end of `block.q`; `q2` and `down` are Conv1D, the others Linear, square
-and not; `head` may be tied to `wte`.
+`q` runs twice; `q` is the beginning of `q2` and the end of `block.q`; `q2` and `down` are Conv1D, the others Linear,
+square and not; `head` may be tied to `wte`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -78,7 +78,7 @@ def params(source: Mapping[str, Any], seed: int, dtype: Any) -> dict[str, Array]
 
 
 def short(seed: int, name: str, shape: Sequence[int]) -> Array:
-    """Numbers of three decimals between −1 and 1, no two of the same magnitude: they are printed in scripts, and ranked."""
-    rng, n = generator(seed, name), int(np.prod(shape))
+    """Numbers of three decimals between −1 and 1, no two of the same magnitude: they are printed in scripts, and
+    ranked.""" rng, n = generator(seed, name), int(np.prod(shape))
     magnitudes = rng.permutation(np.arange(20, 1000))[:n] / 1000
     return (magnitudes * np.where(rng.random(n) < 0.5, -1, 1)).reshape(tuple(shape))

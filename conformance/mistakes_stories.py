@@ -1,7 +1,6 @@
-"""Mistakes in stories: what adapters, names, files and combinations are mixed up with, after something else was done."""
+"""Mistakes in stories: adapters, names, files and combinations mixed up after something else was done."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,6 @@ import refpeft.tune
 from refpeft import combine as combinations
 from refpeft.adapter import Adapter
 from refpeft.conformance.mistakes import with_scale
-from refpeft.conformance.targets.base import Arrays
 from refpeft.conformance.targets.spec_stories import Story
 from refpeft.ops import Array
 
@@ -204,12 +202,14 @@ class SaveSavesActive(Story):
 class CombinedSeesLater(Story):
     """A combination is of the adapters as they were added, whatever they have been trained to since."""
 
-    def combine(self, adapter: str, of: Sequence[str], weights: Sequence[float], how: str, **options: Any) -> None:
+    def combine(
+        self, adapter: str, of: Sequence[str], weights: Sequence[float], how: str, *options: Any, **more: Any
+    ) -> None:
         kept = dict(self.adapters)
         for name in of:
             if name in self.case.meta["adapters"]:
                 super().add(name)
-        super().combine(adapter, of, weights, how, **options)
+        super().combine(adapter, of, weights, how, *options, **more)
         self.adapters = {**kept, adapter: self.adapters[adapter]}
 
 

@@ -20,8 +20,8 @@ from refpeft.conformance import mistakes_intrinsic as mi
 from refpeft.conformance import mistakes_prompts as mp
 from refpeft.conformance import mistakes_refusals as mr
 from refpeft.conformance import mistakes_selection as ms
-from refpeft.conformance import mistakes_stories as mo
 from refpeft.conformance import mistakes_stacks as mt
+from refpeft.conformance import mistakes_stories as mo
 from refpeft.conformance.case import Case
 from refpeft.conformance.mistakes_bottleneck import BOTTLENECK
 from refpeft.conformance.targets.base import Arrays

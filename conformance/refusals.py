@@ -1,8 +1,9 @@
 """Configs that must be refused: what cannot be honoured is not to be accepted and forgotten.
 
-Two kinds of odd fields are asked about. Some mean nothing to anybody: a field that does not exist, a layer that the model
-does not have, a rank of 0. Others are of the specification and not of the target, which leaves their feature out of what it
-declares: those it may honour after all, and must refuse if not.
+Two kinds of odd fields are asked about. Some mean nothing to anybody: a field that does not exist, a layer that the
+model
+does not have, a rank of 0. Others are of the specification and not of the target, which leaves their feature out of
+what it declares: those it may honour after all, and must refuse if not.
 
 A refusal is an error (or a skip) whose text names the field or its value. A target that goes on is `accepted`, one that
 fails without saying why is `unclear`.
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 from refpeft.conformance import build, strategies, tiny
 from refpeft.conformance.case import Case
 from refpeft.conformance.property import Info, Property
-from refpeft.conformance.strategies import LORA, Strategy, Structure
+from refpeft.conformance.strategies import Strategy, Structure
+from refpeft.conformance.traits import LORA
 from refpeft.conformance.yardstick import Verdict
 
 Odd = Mapping[str, Any]

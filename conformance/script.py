@@ -1,5 +1,5 @@
-"""A story as a script that needs only the library itself, for a bug report: the model, its weights, the steps, and what the
-formula says after each.
+"""A story as a script that needs only the library itself, for a bug report: the model, its weights, the steps, and
+what the formula says after each.
 
     refpeft replay CASE peft --script story.py
 

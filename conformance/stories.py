@@ -1,8 +1,8 @@
 """Stories: what is done to a model with adapters, in any order, drawn and made shorter by Hypothesis.
 
-A story is drawn as a list of moves, each a few small integers that mean nothing by themselves. `told` reads them one after
-the other: what is possible at that point becomes a step, what is not is left out. So any shorter list is a story too, which
-is all that shrinking asks for. The steps are what a case stores and targets see.
+A story is drawn as a list of moves, each a few small integers that mean nothing by themselves. `told` reads them one
+after the other: what is possible at that point becomes a step, what is not is left out. So any shorter list is a
+story too, which is all that shrinking asks for. The steps are what a case stores and targets see.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +19,6 @@ from refpeft.conformance.numbers import generator, integers
 from refpeft.conformance.property import Info, Property, do
 from refpeft.conformance.strategies import FLAGS, Strategy, Structure
 from refpeft.conformance.targets.spec_stories import Story
-from refpeft.methods import METHODS
 from refpeft.ops import Array
 
 Step = Mapping[str, Any]
@@ -67,9 +66,7 @@ class Teller:
         first, second = self.named(a), self.named(a + 1)
         if first is None or second is None or not self.enabled:
             return None
-        both = first != second and (
-            plain(self.config(first)) or plain(self.config(second))
-        )  # or which head would it be?
+        both = first != second and (plain(self.config(first)) or plain(self.config(second)))
         self.active = [first, second] if b % 3 == 2 and both else [first]
         self.merged = False
         self.last = first if len(self.active) == 1 else self.last
@@ -201,7 +198,8 @@ PRUNING = ("magnitude_prune", "ties", "dare_linear", "dare_ties")
 NEEDED: Mapping[str, Sequence[str]] = {  # moves → the features that they are about
     "merge": ("merge",), "unmerge": ("merge", "unmerge"), "disable": ("disable",), "enable": ("disable",),
     "train": ("train",), "delete": ("several", "delete"), "save": ("save",), "load": ("save",),
-    "load_as": ("several", "save"), "replace": ("several", "save"), "swap": ("save", "swap"), "combine": ("several", "combine"),
+    "load_as": ("several", "save"), "replace": ("several", "save"), "swap": ("save", "swap"),
+    "combine": ("several", "combine"),
     "activate": ("several",), "add": (),
 }  # fmt: skip
 
@@ -277,7 +275,8 @@ def story(
             if all(m in there for m, _, _ in named):
                 found.append({
                     "moves": [[there.index(m) + 1, a, b] for m, a, b in named], "able": there, "draw": n,
-                    "configs": plainly(method, n, heads, where), "tied": tied[n % len(tied)], "dtype": dtypes[n % len(dtypes)],
+                    "configs": plainly(method, n, heads, where), "tied": tied[n % len(tied)],
+                    "dtype": dtypes[n % len(dtypes)],
                 })  # fmt: skip
         return found
 
@@ -321,8 +320,8 @@ def configurations(method: str, heads: Sequence[Structure], where: Sequence[Sequ
 
 
 def plainly(method: str, n: int, heads: Sequence[Structure], where: Sequence[Sequence[str]]) -> Structure:
-    """Of the n-th of the stories that are always told: most on the same layers; in some there is a head trained whole, a
-    pattern, or ranks that differ."""
+    """Of the n-th of the stories that are always told: most on the same layers; in some there is a head trained
+    whole, a pattern, or ranks that differ."""
     flags, option = FLAGS.get(method, {}), OPTIONS[1] if n % 4 == 3 else {}
     whole = heads[-1] if n % 4 == 1 else {}
     layers = where[(2 - n % 2) % len(where)]

@@ -15,8 +15,8 @@ The others replace the sum Σ wₖ Tₖ by another of the same tensors and weigh
     dare_linear       Σ wₖ Tₖ ⊙ mₖ / d                   mₖ: a mask of zeros and ones, 1 with probability d
     dare_ties         ties of τₖ = Tₖ ⊙ mₖ / d
 
-d is the `density`. The masks are arguments. One adapter alone is `linear`, whatever was asked for. An adapter that does not adapt a layer is left
-out there; where `cat` has rows to spare then, they are zero.
+d is the `density`. The masks are arguments. One adapter alone is `linear`, whatever was asked for. An adapter that does
+not adapt a layer is left out there; where `cat` has rows to spare then, they are zero.
 
 TIES: Yadav et al. 2023, arXiv 2306.01708, §4;   DARE: Yu et al. 2023, arXiv 2311.03099, eq. (1)-(4).
 

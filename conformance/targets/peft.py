@@ -405,8 +405,9 @@ class Session:
         self.model.add_weighted_adapter(list(of), list(weights), adapter, combination_type=how)
         self.model.set_adapter(adapter)
 
-    def delete(self, adapter: str) -> None:
+    def delete(self, adapter: str) -> Arrays | None:
         self.model.delete_adapter(adapter)
+        return None
 
     def save(self, adapter: str) -> Arrays:
         self.model.save_pretrained(str(self.folder), selected_adapters=[adapter], safe_serialization=True)

@@ -97,12 +97,11 @@ class Story(Session):
 
     def delete(self, adapter: str) -> Arrays | None:
         try:
-            super().delete(adapter)
+            return super().delete(adapter)
         except ValueError as error:
             if "while they are merged" not in str(error):
                 raise
             return {"refused": np.array(True)}
-        return None
 
     def combine(
         self,

@@ -33,7 +33,8 @@ LATIN = {"β": "bias"}
 class Spec:
     def info(self) -> Mapping[str, Any]:
         return {
-            "name": "spec", "version": refpeft.__version__, "levels": ["layer", "model", "lifecycle", "story", "export"],
+            "name": "spec", "version": refpeft.__version__,
+            "levels": ["layer", "model", "lifecycle", "story", "export"],
             "methods": known(), "dtypes": list(DTYPES), "features": list(FEATURES),
         }  # fmt: skip
 

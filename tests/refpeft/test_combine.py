@@ -1,4 +1,4 @@
-"""Combinations of LoRA adapters: claims CO1–CO5 of `refpeft.combine`, and what it refuses. HF peft's own: the stories."""
+"""Combinations of LoRA adapters: claims CO1–CO5 of `refpeft.combine`, and what it refuses. HF peft's: the stories."""
 
 import re
 from typing import Any
