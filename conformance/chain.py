@@ -79,6 +79,7 @@ def params(source: Mapping[str, Any], seed: int, dtype: Any) -> dict[str, Array]
 
 def short(seed: int, name: str, shape: Sequence[int]) -> Array:
     """Numbers of three decimals between −1 and 1, no two of the same magnitude: they are printed in scripts, and
-    ranked.""" rng, n = generator(seed, name), int(np.prod(shape))
+    ranked."""
+    rng, n = generator(seed, name), int(np.prod(shape))
     magnitudes = rng.permutation(np.arange(20, 1000))[:n] / 1000
     return (magnitudes * np.where(rng.random(n) < 0.5, -1, 1)).reshape(tuple(shape))

@@ -192,8 +192,8 @@ class Teller:
         return do("combine", adapter=name, of=of, weights=[0.75, -1.5][: len(of)], how=how, **more)
 
 
-SUMS = ("cat", "linear", "svd", "magnitude_prune", "ties", "dare_linear", "dare_ties", "magnitude_prune_svd", "ties_svd",
-        "dare_linear_svd", "dare_ties_svd")  # fmt: skip
+SUMS = ("cat", "linear", "svd", "magnitude_prune", "ties", "dare_linear", "dare_ties", "magnitude_prune_svd",
+        "ties_svd", "dare_linear_svd", "dare_ties_svd")  # fmt: skip
 PRUNING = ("magnitude_prune", "ties", "dare_linear", "dare_ties")
 NEEDED: Mapping[str, Sequence[str]] = {  # moves → the features that they are about
     "merge": ("merge",), "unmerge": ("merge", "unmerge"), "disable": ("disable",), "enable": ("disable",),
