@@ -30,8 +30,8 @@ UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64"
 
 @dataclass(frozen=True)
 class Verdict:
-    """kind is None where got is right, else value, shape, dtype, names, error:Type, or of what should be refused accepted
-    or unclear; detail is one sentence."""
+    """kind is None where got is right, else value, shape, dtype, names, error:Type, or, of what should be refused,
+    accepted or unclear; detail is one sentence."""
 
     kind: str | None = None
     ratio: float | None = None
