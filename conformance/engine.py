@@ -27,14 +27,17 @@ from hypothesis.errors import Flaky
 
 from refpeft import SPEC_VERSION
 from refpeft.conformance import known as knowledge
+from refpeft.conformance import refusals
+from refpeft.conformance import script as scripts
 from refpeft.conformance.build import about
 from refpeft.conformance.case import Case
 from refpeft.conformance.properties import PROPERTIES, Property
 from refpeft.conformance.targets import Skip, Target, open_target
+from refpeft.conformance.targets.spec_stories import settled
 from refpeft.conformance.traits import TRAITS, known
 from refpeft.conformance.yardstick import LIMIT, Verdict, Yardstick
 
-EXAMPLES = {"layer": 12, "model": 3, "lifecycle": 2, "export": 2}  # drawn, beside the corners
+EXAMPLES = {"layer": 12, "model": 3, "lifecycle": 2, "story": 25, "export": 2}  # drawn, beside the corners
 ON_REAL_WEIGHTS = 1  # instead, on the model in a folder: one there costs as much as many tiny ones
 LEVELS = tuple(EXAMPLES)
 CASES = ".refpeft/cases"
@@ -304,6 +307,8 @@ def drawn(
         each()
     except (Wrong, Gone, Flaky):
         case, verdict = wrong[-1]
+        if prop.smaller and options.shrink and verdict.kind not in COSTLY:
+            case, verdict = smallest(target, prop, case, verdict, entries, clock)
         return {**failure(name, case, verdict, options), "examples": sum(tally.values())}
     row: Event = {"examples": tally["pass"], "ratio": float(f"{max(ratios):.3g}") if ratios else None}
     if entry := next(iter([*met, *entries]), None):
@@ -316,6 +321,19 @@ def remembered(options: Options, unit: Unit) -> ExampleDatabase | None:
     if options.database is None:
         return None
     return DirectoryBasedExampleDatabase(Path(options.database) / f"{unit.method}-{unit.level}-{unit.property}")
+
+
+def smallest(
+    target: Target, prop: Property, case: Case, verdict: Verdict, entries: Sequence["knowledge.Entry"], clock: Clock
+) -> tuple[Case, Verdict]:
+    """The case made smaller as the property can, as long as it fails in the same way, and not in one that is known."""
+    assert prop.smaller
+    for structure in prop.smaller(case.meta["structure"]):
+        trial = prop.case(case.method, structure, case.meta["seed"] - case.meta["structure"]["draw"])
+        found = examine(target, trial, clock).verdict
+        if found.kind == verdict.kind and not any(e.explains(trial, found.kind) for e in entries):
+            return smallest(target, prop, trial, found, entries, clock)
+    return case, verdict
 
 
 def failure(name: str, case: Case, verdict: Verdict, options: Options) -> Event:
@@ -332,7 +350,16 @@ def failure(name: str, case: Case, verdict: Verdict, options: Options) -> Event:
     short = re.sub(r"[^\w.]+", "-", name)[:40]
     path = Path(options.folder) / f"{short}-{m['method']}-{m['level']}-{m['property']}.safetensors"
     case.save(path)
-    return {**row, **stored(path, name)}
+    return {**row, **stored(path, name), **scripted(case, path, name)}
+
+
+def scripted(case: Case, path: Path, target: str) -> Event:
+    """A story is stored as a script, too, where one can be written for the target."""
+    if case.level != "story" or target not in scripts.WRITERS:
+        return {}
+    file = path.with_suffix(".py")
+    file.write_text(scripts.script(case, target), encoding="utf-8")
+    return {"script": str(file)}
 
 
 def stored(path: Path, target: str) -> Event:
@@ -350,16 +377,24 @@ def examine(target: Target, case: Case, clock: Clock | None = None) -> Outcome:
     try:
         got = {name: np.asarray(a) for name, a in target.run(case).items()}
     except Skip as skip:
+        if "refuse" in case.meta:
+            return Outcome(refusals.refused(case, str(skip)))
         return Outcome(Verdict(), str(skip) or "no reason given")
     except Exception as error:  # whatever a target throws is a finding
         text = " ".join(str(error).split())[:300]
         kind = getattr(error, "kind", type(error).__name__)
+        if "refuse" in case.meta and f"error:{kind}" not in COSTLY:
+            return Outcome(refusals.refused(case, text))
         return Outcome(Verdict(f"error:{kind}", None, f"{kind}: {text}"))
     finally:
         clock.target += time.perf_counter() - began
     began = time.perf_counter()
     try:
-        return Outcome(Yardstick(case).judge(got))
+        return Outcome(Yardstick(settled(case, got)).judge(got))
+    except (ValueError, TypeError):
+        if "refuse" not in case.meta:
+            raise
+        return Outcome(refusals.accepted(case))  # the specification refuses it
     finally:
         clock.spec += time.perf_counter() - began
 

@@ -27,7 +27,7 @@ class Entry:
     method: str
     level: str
     property: str
-    kind: str  # as in a verdict: value, shape, dtype, names, error:Type
+    kind: str  # as in a verdict: value, shape, dtype, names, error:Type, accepted, unclear
     case: Path
     reason: str
     cls: str  # bug: theirs, should be mended; convention: another choice that they document

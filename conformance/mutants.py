@@ -14,18 +14,21 @@ from typing import Any
 from unittest.mock import patch
 
 import refpeft.tune
-from refpeft import delta, hooks, inputs, layers, recurrent, selection
+from refpeft import combine, delta, hooks, inputs, layers, recurrent, selection
 from refpeft.conformance import mistakes as m
 from refpeft.conformance import mistakes_intrinsic as mi
 from refpeft.conformance import mistakes_products as mo
 from refpeft.conformance import mistakes_prompts as mp
+from refpeft.conformance import mistakes_refusals as mr
 from refpeft.conformance import mistakes_selection as ms
 from refpeft.conformance import mistakes_stacks as mt
+from refpeft.conformance import mistakes_stories as mh
 from refpeft.conformance import mistakes_vectors as mv
 from refpeft.conformance.case import Case
 from refpeft.conformance.mistakes_bottleneck import BOTTLENECK
 from refpeft.conformance.targets.base import Arrays
 from refpeft.conformance.targets.spec import Layer, Session, Spec, Whole, answers
+from refpeft.conformance.targets.spec_stories import Story
 from refpeft.methods import (
     adalora,
     boft,
@@ -55,9 +58,22 @@ class Mutant(Spec):
     of_layer: Callable[[Case], Any] = Layer
     of_model: Callable[[Case], Any] = Whole
     of_session: Callable[[Case], Session] = Session
+    of_story: Callable[[Case], Session] = Story
     methods: Sequence[str] = ("lora", "rslora", "dora")
+    forgets: Sequence[str] = ()  # fields of configs that it does not look at
+    lacks: Sequence[str] = ()  # features
+
+    def info(self) -> Mapping[str, Any]:
+        told = super().info()
+        return {**told, "features": [f for f in told["features"] if f not in self.lacks]}
+
+    def made(self, case: Case) -> None:
+        if case.meta["refuse"] not in self.forgets:
+            super().made(case)
 
     def run(self, case: Case) -> Arrays:
+        if case.meta.get("refuse") in self.forgets:
+            case = mr.without(case)
         with ExitStack() as stack:
             for change in self.patches():
                 stack.enter_context(change)
@@ -70,7 +86,7 @@ class Mutant(Spec):
         return answers(self.of_model(case), case.meta["want"])
 
     def session(self, case: Case) -> Session:
-        return self.of_session(case)
+        return self.of_story(case) if case.level == "story" else self.of_session(case)
 
 
 # ── all of them ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -293,7 +309,48 @@ PRODUCTS: Mapping[str, Mutant] = {
     **each(("boft",), "transposed-merge-on-square", MERGE, patches=m.merges(m.transposed_merge, [boft])),
     **each(("oft", "boft"), "in-the-other-order", ("model", "order"), of_model=mo.OtherOrder),
 }  # fmt: skip
-MUTANTS: Mapping[str, Mutant] = {**MATRIX, **PROMPTS, **OWN, **STACKS, **VECTORS, **PRODUCTS}
+
+# ── stories ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+ANY, FILES, SWAP, COMBINED = (("story", name) for name in ("any-order", "files", "hot-swap", "combined"))
+STORIES: Mapping[str, Mutant] = {  # which only show after something else was done
+    "merges-again": Mutant(ANY, of_story=mh.MergesAgain),
+    "delete-leaves-merged-weights": Mutant(ANY, of_story=mh.DeleteLeavesMerged),
+    "delete-activates-none": Mutant(ANY, of_story=mh.DeleteActivatesNone),
+    "delete-forgets-head-of-heir": Mutant(ANY, of_story=mh.HeirWithoutHead),
+    "delete-by-prefix": Mutant(ANY, of_story=mh.DeletesByPrefix),
+    "switch-on-top-of-merged": Mutant(ANY, of_story=mh.SwitchKeepsMerged),
+    "unmerge-restores-other-dtype": Mutant(ANY, of_story=mh.RestoresOtherDtype),
+    "disabled-stays-merged": Mutant(ANY, of_story=mh.DisableForgetsMerged),
+    "disabled-keeps-saved-modules": Mutant(ANY, of_story=mh.DisableKeepsHead),
+    "training-moves-inactive-adapters": Mutant(ANY, of_story=mh.TrainsAll),
+    "training-leaves-saved-modules": Mutant(ANY, of_story=mh.TrainsHeadNot),
+    "load-under-another-name-keeps-the-old": Mutant(FILES, of_story=mh.LoadKeepsOld),
+    "saved-as-it-was-added": Mutant(FILES, of_story=mh.SaveSavesActive),
+    "hot-swap-keeps-scale": Mutant(SWAP, of_story=mh.SwapKeepsScale),
+    "hot-swap-clears-neighbours": Mutant(SWAP, of_story=mh.SwapClearsNeighbours),
+    "replaced-keeps-config": Mutant(("story", "replaced"), of_story=mh.ReplacedKeepsConfig),
+    "combined-as-they-were-added": Mutant(COMBINED, of_story=mh.CombinedSeesLater, methods=SUMS),
+    "pruned-the-largest": Mutant(COMBINED, mp.instead(combine, top=mh.smallest), methods=SUMS),
+    "pruned-by-rows": Mutant(COMBINED, mp.instead(combine, top=mh.by_rows), methods=SUMS),
+    "dare-not-rescaled": Mutant(COMBINED, mp.instead(combine, summing=mh.not_rescaled), methods=SUMS),
+    "ties-against-the-majority": Mutant(COMBINED, mp.instead(combine, elected=mh.against), methods=SUMS),
+    "ties-elects-by-the-other-count": Mutant(COMBINED, mp.instead(combine, elected=mh.by_frequency), methods=SUMS),
+    "ties-mean-of-all": Mutant(COMBINED, mp.instead(combine, summing=mh.mean_of_all), methods=SUMS),
+}
+REJECTS: Mapping[str, Mutant] = {
+    "unknown-field-ignored": Mutant(("layer", "rejects"), forgets=["lora_alfa"]),
+    "patterns-ignored-where-not-supported": Mutant(("layer", "rejects"), forgets=["alpha_pattern"], lacks=["patterns"]),
+    "bias-of-B-ignored-where-not-supported": Mutant(
+        ("layer", "rejects"), forgets=["lora_bias"], lacks=["bias"], methods=SUMS
+    ),
+    "targets-that-match-nothing-accepted": Mutant(("model", "rejects"), forgets=["target_modules"]),
+    "modules-to-save-that-match-nothing-accepted": Mutant(("model", "rejects"), forgets=["modules_to_save"]),
+    "fails-without-a-reason": Mutant(("model", "rejects"), mr.speechless),
+}
+MUTANTS: Mapping[str, Mutant] = {
+    **MATRIX, **PROMPTS, **OWN, **STACKS, **VECTORS, **PRODUCTS, **STORIES, **REJECTS,
+}  # fmt: skip
 
 
 def target(name: str) -> Mutant:

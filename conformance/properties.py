@@ -10,6 +10,8 @@ from refpeft.conformance import strategies, tiny
 from refpeft.conformance.properties_own import OWN
 from refpeft.conformance.properties_stored import STORED
 from refpeft.conformance.property import PADDED, Property, Steps, do, layer, life, two, whole
+from refpeft.conformance.refusals import REJECTS
+from refpeft.conformance.stories import STORIES
 from refpeft.conformance.strategies import Structure
 from refpeft.conformance.traits import TRAITS
 from refpeft.methods import METHODS
@@ -428,4 +430,4 @@ EXPORT = [
     ),
 ]
 
-PROPERTIES: Sequence[Property] = (*LAYER, *STORED, *MODEL, *OWN, *LIFE, *EXPORT)
+PROPERTIES: Sequence[Property] = (*LAYER, *STORED, *MODEL, *OWN, *REJECTS, *LIFE, *STORIES, *EXPORT)

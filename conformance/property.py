@@ -3,7 +3,7 @@
 Every answer is compared with the specification's, so a property is a choice of what to ask, of what kind of case.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ class Property:
     methods: Sequence[str] | None = None
     families: Sequence[str] | None = None  # those whose models it is about
     any_head: bool = True  # or only language models
+    smaller: Callable[[Structure], Iterator[Structure]] | None = None  # what to try of a failure that is met
 
     def applies(self, method: str) -> bool:
         """Is it about methods of this kind?"""

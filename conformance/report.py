@@ -21,7 +21,7 @@ from refpeft.methods import METHODS
 
 Event = Mapping[str, Any]
 
-LEVELS = ("layer", "model", "lifecycle", "export")
+LEVELS = ("layer", "model", "lifecycle", "story", "export")
 # worst first; with the symbol of each in a matrix, and what it means
 STATUSES: Mapping[str, tuple[str, str]] = {
     "error": ("!", "the target broke"),

@@ -131,6 +131,8 @@ def facts(result: Event) -> Iterator[tuple[str, str]]:
         )
     if result.get("case"):
         yield "case", result["case"]
+    if result.get("script"):
+        yield "script", f"{result['script']}, which needs the library alone"
 
 
 def number(x: float) -> str:

@@ -63,6 +63,15 @@ def head_places(names: Sequence[str] | None, model: Any) -> Iterator[Place]:
 # ── LoRA and DoRA ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+FIELDS = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "use_dora",
+    "detach_norm",
+)  # of LoRA's config, which this driver translates
+
+
 def lora_config(config: Config, model: Any) -> Any:
     more = {"use_dora": True} if config.get("use_dora") else {}
     return adapters.LoRAConfig(**spots(config, model), r=config["r"], alpha=config["lora_alpha"], **more)
@@ -84,6 +93,8 @@ def ia3_places(model: Any, adapter: str) -> Iterator[Place]:
 
 def spots(config: Config, model: Any) -> dict[str, Any]:
     """Which of its places AdapterHub adapts, so that these are the targeted modules, and no others."""
+    if out := [name for name in config if name not in FIELDS]:
+        raise Skip(f"AdapterHub's LoRAConfig has nothing for {out[0]!r}")
     names = config["target_modules"]
     layers = {path: m for path, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)}
     chosen = {path: m for path, m in layers.items() if matches(names, path)}

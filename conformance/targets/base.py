@@ -17,7 +17,7 @@ class Skip(Exception):  # noqa: N818 - the word for it everywhere
 class Target(Protocol):
     """info() → name, version, and what is declared:
 
-        levels     of layer, model, lifecycle, export
+        levels     of layer, model, lifecycle, story, export
         methods    of `refpeft methods`
         dtypes     of float16, bfloat16, float32, float64
         features   what it can be asked to do, see FEATURES
@@ -48,6 +48,9 @@ FEATURES: Mapping[str, str] = {
     "several": "hold several adapters, one of them active",
     "together": "have several adapters active at once",
     "weighted": "make an adapter that is a weighted sum of others",
+    "combine": "make an adapter of others in the ways of `refpeft.combine`",
+    "train": "take a step of training",
+    "swap": "put a saved adapter in the place of another",
     "delete": "forget an adapter",
     "save": "write an adapter's tensors to a safetensors file, and read them back",
     "embedding": "adapt embeddings",

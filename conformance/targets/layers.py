@@ -11,10 +11,18 @@ from typing import Any
 import numpy as np
 
 from refpeft.conformance.case import Case
-from refpeft.conformance.targets.base import Arrays, Info
+from refpeft.conformance.targets.base import Arrays, Info, Skip
 from refpeft.conformance.targets.spec import answers
 from refpeft.ops import Array
 
+HONOURED = (
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "detach_norm",
+)  # which drivers read, or their methods stand for
+NEEDS = {"lora_bias": "bias", "alpha_pattern": "patterns", "rank_pattern": "patterns"}  # field → feature
 Reshape = Callable[[Array], Array]
 
 
@@ -37,9 +45,16 @@ class Layers:
         return self.declared
 
     def run(self, case: Case) -> Arrays:
+        self.honour(case.meta["config"])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return answers(self.layer(case), case.meta["want"])
+
+    def honour(self, config: Mapping[str, Any]) -> None:
+        """A library is given what it is declared to have; of the rest it is better to say that it has not."""
+        for name in config:
+            if name not in HONOURED and NEEDS.get(name) not in self.declared["features"]:
+                raise Skip(f"there is no field {name!r} here")
 
     def close(self) -> None:
         pass

@@ -10,6 +10,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from refpeft.conformance.case import DTYPES, Case, read
 from refpeft.conformance.targets import peft_prompts as prompts
 from refpeft.conformance.targets.base import FEATURES, Arrays, Skip
 from refpeft.conformance.targets.models import Driver, base_model, buildable, decoder_of, output, values_of
-from refpeft.conformance.targets.spec import LATIN, mask_of, real
+from refpeft.conformance.targets.spec import LATIN, arguments, mask_of, real
 from refpeft.conformance.targets.tensors import array, quietly, tensor
 from refpeft.methods import METHODS
 from refpeft.ops import Array
@@ -55,13 +56,13 @@ class Peft(Driver):
     def __init__(self) -> None:
         quietly("transformers")
         self.declared = {
-            "name": "peft", "version": peft.__version__, "levels": ["layer", "model", "lifecycle"],
+            "name": "peft", "version": peft.__version__, "levels": ["layer", "model", "lifecycle", "story"],
             "methods": ["lora", *(method for method, flag in FLAG.items() if flag in FIELDS),
                         *(method for method, name in {**CLASSES, **prompts.CLASSES}.items() if hasattr(peft, name))],
             "dtypes": list(DTYPES),
             "options": {**prompts.OPTIONS, "oft": {"side": "input"}, "boft": {"boft_n_butterfly_factor": 1}},
             "features": [f for f in FEATURES if f not in ABSENT and NEEDED.get(f, "r") in FIELDS
-                         and (f != "together" or together())],
+                         and (f != "together" or together()) and (f != "swap" or find_spec("peft.utils.hotswap"))],
             "without": {method: ["embedding"] for method, flag in FLAG.items() if not adapts_embeddings(flag)}
                        | {method: ["together"] for method in prompts.CLASSES}  # one at a time
                        | {method: ["conv1d", "embedding"] for method in TURNED} | {"oft": ["conv1d", "tied"]},
@@ -73,7 +74,9 @@ class Peft(Driver):
         return Layer(case) if case.level == "layer" else Whole(case)
 
     def of_life(self, case: Case, folder: Path) -> "Session":
-        return Session(case, folder)
+        from refpeft.conformance.targets.peft_stories import Story
+
+        return Story(case, folder) if case.level == "story" else Session(case, folder)
 
 
 # ── what this version has, found out by trying ───────────────────────────────────────────────────────────────────────
@@ -389,11 +392,14 @@ class Session:
     def run(self, steps: Sequence[Mapping[str, Any]]) -> Arrays:
         found: Arrays = {}
         for k, step in enumerate(steps):
-            said = getattr(self, step["do"])(**{n: v for n, v in step.items() if n != "do"}) or {}
+            said = getattr(self, step["do"])(**arguments(step)) or {}
             with torch.no_grad():
-                said["logits"] = array(output(self.model, self.case.arrays["ids"], **decoder_of(self.case)))
+                said["logits"] = self.logits()
             found |= {f"{k}/{name}": a for name, a in said.items()}
         return found
+
+    def logits(self) -> Array:
+        return array(output(self.model, self.case.arrays["ids"], **decoder_of(self.case)))
 
     def add(self, adapter: str) -> None:
         self.model = add(self.case, self.model, adapter)
@@ -434,8 +440,9 @@ class Session:
         self.model.add_weighted_adapter(list(of), list(weights), adapter, combination_type=how)
         self.model.set_adapter(adapter)
 
-    def delete(self, adapter: str) -> None:
+    def delete(self, adapter: str) -> Arrays | None:
         self.model.delete_adapter(adapter)
+        return None
 
     def save(self, adapter: str) -> Arrays:
         self.model.save_pretrained(str(self.folder), selected_adapters=[adapter], safe_serialization=True)

@@ -16,6 +16,7 @@ from refpeft.adapter import Adapter
 from refpeft.adapter import found as adapted
 from refpeft.checkpoint.adapters import PREFIX, contents
 from refpeft.checkpoint.families import describe
+from refpeft.conformance import chain
 from refpeft.conformance.case import DTYPES, Case
 from refpeft.conformance.targets.base import FEATURES, Arrays
 from refpeft.conformance.traits import known
@@ -32,17 +33,27 @@ LATIN = {"β": "bias"}
 class Spec:
     def info(self) -> Mapping[str, Any]:
         return {
-            "name": "spec", "version": refpeft.__version__, "levels": ["layer", "model", "lifecycle", "export"],
+            "name": "spec", "version": refpeft.__version__,
+            "levels": ["layer", "model", "lifecycle", "story", "export"],
             "methods": known(), "dtypes": list(DTYPES), "features": list(FEATURES),
         }  # fmt: skip
 
     def run(self, case: Case) -> Arrays:
+        if "refuse" in case.meta:
+            self.made(case)
         if "steps" in case.meta:
             return self.session(case).run(case.meta["steps"])
         return self.layer(case) if case.level == "layer" else self.model(case)
 
     def close(self) -> None:
         pass
+
+    def made(self, case: Case) -> None:
+        """An adapter made from the case's config, with all that is checked then."""
+        if case.level == "layer":
+            METHODS[case.method].Config(**case.meta["config"])
+        else:
+            refpeft.init(case.method, case.meta["adapters"]["default"]["config"], model_of(case))
 
     def layer(self, case: Case) -> Arrays:
         return answers(Layer(case), case.meta["want"])
@@ -51,7 +62,9 @@ class Spec:
         return answers(Whole(case), case.meta["want"])
 
     def session(self, case: Case) -> "Session":
-        return Session(case)
+        from refpeft.conformance.targets.spec_stories import Story
+
+        return Story(case) if case.level == "story" else Session(case)
 
 
 def answers(subject: Any, want: Sequence[str]) -> Arrays:
@@ -246,6 +259,8 @@ def real(out: Array, mask: Array | None) -> Array:
 
 def model_of(case: Case) -> Model:
     source = case.meta["model"]
+    if source["model_type"] == chain.FAMILY:
+        return chain.model(source, tensors(case, "model/"))
     fields, sites, _ = describe(source)
     return Model(fields, sites, tensors(case, "model/"), source)
 
@@ -278,7 +293,7 @@ class Session:
     def run(self, steps: Sequence[Mapping[str, Any]]) -> Arrays:
         found: Arrays = {}
         for k, step in enumerate(steps):
-            said = getattr(self, step["do"])(**{n: v for n, v in step.items() if n != "do"}) or {}
+            said = getattr(self, step["do"])(**arguments(step)) or {}
             found |= {f"{k}/{name}": a for name, a in said.items()} | {f"{k}/logits": self.logits()}
         return found
 
@@ -336,6 +351,11 @@ class Session:
         """New values written into the parameters of an adapter."""
         new = tensors(self.case, f"new-{adapter}/")
         self.adapters[adapter] = self.adapters[adapter].replace(params=new)
+
+
+def arguments(step: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a step: all but what it is called, and whether it may be refused."""
+    return {name: value for name, value in step.items() if name not in ("do", "may")}
 
 
 def filed(adapter: Adapter) -> Arrays:

@@ -25,7 +25,8 @@ Target = Annotated[str, typer.Argument(metavar="TARGET", help="What to check; se
 Names = list[str] | None
 Methods = Annotated[Names, typer.Option("--method", "-m", metavar="NAME", help="Only this method (repeatable).")]
 Levels = Annotated[
-    Names, typer.Option("--level", "-l", metavar="LEVEL", help="Only layer, model, lifecycle or export (repeatable).")
+    Names,
+    typer.Option("--level", "-l", metavar="LEVEL", help="Only layer, model, lifecycle, story or export (repeatable)."),
 ]
 Properties = Annotated[Names, typer.Option("--property", "-p", metavar="NAME", help="Only this property (repeatable).")]
 Model = Annotated[
@@ -292,10 +293,21 @@ def side_by_side(site: "Site", html: Path | None, svg: Path | None) -> None:
     raise typer.Exit(0 if site.ok else 1)
 
 
-def replay(case: CaseFile, target: Target, python: Python = None, json_file: Json = None) -> None:
+Script = Annotated[
+    Path | None,
+    typer.Option("--script", metavar="FILE", help="Write the story as a script that needs the library alone."),
+]
+
+
+def replay(
+    case: CaseFile, target: Target, python: Python = None, json_file: Json = None, script: Script = None
+) -> None:
     """Put one stored case to a target again.
 
     [cyan]refpeft replay .refpeft/cases/peft-dora-layer-merge.safetensors peft[/cyan]
+
+    A story as a script for a bug report, which imports nothing of refpeft:
+    [cyan]refpeft replay .refpeft/cases/peft-lora-story-files.safetensors peft --script story.py[/cyan]
 
     Exit code 0: the answer is as specified. 1: it is not, or it is skipped.
     2: could not run.
@@ -305,7 +317,11 @@ def replay(case: CaseFile, target: Target, python: Python = None, json_file: Jso
     from refpeft.conformance import engine, terminal
     from refpeft.conformance.case import Case
 
-    writable(json_file)
+    writable(json_file, script)
+    if script:
+        from refpeft.conformance import script as scripts
+
+        script.write_text(scripts.script(Case.read(case), target), encoding="utf-8")
     result = answered(Case.read(case), str(case), engine.replay(case, elsewhere(target, python)))
     terminal.story(result, Console(highlight=False))
     save(json_file, [result])

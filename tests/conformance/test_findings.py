@@ -21,7 +21,11 @@ def number(line: str) -> float:
 
 
 SHOWN: dict[str, Callable[[Lines], bool]] = {  # what the script of a page prints, or how it ends
+    "peft-configs-accepted": lambda said: len(said) == 2 and all(line.count("lora_") == 2 for line in said),
+    "peft-delete-active": lambda said: said == ["['bar'] foo", "KeyError: 'foo'"],
+    "peft-delete-modules-to-save": lambda said: said[0] == "['foo']" and number(said[1]) > 0.1 and number(said[2]) == 0,
     "peft-disable-prompt": lambda said: said[-1].startswith("UnboundLocalError: cannot access local variable"),
+    "peft-hotswap": lambda said: said == ["tensor(True)", "tensor(False)"],
     "peft-ia3-defaults": lambda said: (
         said == ["ValueError: `feedforward_modules` should be a subset of `target_modules`"]
     ),

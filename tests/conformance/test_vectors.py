@@ -115,7 +115,12 @@ def killed(name: str, method: str) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("name", [name for name, m in MUTANTS.items() if m.first[0] != "lifecycle"])
+LIVES = ("lifecycle", "story")  # of which there are no vectors
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, m in MUTANTS.items() if m.first[0] not in LIVES and m.first[1] != "rejects"]
+)
 def test_every_mutant_of_a_method_is_found_by_one_of_its_vectors(name: str) -> None:
     for method in MUTANTS[name].methods:
         assert killed(name, method), method
