@@ -56,7 +56,7 @@ def rejects(level: str) -> Property:
         return [{**base[n % len(base)], "odd": dict(o)} for n, o in enumerate(odd(method, info))]
 
     def draw(method: str, info: Info) -> Strategy:
-        return st.sampled_from(list(corners(method, info)))
+        return st.sampled_from(list(corners(method, info))) if info.get("configs", True) else st.nothing()
 
     def make(method: str, s: Structure, seed: int) -> Case:
         return layer(method, s, seed) if level == "layer" else model(method, s, seed)

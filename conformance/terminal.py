@@ -162,7 +162,7 @@ def show_site(site: "Site", console: Console) -> None:
         cells = [i.cell(method) for i in site.implementations]
         table.add_row(method, *(marks(cell) for cell in cells))
     console.print(table)
-    console.print(Text(f"\nThe four marks of a cell: {', '.join(LEVELS)}.", style="dim"))
+    console.print(Text(f"\nThe marks of a cell: {', '.join(LEVELS)}.", style="dim"))
     for i in site.implementations:
         style = "green" if i.latest.ok else "red"
         console.print(Text.assemble((i.latest.target, "bold"), "  ", (i.latest.verdict, style)))

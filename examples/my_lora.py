@@ -20,6 +20,8 @@ class Mine:
 
     def run(self, case: Case) -> dict[str, Any]:
         c, a = case.meta["config"], case.arrays  # x [… i], W [o, i], A [r, i], B [o, r], and b [o] where there is one
+        if unknown := sorted(set(c) - {"r", "lora_alpha"}):
+            raise ValueError(f"no idea what {unknown[0]} is")  # better than to do something else than was asked
         s, x, W, A, B, b = c["lora_alpha"] / c["r"], a["x"], a["W"], a["A"], a["B"], a.get("b", 0)
 
         def y(x: Any) -> Any:

@@ -87,5 +87,6 @@ def loaded() -> Inference:
     return Inference(
         made, name="llamacpp", version=tag.removeprefix("v"), methods=["lora", "rslora"],
         families=list(ARCHITECTURES), features=["forward", "cache", "disable", "several", "together"],
-        settings={"adapter": ["written", "converted"]}, versions={"node-llama-cpp": npm, "gguf": version("gguf")},
+        configs=False, settings={"adapter": ["written", "converted"]},
+        versions={"node-llama-cpp": npm, "gguf": version("gguf")},
     )  # fmt: skip

@@ -26,6 +26,7 @@ class Target(Protocol):
         linears    optional: family → the layers that it can adapt
         options    optional: method → fields of its config, with the only value that it has
         stored     optional: 'nf4', if it keeps W in four bits: then W is one that this does not change
+        configs    optional: false where it reads an adapter's tensors and no config, which it could refuse
         settings   optional: what it can be set to and makes no difference → the values to try
 
     run(case) → the arrays that the case wants, by name.

@@ -14,7 +14,9 @@ const INFO = {
 
 // y = x W′ᵀ + b with W′ = W + s B A: everything a case can want, by the names the protocol gives it
 function lora(config, { x, W, A, B, dy, b }) {
-  const s = config.lora_alpha / config.r;
+  const { r, lora_alpha, ...unknown } = config;
+  for (const name in unknown) throw new Error(`no idea what ${name} is`); // better than to do something else
+  const s = lora_alpha / r;
   const shift = y => (b ? plus(y, b) : y);
   const W1 = plus(W, times(s, matmul(B, A)));
   const y = plus(shift(matmul(x, T(W))), times(s, matmul(matmul(x, T(A)), T(B))));

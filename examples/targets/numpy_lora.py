@@ -32,6 +32,8 @@ def lora(config, x, W, A, B, dy, b=None):
 
 def run(path, out):
     case, arrays = read(path)
+    if unknown := sorted(set(case["config"]) - {"r", "lora_alpha"}):
+        raise ValueError(f"no idea what {unknown[0]} is")  # better than to do something else than was asked
     answers = dict(lora(case["config"], **arrays))
     write(out, {name: array for wanted in case["want"] for name, array in answers[wanted].items()})
     return {"ok": True}

@@ -23,6 +23,8 @@ class TinyLoRA:
 
     def run(self, case: Any) -> dict[str, Any]:
         c, a, want = case.meta["config"], case.arrays, case.meta["want"]
+        if unknown := sorted(set(c) - {"r", "lora_alpha", "use_rslora"}):
+            raise ValueError(f"no idea what {unknown[0]} is")
         scale = c["lora_alpha"] / (c["r"] ** 0.5 if c.get("use_rslora") else c["r"])
         layer = LoRALinear(a["W"].T, a["A"].T, a["B"].T, scale, a.get("b"))
         answers: dict[str, Any] = {}
