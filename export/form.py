@@ -20,6 +20,7 @@ import numpy as np
 from onnx import TensorProto
 
 from refpeft.adapter import Adapter, each, substitutes
+from refpeft.export.precision import Precision, Tensor, as_stored
 from refpeft.export.runtime import Runner
 from refpeft.export.symbols import Graph, Symbol
 from refpeft.hooks import Hooks
@@ -30,7 +31,6 @@ from refpeft.prompts import drop_encoder
 
 Array = np.ndarray[Any, Any]
 Outputs = Mapping[str, Symbol]
-Tensor = tuple[str, Array, np.dtype[Any]]  # name, numbers, dtype to store them in
 Answer = Array | Mapping[str, Array]
 Spec = Callable[[Model, Sequence[Adapter]], Any]
 Store = Callable[[Iterable[Tensor]], dict[str, TensorProto]]
@@ -38,8 +38,9 @@ Store = Callable[[Iterable[Tensor]], dict[str, TensorProto]]
 
 @dataclass(frozen=True)
 class Subject:
-    """What is exported: a model with adapters, in a dtype; `decode`: with keys and values as inputs and outputs;
-    `last_logits`: of the last position only; `options`: those of its form."""
+    """What is exported: a model with adapters, computed in a dtype; `decode`: with keys and values as inputs and
+    outputs; `last_logits`: of the last position only; `options`: those of its form; `precision`: of the stored
+    weights, if they are not simply in that dtype."""
 
     model: Model
     adapters: Sequence[Adapter]
@@ -47,6 +48,12 @@ class Subject:
     decode: bool = False
     last_logits: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    precision: Precision | None = None
+
+    @property
+    def seen(self) -> Model:
+        """The model that the stored weights make."""
+        return self.model if self.precision is None else as_stored(self.precision, self.model)
 
 
 @dataclass(frozen=True)

@@ -11,27 +11,28 @@ either all of it or none.
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from onnx import ModelProto, TensorProto, checker
+from onnx import ModelProto, TensorProto, checker, helper
 
 import refpeft
 from refpeft.adapter import Adapter, fits
 from refpeft.checkpoint import tokens
 from refpeft.checkpoint.folder import new_folder
-from refpeft.export import runtime, signature, verification, weights
+from refpeft.export import initialisers, runtime, signature, verification, weights
 from refpeft.export.card import CARD, write_json
-from refpeft.export.form import Form, Made, Subject, Tensor
+from refpeft.export.form import Form, Made, Subject
 from refpeft.export.forms import FORMS
 from refpeft.export.lowering import RULES
+from refpeft.export.precision import DTYPES, Precision, Tensor, encoded, matrices, precision
 from refpeft.export.proto import IR_VERSION, OPSET, to_model
+from refpeft.export.rewriting import Stored, rewritten
 from refpeft.export.symbols import Graph
 from refpeft.model import Model, adapter_list
 
-DTYPES: Mapping[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16)}
 INLINE_LIMIT = 100_000_000  # bytes; inline weights are held in memory twice here, and once more by whoever loads them
 PROTOBUF_LIMIT = 2_000_000_000
 Report = Callable[[str], None]
@@ -72,6 +73,8 @@ def export(
     decode: bool = False,
     last_logits: bool = False,
     options: Mapping[str, Any] | None = None,
+    link: bool = False,
+    blocks: Mapping[str, Any] | None = None,
 ) -> Exported:
     """Write the model with its adapters as an ONNX folder at `out`, which must not exist.
 
@@ -79,7 +82,9 @@ def export(
     whoever loads it needs them in memory). `source`: the checkpoint's folder, whose tokenizer is carried over.
     `verify`: run it on onnxruntime against the specification; a graph that is not equal to rounding is not kept.
     `report` is told each step. `decode`: a graph with keys and values as inputs and outputs, to write token by token;
-    `last_logits`: with the logits of the last position only. `options`: of the form, if it has any.
+    `last_logits`: with the logits of the last position only. `options`: of the form, if it has any. `link`: what no
+    adapter changes stays in the files of `source`, which are linked into the folder. `blocks`: of the dtype int4, its
+    size, zero_points and accuracy_level.
     """
     chosen(form, FORMS, "form")
     chosen(dtype, DTYPES, "dtype")
@@ -92,14 +97,23 @@ def export(
     if options and not getattr(FORMS[form], "OPTIONS", False):
         raise ValueError(f"the form {form} has no options, found {', '.join(options)}")
     decode = decode or getattr(FORMS[form], "DECODES", False)
-    subject = Subject(model, adapters, DTYPES[dtype], decode, last_logits, options or {})
+    subject = Subject(model, adapters, DTYPES[dtype], decode, last_logits, options or {}, precision(dtype, blocks))
+    if link and (source is None or external is False):
+        raise ValueError("linked weights lie in the files of `source`, beside the graph")
     checked(FORMS[form], subject)
     if os.path.lexists(out):
         raise FileExistsError(f"{out} exists already: an export never overwrites anything")
-    with new_folder(out, needs=weights.size(model, DTYPES[dtype])) as folder:
+    with new_folder(out, needs=0 if link else weights.size(model, precision(dtype, blocks))) as folder:
         report("tracing the specification, writing the weights")
         graph = Graph(RULES)
-        made = traced(form, subject, graph, folder, external)
+        beside = outside(subject, True if link else external)
+        made = traced(
+            form,
+            subject,
+            graph,
+            folder / weights.DATA if beside else None,
+            Path(source) if link and source is not None else None,
+        )
         proto = to_model(graph, made.inputs, made.outputs, made.tensors, made.optional)
         save(proto, folder / "model.onnx")
         carry_over(folder, made, source)
@@ -140,23 +154,25 @@ def checked(form: Form, subject: Subject) -> None:
     form.check(subject)
 
 
-def traced(form: str, subject: Subject, graph: Graph, folder: Path, external: bool | None) -> Made:
+def traced(form: str, subject: Subject, graph: Graph, data: Path | None, frozen: Path | None) -> Made:
     """The specification run on symbols. What has no form in ONNX is refused."""
+    p = subject.precision or Precision()
+    blocked = matrices(subject.model.sites) if p.blocks else {}
 
     def store(tensors: Iterable[Tensor]) -> dict[str, TensorProto]:
-        return weights.store(tensors, folder / weights.DATA if beside else None)
+        return weights.store(chain.from_iterable(encoded(p, blocked, t) for t in tensors), data, frozen)
 
-    beside = outside(subject, external)
     try:
-        return FORMS[form].make(subject, graph, store)
+        made = FORMS[form].make(subject, graph, store)
     except NotImplementedError as error:
         methods = " and ".join(dict.fromkeys(a.method for a in subject.adapters)) or "the model"
         raise ValueError(f"{methods} cannot be exported in the form {form}: {error}") from None
+    return replace(made, outputs=rewritten(graph, made.outputs, Stored(made.tensors, blocked, p.blocks)))
 
 
 def outside(subject: Subject, external: bool | None) -> bool:
     """Do the weights lie beside the graph?"""
-    size = weights.size(subject.model, subject.dtype)
+    size = weights.size(subject.model, subject.precision or Precision())
     if external is False and size > PROTOBUF_LIMIT:
         raise ValueError(
             f"{size / 1e9:.1f} GB of weights do not fit into model.onnx, which can hold 2 GB: keep them beside it"
@@ -175,9 +191,26 @@ def finish(form: Form, folder: Path, subject: Subject, made: Made) -> None:
 
 
 def save(proto: ModelProto, path: Path) -> None:
-    """Written, then read back by onnx's checker, with shape inference."""
+    """Written, then read back: where its tensors lie by us, all else by onnx's checker, with shape inference. That one
+    refuses files of several names: what lies in such is an input to it."""
     path.write_bytes(proto.SerializeToString())
-    checker.check_model(str(path), full_check=True)
+    kept = [t for t in proto.graph.initializer if location(t) not in ("", weights.DATA)]
+    if not kept:
+        checker.check_model(str(path), full_check=True)
+        return
+    initialisers.read(path)
+    seen = ModelProto()
+    seen.CopyFrom(proto)
+    del seen.graph.initializer[:]
+    seen.graph.initializer.extend(t for t in proto.graph.initializer if not location(t))
+    beside = [t for t in proto.graph.initializer if location(t) and t.name not in {i.name for i in seen.graph.input}]
+    seen.graph.input.extend(helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in beside)
+    checker.check_model(seen, full_check=True)
+
+
+def location(t: TensorProto) -> str:
+    """The file that a tensor lies in, if it is another one than the graph's."""
+    return next((e.value for e in t.external_data if e.key == "location"), "")
 
 
 def described(
@@ -191,7 +224,7 @@ def described(
     optional = {name: inputs.pop(name) for name in made.optional}
     size = sum(f.stat().st_size for f in folder.iterdir())
     return Exported(
-        out, form, str(subject.dtype), subject.decode, subject.last_logits, inputs, optional,
+        out, form, (subject.precision or Precision()).name, subject.decode, subject.last_logits, inputs, optional,
         shapes(proto.graph.output), len(proto.graph.node), size, (folder / weights.DATA).exists(), provider, cases,
     )  # fmt: skip
 

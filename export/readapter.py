@@ -20,7 +20,8 @@ from refpeft.export import initialisers
 from refpeft.export.card import needed, read_card
 from refpeft.export.form import Array, Subject, prefixes
 from refpeft.export.forms import FORMS
-from refpeft.export.program import DTYPES, chosen
+from refpeft.export.precision import DTYPES, unpacked
+from refpeft.export.program import chosen
 from refpeft.model import Model
 
 
@@ -63,6 +64,8 @@ def base(folder: Path, card: Mapping[str, Any]) -> Model:
         for tensor, own in ((site.weight, site.path + ".weight"), (site.bias, site.path + ".bias")):
             names = [tensor, *(at + name for at in prefixes(card["adapters"]) for name in (tensor, own))]
             kept = next((found[name] for name in names if name in found), None)  # its own, or what an adapter replaces
+            if kept is None and tensor in p.shapes:
+                kept = unpacked(found, tensor, site.kind, p.shapes[tensor])
             if kept is None and tensor in p.shapes:
                 kept = np.broadcast_to(np.zeros((), DTYPES[card["dtype"]]), p.shapes[tensor])
             if kept is not None:

@@ -102,11 +102,13 @@ def amplified(check: Check, model: Model, adapters: Sequence[Adapter]) -> Iterat
 def rounded(subject: Subject, folded: bool) -> tuple[Model, Sequence[Adapter]]:
     """The model and adapters that the graph stands for, in the dtypes that it has."""
     model, adapters = cast(subject.model, np.float32), subject.adapters
-    if subject.dtype == np.float32:
+    exact = subject.precision is None or subject.precision.exact
+    if exact and subject.dtype == np.float32:
         return model, [in_dtype(a, np.float32) for a in adapters]
     if folded:
-        return cast(merge(model, adapters), subject.dtype), []
-    return cast(model, subject.dtype), [as_stored(subject, a) for a in adapters]
+        merged = replace(subject, model=merge(model, adapters))
+        return cast(merged.seen, subject.dtype), []
+    return cast(subject.seen, subject.dtype), [as_stored(subject, a) for a in adapters]
 
 
 def as_stored(subject: Subject, adapter: Adapter) -> Adapter:

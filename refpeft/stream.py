@@ -26,7 +26,10 @@ def merged_by_role(
     params = dict(model.params)
     written: set[str] = set()
     for role in model.sites:
-        old = in_float32(model.part(role))
+        own = model.part(role)
+        if not any(own.path in a.by_module for a in adapters):
+            continue
+        old = in_float32(own)
         W, b = merged_part(adapters, old)
         if W is not old.W:
             sites |= untied(sites, params, role)

@@ -34,7 +34,7 @@ def check(subject: Subject) -> None:
 
 
 def found(subject: Subject) -> dict[str, slots.Slot]:
-    return slots.slots(subject.adapters, subject.model, subject.dtype)
+    return slots.slots(subject.adapters, subject.seen, subject.dtype)
 
 
 def make(subject: Subject, graph: Graph, store: Store) -> Made:

@@ -26,7 +26,6 @@ from refpeft.export.form import (
     Made,
     Store,
     Subject,
-    Tensor,
     base_tensors,
     dtypes,
     hooks_of,
@@ -40,6 +39,7 @@ from refpeft.export.form import (
     with_values,
 )
 from refpeft.export.forms.unmerged import no_prompts
+from refpeft.export.precision import Tensor
 from refpeft.export.runtime import Runner
 from refpeft.export.signature import BATCH, INT, run
 from refpeft.export.symbols import Graph
