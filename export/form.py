@@ -48,12 +48,12 @@ class Subject:
     decode: bool = False
     last_logits: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
-    precision: Precision | None = None
+    precision: Precision = Precision()  # noqa: RUF009, it is frozen
 
     @property
     def seen(self) -> Model:
         """The model that the stored weights make."""
-        return self.model if self.precision is None else as_stored(self.precision, self.model)
+        return as_stored(self.precision, self.model)
 
 
 @dataclass(frozen=True)

@@ -86,10 +86,11 @@ def rounded(p: Precision, blocked: Mapping[str, str], name: str, a: Array) -> Ar
     if p.exact:
         return a
     if p.blocks is None or name not in blocked:
-        low: Array = a.astype(p.dtype, copy=False).astype(F32)
-        return low
+        low: Any = a.astype(p.dtype, copy=False)
+        return np.asarray(low.astype(F32))
     W = stored(blocked[name], a)
-    return stored(blocked[name], int4.dequantise(int4.quantise(W, p.blocks), W.shape[1]))
+    Ŵ: Array = stored(blocked[name], int4.dequantise(int4.quantise(W, p.blocks), W.shape[1]))
+    return Ŵ
 
 
 def as_stored(p: Precision, model: Model) -> Model:

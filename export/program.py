@@ -23,13 +23,13 @@ from refpeft.adapter import Adapter, fits
 from refpeft.checkpoint import tokens
 from refpeft.checkpoint.folder import new_folder
 from refpeft.export import initialisers, runtime, signature, verification, weights
-from refpeft.export.card import CARD, write_json
+from refpeft.export.card import CARD, digest, write_json
 from refpeft.export.form import Form, Made, Subject
 from refpeft.export.forms import FORMS
 from refpeft.export.lowering import RULES
-from refpeft.export.precision import DTYPES, Precision, Tensor, encoded, matrices, precision
+from refpeft.export.precision import DTYPES, Tensor, encoded, matrices, precision
 from refpeft.export.proto import IR_VERSION, OPSET, to_model
-from refpeft.export.rewriting import Stored, rewritten
+from refpeft.export.rewriting import Stored, relevel, rewritten
 from refpeft.export.symbols import Graph
 from refpeft.model import Model, adapter_list
 
@@ -40,7 +40,8 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Exported:
-    """What `export` made. `cases` are the measured ratios, empty if it was not verified."""
+    """What `export` made. `cases` are the measured ratios, empty if it was not verified; with the distance from what
+    weights that are not rounded give, where they are."""
 
     folder: Path
     form: str
@@ -103,26 +104,18 @@ def export(
     checked(FORMS[form], subject)
     if os.path.lexists(out):
         raise FileExistsError(f"{out} exists already: an export never overwrites anything")
-    with new_folder(out, needs=0 if link else weights.size(model, precision(dtype, blocks))) as folder:
+    beside = link or outside(subject, external)
+    with new_folder(out, needs=0 if link else weights.size(model, subject.precision)) as folder:
         report("tracing the specification, writing the weights")
         graph = Graph(RULES)
-        beside = outside(subject, True if link else external)
-        made = traced(
-            form,
-            subject,
-            graph,
-            folder / weights.DATA if beside else None,
-            Path(source) if link and source is not None else None,
-        )
+        frozen = Path(source) if link and source is not None else None
+        made = traced(form, subject, graph, folder / weights.DATA if beside else None, frozen)
         proto = to_model(graph, made.inputs, made.outputs, made.tensors, made.optional)
         save(proto, folder / "model.onnx")
         carry_over(folder, made, source)
         finish(FORMS[form], folder, subject, made)
-        cases: Sequence[Mapping[str, Any]] = ()
-        provider = None
-        if verify:
-            report("running it on onnxruntime")
-            provider, cases = verification.verify(folder, subject, FORMS[form])
+        report("running it on onnxruntime")
+        provider, cases = proven(folder, subject, FORMS[form], proto, verify)
         result = described(folder, Path(out), form, subject, made, proto, provider, cases)
         write_card(folder, made, subject, result)
     return result
@@ -156,7 +149,7 @@ def checked(form: Form, subject: Subject) -> None:
 
 def traced(form: str, subject: Subject, graph: Graph, data: Path | None, frozen: Path | None) -> Made:
     """The specification run on symbols. What has no form in ONNX is refused."""
-    p = subject.precision or Precision()
+    p = subject.precision
     blocked = matrices(subject.model.sites) if p.blocks else {}
 
     def store(tensors: Iterable[Tensor]) -> dict[str, TensorProto]:
@@ -172,12 +165,27 @@ def traced(form: str, subject: Subject, graph: Graph, data: Path | None, frozen:
 
 def outside(subject: Subject, external: bool | None) -> bool:
     """Do the weights lie beside the graph?"""
-    size = weights.size(subject.model, subject.precision or Precision())
+    size = weights.size(subject.model, subject.precision)
     if external is False and size > PROTOBUF_LIMIT:
         raise ValueError(
             f"{size / 1e9:.1f} GB of weights do not fit into model.onnx, which can hold 2 GB: keep them beside it"
         )
     return size > INLINE_LIMIT if external is None else external
+
+
+def proven(
+    folder: Path, subject: Subject, form: Form, proto: ModelProto, verify: bool
+) -> tuple[str | None, Sequence[Mapping[str, Any]]]:
+    """The device and the cases. Graphs whose accuracy level lets activations be rounded too are verified without."""
+    p = subject.precision
+    provider, cases = verification.verify(folder, subject, form) if verify else (None, [])
+    if p.blocks and p.blocks.accuracy_level != 1:
+        relevel(proto, p.blocks.accuracy_level)
+        save(proto, folder / "model.onnx")
+    if p.exact or not verify:
+        return provider, cases
+    far = verification.rounding(folder, subject, form)
+    return provider, [{**case, "rounding": r} for case, r in zip(cases, far, strict=True)]
 
 
 def finish(form: Form, folder: Path, subject: Subject, made: Made) -> None:
@@ -224,7 +232,7 @@ def described(
     optional = {name: inputs.pop(name) for name in made.optional}
     size = sum(f.stat().st_size for f in folder.iterdir())
     return Exported(
-        out, form, (subject.precision or Precision()).name, subject.decode, subject.last_logits, inputs, optional,
+        out, form, subject.precision.name, subject.decode, subject.last_logits, inputs, optional,
         shapes(proto.graph.output), len(proto.graph.node), size, (folder / weights.DATA).exists(), provider, cases,
     )  # fmt: skip
 
@@ -247,5 +255,6 @@ def write_card(folder: Path, made: Made, subject: Subject, result: Exported) -> 
         "model": {"family": model.config.family, "architecture": (model.source.get("architectures") or [None])[0]},
         "adapters": [{"method": a.method, "config": asdict(a.config)} for a in subject.adapters],
         **made.card,
+        "files": {f.name: digest(f) for f in sorted(folder.iterdir())},
     }
     write_json(folder / CARD, card)

@@ -17,7 +17,7 @@ from refpeft.checkpoint.families import plan
 from refpeft.checkpoint.safetensors import read_json, show
 from refpeft.export import adapters as files
 from refpeft.export import initialisers
-from refpeft.export.card import needed, read_card
+from refpeft.export.card import needed, whole
 from refpeft.export.form import Array, Subject, prefixes
 from refpeft.export.forms import FORMS
 from refpeft.export.precision import DTYPES, unpacked
@@ -46,7 +46,7 @@ def adapter_only(
 
 def described(folder: Path) -> dict[str, Any]:
     """What refpeft.json says of a folder whose graph takes its adapter from outside."""
-    card = read_card(folder)
+    card = whole(folder)
     if not hasattr(FORMS.get(card["form"]), "values"):
         raise ValueError(f"{folder}: its form is {show(card['form'])}, which takes no adapter from outside")
     chosen(card["dtype"], DTYPES, f"{folder}: dtype")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from onnx import TensorProto, helper
+from onnx import ModelProto, TensorProto, helper
 
 from refpeft.export import int4
 from refpeft.export.form import Outputs
@@ -20,6 +20,7 @@ from refpeft.export.symbols import Graph, Node, Symbol, concatenate
 
 U8 = np.dtype(np.uint8)
 New = dict[Node, Symbol]
+PRODUCT = "MatMulNBits"
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,16 @@ def product(graph: Graph, x: Node, new: New, weights: Stored) -> Symbol | None:
     args: list[Symbol | None] = [y, q, s, z, None, *rest[1:]]  # behind zero points an order of columns, then the bias
     while args[-1] is None:
         args.pop()
-    own = {"bits": 4, "block_size": weights.blocks.size, "accuracy_level": weights.blocks.accuracy_level}
-    sizes = {"N": x.shape[-1], "K": y.shape[-1], "domain": "com.microsoft"}
-    return graph.emit("MatMulNBits", args, x.dtype, x.shape, **own, **sizes)
+    own = {"bits": 4, "block_size": weights.blocks.size, "accuracy_level": 1, "domain": "com.microsoft"}
+    return graph.emit(PRODUCT, args, x.dtype, x.shape, N=x.shape[-1], K=y.shape[-1], **own)
+
+
+def relevel(proto: ModelProto, level: int) -> None:
+    """Products that a runtime may compute with activations of 8 bits, or must not."""
+    for node in proto.graph.node:
+        for attribute in node.attribute if node.op_type == PRODUCT else ():
+            if attribute.name == "accuracy_level":
+                attribute.i = level
 
 
 def multiplier(x: Node, blocked: Mapping[str, str]) -> str | None:

@@ -177,7 +177,14 @@ def fits(path: Any, name: str, a: Array, wanted: Any) -> None:
 
 def open_folder(folder: str | os.PathLike[str], device: str | None = None) -> Runner:
     """The graph of a folder that `refpeft export` made, ready to run."""
-    path = Path(folder) / "model.onnx"
-    if not path.is_file():
+    from refpeft.export.card import whole
+
+    if not (Path(folder) / "model.onnx").is_file():
         raise ValueError(f"{folder}: there is no model.onnx")
-    return Runner(Path(folder), session(path, device))
+    whole(Path(folder))
+    return open_graph(Path(folder), device)
+
+
+def open_graph(folder: Path, device: str | None = None) -> Runner:
+    """The same, of a folder that is being made."""
+    return Runner(folder, session(folder / "model.onnx", device))

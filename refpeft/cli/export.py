@@ -223,6 +223,12 @@ def show(result: Any, console: Console) -> None:
     console.print(table)
     if result.cases:
         worst = max(case["ratio"] for case in result.cases)
-        console.print(f"Equal to the specification on {result.provider}: ratio {worst:.2f} at most (limit 10).")
+        same = " on the rounded weights" if "rounding" in result.cases[0] else ""
+        console.print(f"Equal to the specification{same} on {result.provider}: ratio {worst:.2f} at most (limit 10).")
+        if same:
+            far = max(case["rounding"] for case in result.cases)
+            console.print(
+                f"From what the weights give before they are rounded, outputs differ by {far:.2g} of their size."
+            )
     else:
         console.print("Not verified.")
