@@ -20,7 +20,7 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 MIDDLE, LARGEST = 8, 15
-ROWS = 4 << 20  # numbers that are quantised at a time
+ROWS = 1 << 20  # numbers that are quantised at a time
 
 
 @dataclass(frozen=True)

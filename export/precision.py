@@ -19,6 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from refpeft.checkpoint.safetensors import Malformed
 from refpeft.export import int4
 from refpeft.export.int4 import Blocks, Packed
 from refpeft.model import Model, Site
@@ -119,9 +120,13 @@ class Seen(Mapping[str, Array]):
 
 def unpacked(found: Mapping[str, Array], name: str, kind: str, shape: tuple[int, ...]) -> Array | None:
     """A matrix among tensors that were read from a graph, if it is there in blocks."""
-    if name + Q not in found:
+    q, s, z = (found.get(name + end) for end in (Q, S, Z))
+    if q is None or s is None:
         return None
-    columns = stored(kind, np.broadcast_to(np.float32(0), shape)).shape[1]
-    packed = Packed(found[name + Q], found[name + S], found.get(name + Z))
-    W: Array = stored(kind, int4.dequantise(packed, columns))
+    o, i = shape if kind == "linear" else reversed(shape)
+    n = s.shape[-1]
+    fits = q.ndim == 3 and q.shape[:2] == s.shape == (o, n) and 0 <= 2 * q.shape[2] * n - i < 2 * q.shape[2]
+    if not fits or q.dtype != np.uint8 or (z is not None and (z.shape != (o, (n + 1) // 2) or z.dtype != np.uint8)):
+        raise Malformed(f"tensor {name + Q!r}: its blocks are not those of a matrix {[o, i]}")
+    W: Array = stored(kind, int4.dequantise(Packed(q, s, z), i))
     return W

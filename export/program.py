@@ -54,6 +54,7 @@ class Exported:
     nodes: int
     bytes: int
     external_data: bool
+    weight_files: Sequence[str]
     provider: str | None
     cases: Sequence[Mapping[str, Any]]
 
@@ -231,9 +232,10 @@ def described(
     inputs = shapes(proto.graph.input)
     optional = {name: inputs.pop(name) for name in made.optional}
     size = sum(f.stat().st_size for f in folder.iterdir())
+    files = sorted({location(t) for t in proto.graph.initializer} - {""})
     return Exported(
         out, form, subject.precision.name, subject.decode, subject.last_logits, inputs, optional,
-        shapes(proto.graph.output), len(proto.graph.node), size, (folder / weights.DATA).exists(), provider, cases,
+        shapes(proto.graph.output), len(proto.graph.node), size, bool(files), files, provider, cases,
     )  # fmt: skip
 
 

@@ -32,7 +32,8 @@ def make(subject: Subject, graph: Graph, store: Store) -> Made:
     shapes: dict[str, tuple[int, ...]] = {}
 
     def one_by_one() -> Iterator[Tensor]:
-        for name, a in weights.merged(model, subject.adapters, sites):
+        rounded = None if subject.precision.blocks else subject.precision.dtype
+        for name, a in weights.merged(model, subject.adapters, sites, rounded):
             shapes[name] = a.shape
             yield name, a, dtype
 

@@ -214,9 +214,11 @@ def show(result: Any, console: Console) -> None:
     table = Table(title=f"{result.folder}: {result.form}, {result.dtype}", show_header=False, title_justify="left")
     for what, values in (("inputs", result.inputs), ("outputs", result.outputs)):
         table.add_row(what, "\n".join(f"{name} \\[{', '.join(map(str, shape))}]" for name, shape in values.items()))
-    where = "weights in model.onnx.data" if result.external_data else "weights inside"
+    where = f"weights in {', '.join(result.weight_files)}" if result.external_data else "weights inside"
     table.add_row("graph", f"{result.nodes} nodes, {where}")
-    table.add_row("size", f"{result.bytes / 1e6:,.1f} MB")
+    linked = sum((result.folder / f).stat().st_size for f in result.weight_files if f != "model.onnx.data")
+    shared = f", {linked / 1e6:,.1f} MB of it shared with the model" if linked else ""
+    table.add_row("size", f"{result.bytes / 1e6:,.1f} MB{shared}")
     for case in result.cases:
         what = f"{case['what']}, " if case["what"] else ""
         table.add_row(f"{what}batch {case['batch']} × length {case['length']}", f"ratio {case['ratio']:.2f}")
