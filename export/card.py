@@ -18,7 +18,7 @@ FIELDS: Mapping[str, type] = {
     "form": str, "dtype": str, "decode": bool, "inputs": dict, "optional_inputs": dict, "adapters": list,
 }  # fmt: skip
 OWN: Mapping[str, type] = {  # of some forms, or of later releases
-    "facts": list, "unread": list, "prompt": str, "training": dict, "files": dict,
+    "facts": list, "unread": list, "prompt": str, "training": dict, "base": int, "files": dict,
 }  # fmt: skip
 MB = 1 << 20
 PIECES = 64

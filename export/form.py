@@ -12,6 +12,7 @@ A form decides what of a model with its adapters lies in the graph, and what com
     complete(folder, subject, made)      writes what else belongs into the folder; only where there is such a thing
 """
 
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -162,6 +163,16 @@ def needed(graph: Graph, outputs: Outputs, tensors: Iterable[Tensor]) -> list[Te
 
 def base_tensors(subject: Subject) -> list[Tensor]:
     return [(name, a, subject.dtype) for name, a in subject.model.params.items()]
+
+
+def fingerprint(subject: Subject) -> int:
+    """A number above 1 that tells base models apart, by a few numbers of each tensor; and how these are rounded."""
+    p = subject.precision
+    found = 0 if p.exact else zlib.crc32(repr(p).encode())
+    for name, a in sorted(subject.model.params.items()):
+        few = a.flat[np.linspace(0, a.size - 1, 64).astype(int)] if a.size else a
+        found = zlib.crc32(f"{name} {a.shape}".encode() + np.asarray(few, np.float32).tobytes(), found)
+    return 2 + found % (2**31 - 2)
 
 
 def hooks_of(adapters: Sequence[Adapter], model: Model) -> Hooks:

@@ -24,7 +24,7 @@ from refpeft.checkpoint import tokens
 from refpeft.checkpoint.folder import new_folder
 from refpeft.export import initialisers, runtime, signature, verification, weights
 from refpeft.export.card import CARD, digest, write_json
-from refpeft.export.form import Form, Made, Subject
+from refpeft.export.form import Form, Made, Subject, fingerprint
 from refpeft.export.forms import FORMS
 from refpeft.export.lowering import RULES
 from refpeft.export.precision import DTYPES, Tensor, encoded, matrices, precision
@@ -256,6 +256,7 @@ def write_card(folder: Path, made: Made, subject: Subject, result: Exported) -> 
         "ir_version": IR_VERSION,
         "model": {"family": model.config.family, "architecture": (model.source.get("architectures") or [None])[0]},
         "adapters": [{"method": a.method, "config": asdict(a.config)} for a in subject.adapters],
+        "base": fingerprint(subject),
         **made.card,
         "files": {f.name: digest(f) for f in sorted(folder.iterdir())},
     }

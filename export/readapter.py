@@ -37,7 +37,7 @@ def adapter_only(
     tensors = fitting(card, loaded, model)
     part = Path(out).with_name(f".{uuid.uuid4().hex[:8]}.{Path(out).name}")
     try:
-        files.write(part, tensors)
+        files.write(part, tensors, card.get("base", files.UNSAID))
         part.rename(out)
     finally:
         part.unlink(missing_ok=True)

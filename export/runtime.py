@@ -101,18 +101,20 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Runner:
-    """A session, the adapters that are active in its runs, and inputs that all its runs get."""
+    """A session, the adapters that are active in its runs, and inputs that all its runs get. `base`: the number by
+    which adapter files know the base model, 1 if that is not known."""
 
     folder: Path
     session: Any
     active: Sequence[Loaded] = ()
     fixed: Mapping[str, Array] = field(default_factory=dict, repr=False)
+    base: int = 1
 
     def load(self, path: str | os.PathLike[str]) -> Loaded:
         """An adapter file, for `using`. Every tensor in it must be an optional input of this graph."""
         from refpeft.export import adapters
 
-        tensors = adapters.read(path)
+        tensors = adapters.read(path, self.base)
         known = {i.name: i for i in self.session.get_overridable_initializers()}
         for name, a in tensors.items():
             if name not in known:
@@ -177,12 +179,14 @@ def fits(path: Any, name: str, a: Array, wanted: Any) -> None:
 
 def open_folder(folder: str | os.PathLike[str], device: str | None = None) -> Runner:
     """The graph of a folder that `refpeft export` made, ready to run."""
+    from refpeft.export import initialisers
     from refpeft.export.card import whole
 
+    card = whole(Path(folder))
     if not (Path(folder) / "model.onnx").is_file():
         raise ValueError(f"{folder}: there is no model.onnx")
-    whole(Path(folder))
-    return open_graph(Path(folder), device)
+    initialisers.read(Path(folder) / "model.onnx")
+    return replace(open_graph(Path(folder), device), base=card.get("base", 1))
 
 
 def open_graph(folder: Path, device: str | None = None) -> Runner:

@@ -15,7 +15,7 @@ import numpy as np
 from refpeft.adapter import Adapter
 from refpeft.export import adapters as files
 from refpeft.export import slots, verification
-from refpeft.export.form import Array, Check, Made, Store, Subject, base_tensors, needed, symbolic
+from refpeft.export.form import Array, Check, Made, Store, Subject, base_tensors, fingerprint, needed, symbolic
 from refpeft.export.forms.unmerged import no_prompts
 from refpeft.export.runtime import Runner
 from refpeft.export.signature import run
@@ -56,7 +56,8 @@ def facts(adapters: Sequence[Adapter]) -> list[dict[str, Any]]:
 
 
 def complete(folder: Path, subject: Subject, made: Made) -> None:
-    files.write(folder / FILE, {name: a for name, a in values(subject).items() if name in made.optional})
+    tensors = {name: a for name, a in values(subject).items() if name in made.optional}
+    files.write(folder / FILE, tensors, fingerprint(subject))
 
 
 def values(subject: Subject) -> dict[str, Array]:

@@ -16,7 +16,7 @@ import numpy as np
 from refpeft.adapter import Adapter
 from refpeft.export import adapters as files
 from refpeft.export import signature, slots, verification
-from refpeft.export.form import Array, Check, Made, Store, Subject, hooks_of, own, trained
+from refpeft.export.form import Array, Check, Made, Store, Subject, fingerprint, hooks_of, own, trained
 from refpeft.export.forms import inputs, unmerged
 from refpeft.export.symbols import Graph
 
@@ -82,7 +82,7 @@ def values(subject: Subject) -> dict[str, Array]:
 
 
 def complete(folder: Path, subject: Subject, made: Made) -> None:
-    files.write(folder / inputs.FILE, values(subject))
+    files.write(folder / inputs.FILE, values(subject), fingerprint(subject))
 
 
 def checks(subject: Subject) -> list[Check]:

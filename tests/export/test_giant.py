@@ -1,8 +1,8 @@
 """A LLaMA of 7 billion parameters, exported at full size: how long it takes, and how much memory.
 
-Nothing of that size is run here. What is looked at instead: each tensor that the graph points at is the one of that name
-in the safetensors header, with its dtype, shape and bytes; and the graph has the nodes of a model of 2 layers, which is
-verified, and for each layer more what a third one adds to that.
+Nothing of that size is run here. What is looked at instead: each tensor that the graph points at is the one of that
+name in the safetensors header, with its dtype, shape and bytes; and the graph has the nodes of a model of 2 layers,
+which is verified, and for each layer more what a third one adds to that.
 """
 
 import json
