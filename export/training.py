@@ -10,7 +10,6 @@
 """
 
 import inspect
-import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ from refpeft.export.card import CARD, whole
 from refpeft.methods import METHODS
 from refpeft.model import Model
 from refpeft.objectives import Batch, Loss, loss_of
-from refpeft.train import OPTIMIZERS, fitting, norms
+from refpeft.train import OPTIMIZERS, checked, fitting, norms
 from refpeft.tune import configured
 
 Array = np.ndarray[Any, Any]
@@ -37,6 +36,7 @@ Named = Mapping[str, Any]
 ADAPTER, STATE, NEXT = "adapter.", "state.", "next."
 START = "start.safetensors"
 TRACED = ("adamw", "adam", "sgd")  # adafactor looks at its numbers while it computes
+OF_PLAN = ("weight_decay", "momentum", "nesterov")  # options of an optimiser that `refpeft train` has a field for
 OURS: Named = {"clip": 0.0, "loraplus_ratio": 0.0, "loraplus_embedding": 1e-6}  # 0: none
 
 
@@ -67,33 +67,11 @@ def optimizer(given: Named) -> Optimizer:
     name = options.pop("optimizer", "adamw")
     if name not in TRACED:
         raise ValueError(f"optimizer must be one of {', '.join(TRACED)}, found {name!r}")
-    known = {n: p.default for n, p in inspect.signature(OPTIMIZERS[name][1]).parameters.items()}
-    known = {n: v for n, v in {**known, **OURS}.items() if n not in ("params", "grads", "state", "lr", "decoupled")}
-    for option, value in options.items():
-        if option not in known:
-            raise ValueError(f"{name} has no option {option!r}: there are {', '.join(known)}")
-        check(option, value, known[option])
-    chosen: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in {**known, **options}.items()}
+    steps = {n: p.default for n, p in inspect.signature(OPTIMIZERS[name][1]).parameters.items() if n in OF_PLAN}
+    chosen = checked(name, options, {**steps, **OURS})
     if chosen.get("nesterov") and (chosen["momentum"] <= 0 or chosen["dampening"]):
         raise ValueError("nesterov needs a momentum above 0 and no dampening")
     return Optimizer(name, chosen)
-
-
-def check(option: str, value: Any, default: Any) -> None:
-    """An option is of the kind of its default: true or false, two numbers below 1, or a number that is not negative."""
-    if isinstance(default, bool):
-        good, wanted = isinstance(value, bool), "true or false"
-    elif isinstance(default, tuple):
-        good = isinstance(value, list | tuple) and len(value) == 2 and all(number(v) and v < 1 for v in value)
-        wanted = "two numbers from 0 to below 1"
-    else:
-        good, wanted = number(value), "a number, 0 or more"
-    if not good:
-        raise ValueError(f"{option} must be {wanted}, found {value!r}")
-
-
-def number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and bool(0 <= value < math.inf)
 
 
 # ── what is learned ──────────────────────────────────────────────────────────────────────────────────────────────────

@@ -5,9 +5,10 @@
     logits, vjp = model(batch["input_ids"], adapter, attention_mask=batch["attention_mask"])
     loss, dlogits, n = objective.loss(logits, batch)   # n: of how many terms the loss is the mean
 
-A row holds `input_ids`, and where there is something to answer, `labels` (the target's ids) or `label` (a class, or a
-number). A batch is padded on the right; labels are −100 where nothing is predicted, and not yet shifted. All that is
-random comes from `rng`. Whoever writes an objective of their own writes such a pair of functions.
+A row holds `input_ids` (for a template `fields`, ids by name), and where there is something to answer, `labels` (the
+target's ids) or `label` (a class, or a number). A batch is padded on the right; labels are −100 where nothing is
+predicted, and not yet shifted. All that is random comes from `rng`. Whoever writes an objective of their own writes
+such a pair of functions; a third gives the scores of the labels, where each row has one.
 
     causal                    L = −mean log p(xₜ | x<t)                       Radford et al. 2018, eq. (1)
     masked                    L = −mean over t in M of log p(xₜ | x̃)          Devlin et al. 2019, arXiv 1810.04805, §3.1
@@ -16,6 +17,8 @@ random comes from `rng`. Whoever writes an objective of their own writes such a 
     span-corruption-sentinel  seq2seq: x → sentinel, y                        Lester et al. 2021, arXiv 2104.08691, §3.2
     lm-adaptation             seq2seq: x≤s → x>s, s uniform                   Raffel et al. 2020, §3.2.3; Lester §3.2
     classification            L = −mean log p(c | x), or mean (f(x) − c)² for a number
+    template                  L = −mean log p(c | T(x)), p over the labels' words where T(x) has its [MASK]
+                                                                              Liu et al. 2021, arXiv 2103.10385, §3
 
 In a decoder-only model x → y means x followed by y, with labels on y alone.
 
@@ -24,6 +27,8 @@ Claims:
     J2  Padding changes neither: a row's terms are those it has alone.
     J3  Nothing is lost by span corruption: input and target together give the text back.
     J4  The noise masks of one length all have as many noise tokens and spans, and all such masks are equally likely.
+    J5  Where every word of the vocabulary is the word of a label of its own, `template` is `masked`, or in a model that
+        reads from left to right `causal`, with only the [MASK] to predict.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +37,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from refpeft import templates
 from refpeft.inputs import shift_right
 from refpeft.ops import Array, Op, cross_entropy, mse
 
@@ -42,6 +48,7 @@ Loss = tuple[Array, Array, Any]
 IGNORE = -100
 NAMES = (
     "causal", "masked", "seq2seq", "span-corruption", "span-corruption-sentinel", "lm-adaptation", "classification",
+    "template",
 )  # fmt: skip
 NEEDS_TARGET = ("seq2seq", "span-corruption-sentinel")
 
@@ -62,6 +69,7 @@ class Setting:
     noise_density: float = 0.15
     mean_span: float = 3.0
     final_sentinel: bool = True
+    question: templates.Question | None = None
 
     def __post_init__(self) -> None:
         for name in ("mask_probability", "noise_density"):
@@ -74,6 +82,7 @@ class Setting:
 class Objective(NamedTuple):
     batch: Callable[[Sequence[Row], np.random.Generator], Batch]
     loss: Callable[[Array, Batch], Loss]
+    scores: Callable[[Array, Batch], Array] | None = None  # [b, labels], where there is one label for each row
 
 
 def make(name: str, s: Setting) -> Objective:
@@ -85,7 +94,15 @@ def make(name: str, s: Setting) -> Objective:
             raise ValueError(f"objective {name!r} needs {field}, which is not set")
     loss = loss_of(name, s.encoder_decoder)
     if name == "classification":
-        return Objective(lambda rows, rng: classes(rows, s), loss)
+        return Objective(lambda rows, rng: classes(rows, s), loss, lambda out, batch: out)
+    if name == "template":
+        q = s.question
+        assert q is not None
+        return Objective(
+            lambda rows, rng: asked(rows, q, s.pad_id),
+            lambda out, batch: answer_loss(out, batch, q),
+            lambda out, batch: answered(out, batch, q)[0],
+        )
     if name == "masked":
         return Objective(lambda rows, rng: masked(rows, rng, s), loss)
     return Objective(lambda rows, rng: pairs([pair(name, row, rng, s) for row in rows], s), loss)
@@ -110,6 +127,8 @@ def pair(name: str, row: Row, rng: np.random.Generator, s: Setting) -> tuple[Ids
 
 
 def needed(name: str, s: Setting) -> list[str]:
+    if name == "template":
+        return ["question"]
     fields = ["mask_id", "vocab"] if name == "masked" else ["sentinel_id"] if name.startswith("span") else []
     return fields + ["start_id"] * (s.encoder_decoder and name not in ("masked", "classification"))
 
@@ -156,6 +175,12 @@ def seq2seq(xs: Sequence[Ids], ys: Sequence[Ids], s: Setting) -> Batch:
 def classes(rows: Sequence[Row], s: Setting) -> Batch:
     """One label for each row."""
     return inputs([row["input_ids"] for row in rows], s.pad_id) | {"labels": np.array([row["label"] for row in rows])}
+
+
+def asked(rows: Sequence[Row], q: templates.Question, pad_id: int) -> Batch:
+    """The template filled, where its [MASK] is, and the label of each row."""
+    ids, keep, at = templates.posed(q, [row["fields"] for row in rows], pad_id)
+    return {"input_ids": ids, "attention_mask": keep, "at": at, "labels": np.array([row["label"] for row in rows])}
 
 
 # ── masked language models ───────────────────────────────────────────────────────────────────────────────────────────
@@ -293,6 +318,18 @@ def class_loss(out: Array, batch: Batch) -> Loss:
     if out.shape[-1] == 1:
         return mean_of(mse, out, labels.astype(out.dtype)[:, None])
     return mean_of(cross_entropy, out, labels)
+
+
+def answered(out: Array, batch: Batch, q: templates.Question) -> tuple[Array, Callable[[Array], Array]]:
+    """y [b, labels], and from dy to dlogits [b, s, v]. Virtual tokens put before the text move the [MASK]."""
+    return templates.answers(out, batch["at"] + out.shape[1] - batch["input_ids"].shape[1], q.words, q.first)
+
+
+def answer_loss(out: Array, batch: Batch, q: templates.Question) -> Loss:
+    """L = −mean log softmax(y)_c,   y the scores of the labels by their words at the [MASK].      logits [b, s, v]"""
+    y, back = answered(out, batch, q)
+    L, dy, n = mean_of(cross_entropy, y, batch["labels"])
+    return L, back(dy), n
 
 
 def mean_of(op: Op, out: Array, labels: Array) -> Loss:

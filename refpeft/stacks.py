@@ -16,10 +16,12 @@ STACKS = {  # of the decoder, or of a model that has one stack only; of the enco
 
 
 def attentions(model: "Model") -> dict[str, dict[int, str]]:
-    """Of each stack that the model has: the layers with their attentions ('layers.3.attn.'), in order."""
+    """Of each stack that the model has: the layers with their attentions ('layers.3.attn.'), in order. Layers of a
+    decoder are numbered on from those of the encoder, as in AdapterHub."""
     ats = [role[:-1] for role in model.sites if role.endswith((".attn.o", ".cross.o"))]
     found = {s: {int(m[1]): at for at in ats if (m := re.fullmatch(p, at))} for s, p in STACKS.items()}
-    return {stack: dict(sorted(numbered.items())) for stack, numbered in found.items() if numbered}
+    first = {stack: len(found["encoder."]) if stack != "encoder." else 0 for stack in found}
+    return {s: {n + first[s]: at for n, at in sorted(numbered.items())} for s, numbered in found.items() if numbered}
 
 
 def task_type(model: "Model") -> str:

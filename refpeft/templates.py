@@ -25,6 +25,17 @@ TOKEN = re.compile(r"\[\[|\]\]|\{\{|\}\}|\[P(?:\*(\d+))?\]|\[([A-Z][A-Z0-9_]*)\]
 Compiled = Sequence[int | str]  # ids, virtual ones from v on, and the names of fields
 
 
+class Question(NamedTuple):
+    """A template, and the words of each label: what a masked language model is asked. Without a mask_id, a model that
+    reads from left to right is asked, and answers behind the template, in which there is no [MASK]."""
+
+    template: Compiled
+    words: Sequence[Sequence[int]]
+    mask_id: int | None = None
+    max_length: int | None = None
+    first: bool = False  # of the words of a label the first alone
+
+
 class Filled(NamedTuple):
     """ids [b, s], attention_mask [b, s], and `at` [b]: where the [MASK] of each row is (−1: there is none)."""
 
@@ -113,6 +124,12 @@ def row(template: Compiled, fields: Mapping[str, Sequence[int]], max_length: int
         own[longest].pop()
         length -= names.count(longest)
     return [i for piece in template for i in (own[piece] if isinstance(piece, str) else [piece])]
+
+
+def posed(q: Question, examples: Sequence[Mapping[str, Sequence[int]]], pad_id: int = 0) -> Filled:
+    """The template filled, and `at`: the place whose logits are the answer."""
+    ids, keep, at = filled(q.template, examples, q.mask_id, pad_id, q.max_length)
+    return Filled(ids, keep, at if q.mask_id is not None else keep.sum(1) - 1)
 
 
 # ── answers ──────────────────────────────────────────────────────────────────────────────────────────────────────────

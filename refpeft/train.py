@@ -16,6 +16,8 @@ Claims:
     T3  Every row is seen once before any is seen twice, in a new order each time.
 """
 
+import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -30,7 +32,7 @@ from refpeft.ops import Array
 from refpeft.tune import dropout, language
 
 Optimizer = tuple[Callable[..., dict[str, Array]], Callable[..., optim.Updated], Mapping[str, Any]]
-OPTIMIZERS: Mapping[str, Optimizer] = {  # name → init, step, options
+OPTIMIZERS: Mapping[str, Optimizer] = {  # name → init, step, options that have other defaults here
     "sgd": (optim.sgd_init, optim.sgd, {}),
     "adam": (optim.adam_init, optim.adam, {}),
     "adamw": (optim.adam_init, optim.adamw, {}),
@@ -43,7 +45,8 @@ INPUTS = ("attention_mask", "token_type_ids", "decoder_input_ids")
 @dataclass(frozen=True)
 class Plan:
     """How to train. `momentum` and `nesterov` are SGD's; `loraplus_ratio` η_B/η_A, with `loraplus_embedding` for
-    embeddings; `clip` 0 does not clip."""
+    embeddings; `clip` 0 does not clip. `options` are the optimiser's own, by the names they have in `refpeft.optim`;
+    with Adafactor's relative_step, lr and schedule do not count."""
 
     steps: int = 100
     batch: int = 8
@@ -59,6 +62,7 @@ class Plan:
     loraplus_ratio: float | None = None
     loraplus_embedding: float = 1e-6
     seed: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("batch", 1), ("accumulate", 1), ("warmup", 0), ("seed", 0)):
@@ -76,6 +80,50 @@ class Plan:
             raise ValueError(f"momentum and nesterov are options of sgd, not of {self.optimizer}")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs a momentum above 0")
+        own = checked(self.optimizer, self.options)
+        if own.get("relative_step") and self.loraplus_ratio is not None:
+            raise ValueError("relative_step makes its own learning rate, which loraplus_ratio cannot divide")
+
+
+ELSEWHERE = ("params", "grads", "state", "lr", "weight_decay", "momentum", "nesterov", "decoupled")
+
+
+def checked(optimizer: str, given: Mapping[str, Any], also: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The options of an optimiser, and what else is an option in its place: those that are given, else the defaults."""
+    _, turn, ours = OPTIMIZERS[optimizer]
+    defaults = {n: p.default for n, p in inspect.signature(turn).parameters.items() if n not in ELSEWHERE}
+    known = {**defaults, **ours, **(also or {})}
+    for name, value in given.items():
+        if name not in known:
+            raise ValueError(f"{optimizer} has no option {name!r}: there are {', '.join(known) or 'none'}")
+        if not suits(value, known[name]):
+            raise ValueError(f"{name} must be {wanted(known[name])}, found {value!r}")
+    return {n: tuple(v) if isinstance(v, list) else v for n, v in {**known, **given}.items()}
+
+
+def suits(value: Any, default: Any) -> bool:
+    """Is an option of the kind of its default?"""
+    if isinstance(default, bool):
+        return isinstance(value, bool)
+    if isinstance(default, tuple):
+        return isinstance(value, list | tuple) and len(value) == 2 and all(number(v) and v < 1 for v in value)
+    if default is None:
+        return value is None or (number(value) and value < 1)
+    return number(-value if isinstance(value, int | float) and default < 0 else value)
+
+
+def wanted(default: Any) -> str:
+    if isinstance(default, bool):
+        return "true or false"
+    if isinstance(default, tuple):
+        return "two numbers from 0 to below 1"
+    if default is None:
+        return "null, or a number from 0 to below 1"
+    return "a number, 0 or less" if default < 0 else "a number, 0 or more"
+
+
+def number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and bool(0 <= value < math.inf)
 
 
 DROPOUTS = ("lora_dropout", "encoder_dropout", "dropout", "stochastic_depth")  # fields of configs that masks come from
@@ -93,7 +141,8 @@ class State:
 
 def start(plan: Plan, adapter: Adapter) -> State:
     init, _, _ = OPTIMIZERS[plan.optimizer]
-    return State(0, dict(adapter.params), init(adapter.params))
+    first = {"beta1": plan.options["beta1"]} if "beta1" in plan.options else {}  # Adafactor's, for which m is kept
+    return State(0, dict(adapter.params), init(adapter.params, **first))
 
 
 def step(
@@ -135,20 +184,42 @@ def answer_and_gradient(
     return out, L, n, vjp(dout)
 
 
+def evaluate(
+    plan: Plan, model: Model, adapter: Adapter, objective: Objective, rows: Sequence[Row]
+) -> tuple[float, float | None]:  # fmt: skip
+    """The loss on rows that are not trained on; and of how many the label with the highest score is right.
+
+    What an objective draws is drawn the same every time, so that two adapters see the same masks."""
+    terms, right = list[tuple[int, float]](), list[Array]()
+    for k in range(0, len(rows), plan.batch):
+        batch = objective.batch(rows[k : k + plan.batch], random(plan, k, 2))
+        out, _ = model(batch["input_ids"], adapter, **{name: batch[name] for name in INPUTS if name in batch})
+        L, _, n = objective.loss(out, batch)
+        terms.append((int(n), float(L)))
+        scores = objective.scores(out, batch) if objective.scores else None
+        if scores is not None and scores.shape[-1] > 1:
+            right.append(scores.argmax(-1) == batch["labels"])
+    loss = sum(n * L for n, L in terms) / (sum(n for n, _ in terms) or 1)
+    return loss, float(np.concatenate(right).mean()) if right else None
+
+
 def fitting(model: Model) -> list[str]:
     """The objectives that fit a model's head, the nearest first."""
     if not language(model):
         return ["classification"]
     if model.config.encoder_decoder:
         return [n for n in NAMES if n in ("seq2seq", "lm-adaptation") or n.startswith("span")]
-    return ["causal", "seq2seq", "lm-adaptation"] if model.config.causal else ["masked"]
+    return ["causal", "seq2seq", "lm-adaptation", "template"] if model.config.causal else ["masked", "template"]
 
 
 def update(plan: Plan, model: Model, state: State, grads: Mapping[str, Array]) -> optim.Updated:
     """The optimiser's step with this step's learning rate, or rates."""
-    _, turn, options = OPTIMIZERS[plan.optimizer]
+    turn = OPTIMIZERS[plan.optimizer][1]
+    options = checked(plan.optimizer, plan.options)
     if plan.optimizer == "sgd":
-        options = {"momentum": plan.momentum, "nesterov": plan.nesterov}
+        options |= {"momentum": plan.momentum, "nesterov": plan.nesterov}
+    if options.get("relative_step"):
+        return turn(state.params, grads, state.moments, weight_decay=plan.weight_decay, **options)
     factor = SCHEDULES[plan.schedule](state.step, plan.warmup, plan.steps)
     if plan.loraplus_ratio is None:
         return turn(state.params, grads, state.moments, lr=plan.lr * factor, weight_decay=plan.weight_decay, **options)

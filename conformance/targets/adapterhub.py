@@ -27,6 +27,7 @@ from refpeft.methods.prefix_tuning import NAMES
 from refpeft.ops import Array
 
 Config = Mapping[str, Any]
+STACKS = {"self_prefix": "", "encoder_prefix": "encoder.", "cross_prefix": "cross."}
 Reshape = Callable[[Array], Array]
 
 
@@ -133,13 +134,16 @@ def prefix_config(config: Config, model: Any) -> Any:
 
 
 def prefix_places(model: Any, adapter: str) -> Iterator[Place]:
-    prefix = model.base_model.prefix_tuning.prefix_tunings[adapter]["self_prefix"]
-    if hasattr(prefix, "wte"):
-        one, two = prefix.control_trans[0], prefix.control_trans[2]
-        params = {"E": prefix.wte.weight, "W1": one.weight, "b1": one.bias, "W2": two.weight, "b2": two.bias}
-        yield from (place(NAMES[n], p) for n, p in params.items())
-    else:
-        yield place(NAMES["P"], prefix.control_trans, prefix.config.prefix_length, -1)
+    """Of an encoder-decoder three of them; of another model the one of its only stack."""
+    one_stack = not model.config.is_encoder_decoder
+    for there, prefix in model.base_model.prefix_tuning.prefix_tunings[adapter].items():
+        stack = "" if one_stack else STACKS[there]
+        if hasattr(prefix, "wte"):
+            one, two = prefix.control_trans[0], prefix.control_trans[2]
+            params = {"E": prefix.wte.weight, "W1": one.weight, "b1": one.bias, "W2": two.weight, "b2": two.bias}
+            yield from (place(stack + NAMES[n], p) for n, p in params.items())
+        else:
+            yield place(stack + NAMES["P"], prefix.control_trans, prefix.config.prefix_length, -1)
 
 
 # ── bottlenecks ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -23,7 +23,7 @@ from refpeft.conformance import tiny
 from refpeft.conformance.case import Case, read
 from refpeft.conformance.targets.adapterhub import METHODS, Place, head_places
 from refpeft.conformance.targets.base import Arrays, Skip
-from refpeft.conformance.targets.models import Driver, base_model, buildable, output, values_of
+from refpeft.conformance.targets.models import Driver, base_model, buildable, decoder_of, output, values_of
 from refpeft.conformance.targets.spec import real
 from refpeft.conformance.targets.tensors import array, quietly, tensor
 from refpeft.ops import Array
@@ -34,6 +34,8 @@ LINEARS = {  # of the layers that the suite adapts, those at which AdapterHub ha
     "qwen2": ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj"),
     "bert": ("query", "key", "value", "intermediate.dense"),
     "roberta": ("query", "key", "value", "intermediate.dense"),
+    "t5": ("q", "k", "v", "wi", "wo"),
+    "bart": ("q_proj", "k_proj", "v_proj", "fc1", "fc2"),
 }
 OPTIONS: Mapping[str, Mapping[str, Any]] = {  # what of a method's options AdapterHub has
     "dora": {"detach_norm": False},
@@ -85,8 +87,9 @@ def adapted(family: str) -> bool:
 
 
 def adaptable(case: Case) -> Any:
-    """transformers' model with the case's weights, ready for adapters."""
-    model = base_model(case, case.meta.get("settings", {}).get("attention", "sdpa"))
+    """transformers' model with the case's weights, ready for adapters; T5 has one kind of attention only."""
+    asked = case.meta.get("settings", {}).get("attention", "sdpa")
+    model = base_model(case, "eager" if case.meta["model"]["model_type"] == "t5" else asked)
     adapters.init(model)
     return model
 
@@ -147,19 +150,20 @@ class Whole:
             add(case, self.model, name)
         activate(self.model, self.names)
 
-    def said(self, ids: Array, mask: Array | None = None) -> Array:
+    def said(self, ids: Array, mask: Array | None = None, other: bool = False) -> Array:
+        more = decoder_of(self.case, other)
         with torch.no_grad():
-            return real(array(output(self.model, ids, mask)), mask)
+            return real(array(output(self.model, ids, mask, **more)), None if more else mask)
 
     def logits(self) -> Arrays:
         return {"logits": self.said(self.ids, self.mask)}
 
     def other_logits(self) -> Arrays:
-        return {"other_logits": self.said(self.case.arrays["other_ids"])}
+        return {"other_logits": self.said(self.case.arrays.get("other_ids", self.ids), other=True)}
 
     def grads(self) -> Arrays:
         self.train()
-        output(self.model, self.ids, self.mask).backward(tensor(self.case.arrays["dout"]))
+        output(self.model, self.ids, self.mask, **decoder_of(self.case)).backward(tensor(self.case.arrays["dout"]))
         found = {}
         for name in self.names:
             for n, p in places(self.case, self.model, name).items():
@@ -176,7 +180,11 @@ class Whole:
         """What is beside the adapter, which stays where it was when it is merged."""
         self.model.merge_adapter(self.names[0])
         own = {id(p.param) for p in places(self.case, self.model, self.names[0]).values()}
-        return {f"merged/{n}": array(p) for n, p in self.model.named_parameters() if id(p) not in own}
+        tensors = {n: array(p) for n, p in self.model.named_parameters() if id(p) not in own}
+        model = self.case.arrays
+        buffers = {n: array(b) for n, b in self.model.named_buffers() if f"model/{n}" in model}  # BART's bias of words
+        tensors |= {n: b.reshape(model[f"model/{n}"].shape) for n, b in buffers.items()}
+        return {f"merged/{n}": a for n, a in tensors.items()}
 
     def merged_logits(self) -> Arrays:
         self.model.merge_adapter(self.names[0])
@@ -192,10 +200,13 @@ class Whole:
         return {"dropped": self.said(self.ids, self.mask)}
 
     def decoded(self) -> Arrays:
-        found, cache = [], None
+        """One token after the other; of an encoder-decoder, the decoder's."""
+        found, cache, more = [], None, decoder_of(self.case)
+        grows = more.get("decoder_input_ids", tensor(self.ids))
         with torch.no_grad():
-            for t in range(self.ids.shape[1]):
-                out = self.model(input_ids=tensor(self.ids[:, t : t + 1]), past_key_values=cache, use_cache=True)
+            for one in grows.split(1, dim=1):
+                feeds = {"input_ids": tensor(self.ids), "decoder_input_ids": one} if more else {"input_ids": one}
+                out = self.model(**feeds, past_key_values=cache, use_cache=True)
                 cache = out.past_key_values
                 found.append(array(out.logits))
         return {"decoded": np.concatenate(found, axis=1)}
@@ -224,7 +235,7 @@ class Session:
         for k, step in enumerate(steps):
             said = getattr(self, step["do"])(**{n: v for n, v in step.items() if n != "do"}) or {}
             with torch.no_grad():
-                said["logits"] = array(output(self.model, self.case.arrays["ids"]))
+                said["logits"] = array(output(self.model, self.case.arrays["ids"], **decoder_of(self.case)))
             found |= {f"{k}/{name}": a for name, a in said.items()}
         return found
 

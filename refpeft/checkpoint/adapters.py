@@ -201,16 +201,18 @@ def start(cfg: Any, chosen: Mapping[str, Part]) -> dict[str, Array]:
 
 
 def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:
-    """An HF peft folder that HF peft and `load_adapter` read, written whole or not at all; of methods that AdapterHub
-    has and HF peft has not, one of AdapterHub's."""
+    """An HF peft folder that HF peft and `load_adapter` read, written whole or not at all; of what AdapterHub has and
+    HF peft has not, one of AdapterHub's."""
     config, tensors = contents(adapter)
     with folder.new_folder(path) as new:
         safetensors.write_json(new / CONFIG, config)
-        safetensors.write(new / (bottleneck.FILE if adapter.method in bottleneck.METHODS else FILE), tensors)
+        safetensors.write(new / (FILE if "config" not in config else bottleneck.FILE), tensors)
 
 
 def contents(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Array]]:
     """What a folder holds: adapter_config.json, and the tensors of adapter_model.safetensors by their names there."""
+    if adapterhub.writes(adapter):
+        return adapterhub.write(adapter)
     form = next((f for f in FORMATS if adapter.method in f.METHODS), None)
     if form is not None:
         return form.write(adapter)

@@ -1,8 +1,10 @@
 """Prefix tuning and P-tuning v2 as HF peft saves them: 'prompt_embeddings' [n, 2 L t], and the modules trained whole.
 
 HF peft never saves the MLP of `prefix_projection`, only what it made of E, and reads no other form: so what is read
-here is without MLP, and so is what is written (`prefix_tuning.flat`). What it cannot say is refused: layers without a
-prefix, tokens that keep their positions, and the prefixes of an encoder-decoder.
+here is without MLP, and so is what is written (`prefix_tuning.flat`). What it cannot say is saved in AdapterHub's
+format (`refpeft.checkpoint.adapterhub`): layers without a prefix, tokens that keep their positions, and the prefixes of
+an encoder-decoder. Its own files of encoder-decoders are refused, since what HF peft makes of them is not what they
+hold (`prefix_tuning`, 'Where implementations differ').
 """
 
 from collections.abc import Collection, Mapping
@@ -75,11 +77,6 @@ def write(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Array]]:
     """adapter_config.json and the tensors, without MLP."""
     adapter = prefix_tuning.flat(adapter)
     cfg = adapter.config
-    if P not in adapter.params or prefix_tuning.SHARED["encoder.P"] in adapter.params:
-        raise ValueError("HF peft has no format for the prefixes of an encoder-decoder")
-    if not cfg.position_shift or cfg.leave_out:
-        field = "leave_out" if cfg.leave_out else "position_shift"
-        raise ValueError(f"HF peft cannot represent {field}={getattr(cfg, field)!r}: save it in AdapterHub's format")
     config = {n: list(v) if isinstance(v := getattr(cfg, n), tuple) else v for n in FIELDS}
     config |= {"peft_type": "PREFIX_TUNING", "prefix_projection": False, "inference_mode": True}
     config |= {"num_transformer_submodules": 1, "base_model_name_or_path": None}

@@ -77,7 +77,7 @@ def count(
 
 def counted(name: str, architecture: str | None, method: str, words: Sequence[str], console: Any) -> Json:
     from refpeft.checkpoint import outlines
-    from refpeft.cli.train import method_fields
+    from refpeft.cli.asked import method_fields
     from refpeft.count import count, outline
 
     base = outlines.model(name, architecture)

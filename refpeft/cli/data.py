@@ -6,6 +6,8 @@ One JSON object a line, in one of these forms; a file may mix those that its obj
     {"input": "…", "target": "…"}     {"input_ids": [3, 1, 4], "labels": [1, 5]}
     {"text": "…", "label": "good"}    {"input_ids": [3, 1, 4], "label": 0}
 
+For a template the names are those of its fields, each text or ids: {"premise": "…", "claim": [3, 1], "label": "yes"}
+
 Words become ids by the model folder's tokenizer.json. Special tokens stand where its post-processor puts them; after
 the text, or the target, of a language model comes eos_token_id, if config.json names one. Ids are taken as they are.
 """
@@ -17,6 +19,7 @@ from typing import Any, NamedTuple
 
 from refpeft.checkpoint.safetensors import show
 from refpeft.objectives import NEEDS_TARGET, Row
+from refpeft.templates import Compiled, filled
 
 FORMS = {
     "classification": "text and label",
@@ -37,6 +40,7 @@ class Reading(NamedTuple):
     longest: int | None
     encoder_decoder: bool
     encode: Encode | None
+    template: Compiled = ()
 
 
 def read_rows(path: Path, r: Reading) -> tuple[list[Row], int]:
@@ -71,7 +75,20 @@ def parse(line: bytes) -> dict[str, Any]:
     return value
 
 
+def read_fields(line: Mapping[str, Any], r: Reading) -> Row:
+    """What stands in a template, and the answer."""
+    names = list(dict.fromkeys(i for i in r.template if isinstance(i, str)))
+    form = ", ".join([*names, "label"])
+    found: dict[str, list[int]] = {}
+    for name in names:
+        value = given(line, name, form)
+        found[name] = ids(name, value, r.vocab) if isinstance(value, list) else words(name, value, r, special=False)
+    return {"fields": found, "label": label(given(line, "label", form), r)}
+
+
 def read_row(line: Mapping[str, Any], r: Reading) -> Row:
+    if r.objective == "template":
+        return read_fields(line, r)
     form = FORMS.get(r.objective, "text")
     pair = r.objective in NEEDS_TARGET or (r.objective == "causal" and bool({"input", "target", "labels"} & set(line)))
     if "input_ids" in line:
@@ -143,6 +160,9 @@ def shortened(row: Row, r: Reading) -> tuple[Row, bool]:
     """Cut at the end to what the model can take."""
     if r.longest is None:
         return row, False
+    if r.objective == "template":
+        filled(r.template, [row["fields"]], max_length=r.longest)  # it must fit without its fields at least
+        return row, len(filled(r.template, [row["fields"]]).ids[0]) > r.longest
     x: Sequence[int] = row["input_ids"]
     y: Sequence[int] = row.get("labels", ())
     room = r.longest if r.encoder_decoder or not y else r.longest - len(x)

@@ -183,7 +183,7 @@ def blocks(size: int | None, zero_points: bool, accuracy_level: int | None) -> d
 
 
 def given(optimizer: str | None, words: list[str]) -> dict[str, Any]:
-    from refpeft.cli.train import assigned
+    from refpeft.cli.asked import assigned
 
     options = dict(assigned("--set", word) for word in words)
     return options if optimizer is None else {"optimizer": optimizer, **options}

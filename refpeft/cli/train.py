@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,9 +19,8 @@ from refpeft.cli import stop
 
 if TYPE_CHECKING:
     from refpeft.adapter import Adapter
-    from refpeft.cli.data import Encode, Reading
     from refpeft.model import Model
-    from refpeft.objectives import Setting
+    from refpeft.objectives import Objective, Row
     from refpeft.train import Plan, State
 
 HOW = "How to train"
@@ -45,13 +44,30 @@ def train(
     objective: Annotated[
         str | None,
         typer.Option(
-            help="causal, masked, seq2seq, span-corruption, span-corruption-sentinel, lm-adaptation or classification.",
+            help="causal, masked, seq2seq, span-corruption, span-corruption-sentinel, lm-adaptation, classification "
+            "or template.",
             show_default="the one of the model's head", rich_help_panel=WHAT,
         ),
     ] = None,
     objective_set: Annotated[
         list[str] | None,
         option("--objective-set", "A number of the objective: noise_density=0.15 (repeatable).", WHAT, "NAME=VALUE"),
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(
+            help="Of objective template: text, {fields}, special tokens like \\[MASK], virtual \\[P] or \\[P*3].",
+            show_default=False, rich_help_panel=WHAT,
+        ),
+    ] = None,
+    words: Annotated[
+        list[str] | None,
+        option("--words", "Of objective template: a label and the words that say it (one for each label).", WHAT,
+               "LABEL=WORD,WORD"),
+    ] = None,
+    eval_data: Annotated[
+        Path | None,
+        option("--eval", "Lines that are not trained on: their loss, and accuracy, before and after.", WHAT, "FILE"),
     ] = None,
     max_length: Annotated[
         int | None,
@@ -67,6 +83,11 @@ def train(
     weight_decay: Annotated[float, option("--weight-decay", "Weight decay.")] = 0.0,
     momentum: Annotated[float, option("--momentum", "Of sgd.")] = 0.0,
     nesterov: Annotated[bool, option("--nesterov", "Of sgd: look ahead.")] = False,
+    optimizer_set: Annotated[
+        list[str] | None,
+        option("--optimizer-set", "An option of the optimizer: betas=[0.9,0.95], eps, dampening; of adafactor "
+               "relative_step=true, scale_parameter, warmup_init, beta1 … (repeatable).", HOW, "NAME=VALUE"),
+    ] = None,
     clip: Annotated[float, option("--clip", "Clip gradients to this global norm; 0 does not.")] = 0.0,
     loraplus_ratio: Annotated[
         float | None, typer.Option(help="LoRA+: how much faster B learns than A.", rich_help_panel=HOW)
@@ -95,6 +116,10 @@ def train(
     A classifier (its head is trained whole, unless modules_to_save says otherwise):
     [cyan]refpeft train bert-classifier --data reviews.jsonl --out my-lora --steps 500 --schedule cosine --warmup 50[/cyan]
 
+    A question with a gap, as in P-tuning; its virtual tokens are learned, and words stand for labels:
+    [cyan]refpeft train bert -m p_tuning -d reviews.jsonl -o my-prompt --objective template
+      --template "\\[CLS]\\[P*3] {text} \\[P*2] \\[MASK] . \\[SEP]" --words good=great,fine --words bad=poor[/cyan]
+
     It was stopped? The same line again, and
     [cyan]--resume[/cyan]
 
@@ -104,42 +129,78 @@ def train(
     import refpeft
     from refpeft import objectives
     from refpeft import train as engine
-    from refpeft.checkpoint import folder, training
+    from refpeft.cli import asked
+    from refpeft.cli.asked import assigned
     from refpeft.cli.data import read_rows
 
     began = time.monotonic()
-    home = out.parent / f"{out.name}.training"
-    folder.check_free(out.absolute())
-    if json_file and not json_file.parent.is_dir():
-        raise ValueError(f"{json_file}: there is no folder {json_file.parent}")
-    if training.steps(home) and not resume:
-        raise ValueError(f"{home}: a run was stopped here; go on with --resume, or remove the folder")
+    free(out, json_file, resume)
+    options = dict(assigned("--optimizer-set", word) for word in optimizer_set or ())
+    if options.get("relative_step"):
+        schedule = "constant"  # it has its own
     plan = engine.Plan(
         steps, batch, lr, schedule, warmup, optimizer, weight_decay, momentum, nesterov, accumulate, clip,
-        loraplus_ratio, seed=seed,
+        loraplus_ratio, seed=seed, options=options,
     )  # fmt: skip
     if dtype not in ("float32", "float64"):
         raise ValueError(f"dtype must be float32 or float64, found {dtype!r}")
     base = refpeft.load(model, dtype=dtype)
-    chosen = suitable(objective, base)
-    encode, setting = vocabulary(model, base)
-    setting = replace(setting, **numbers(objective_set or ()))
-    goal = objectives.make(chosen, setting)
-    reading = to_read(chosen, base, setting, max_length, encode)
-    rows, cut = read_rows(data, reading)
-    config = method_fields(method, set_ or (), chosen, base)
-    adapter = refpeft.init(method, config, base, seed=seed)
+    task = asked.task(
+        model, base, objective, objective_set or (), template, words or (), max_length, fields=(method, set_ or ())
+    )
+    rows, cut = read_rows(data, task.reading)
+    held, _ = read_rows(eval_data, task.reading) if eval_data else ([], 0)
+    adapter = refpeft.init(method, task.config, base, seed=seed)
     savable(adapter)
     conditions = {
-        "spec": refpeft.SPEC_VERSION, "method": method, "config": asdict(adapter.config), "objective": chosen,
-        "setting": asdict(setting), "max_length": reading.longest, "dtype": dtype, "plan": asdict(plan),
+        "spec": refpeft.SPEC_VERSION, "method": method, "config": asdict(adapter.config), "objective": task.objective,
+        "setting": asdict(task.setting), "max_length": task.reading.longest, "dtype": dtype, "plan": asdict(plan),
         "data": hashlib.sha256(data.read_bytes()).hexdigest(), "model": fingerprint(model),
     }  # fmt: skip
+    goal = objectives.make(task.objective, task.setting)
+    first = engine.evaluate(plan, base, adapter, goal, held) if held else None
+    state, began_at = carried_out(plan, base, adapter, goal, rows, out, conditions, save_every, resume)
+    tuned = engine.trained(adapter, state)
+    refpeft.save_adapter(tuned, out)
+    shutil.rmtree(beside(out), ignore_errors=True)
+    last = engine.evaluate(plan, base, tuned, goal, held) if held else None
+    result = {
+        "adapter": str(out), "method": method, "objective": task.objective, "steps": state.step,
+        "resumed_at": began_at, "rows": len(rows), "cut": cut, "loss_first": float(state.losses[0]),
+        "loss_last": float(state.losses[-1]), "losses": state.losses.tolist(),
+        "trained": sum(a.size for a in state.params.values()),
+        "model_parameters": sum(a.size for a in base.params.values()),
+        "bytes": sum(f.stat().st_size for f in out.glob("*.safetensors")), "seconds": time.monotonic() - began,
+    }  # fmt: skip
+    if first and last:
+        result["eval"] = {"rows": len(held), "loss": [first[0], last[0]], "accuracy": [first[1], last[1]]}
+    if json_file:
+        json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    show(result)
+
+
+# ── the loop ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def carried_out(
+    plan: "Plan",
+    base: "Model",
+    adapter: "Adapter",
+    goal: "Objective",
+    rows: "Sequence[Row]",
+    out: Path,
+    conditions: Mapping[str, Any],
+    save_every: int,
+    resume: bool,
+) -> "tuple[State, int]":
+    """The state after the last step, and the step at which this run began."""
+    from refpeft import train as engine
+    from refpeft.checkpoint import training
+
     conditions = json.loads(json.dumps(conditions, default=list))
-    state = engine.start(plan, adapter)
+    home, state = beside(out), engine.start(plan, adapter)
     if resume:
         state = training.load_state(home, state, conditions)
-    began_at = state.step
 
     def keep(state: "State") -> None:
         training.save_state(home, state, conditions)
@@ -147,22 +208,7 @@ def train(
     def one(state: "State") -> "State":
         return engine.step(plan, base, adapter, goal, rows, state)
 
-    state = run(plan, state, one, keep, save_every, home)
-    refpeft.save_adapter(engine.trained(adapter, state), out)
-    shutil.rmtree(home, ignore_errors=True)
-    result = {
-        "adapter": str(out), "method": method, "objective": chosen, "steps": state.step, "resumed_at": began_at,
-        "rows": len(rows), "cut": cut, "loss_first": float(state.losses[0]), "loss_last": float(state.losses[-1]),
-        "losses": state.losses.tolist(), "trained": sum(a.size for a in state.params.values()),
-        "model_parameters": sum(a.size for a in base.params.values()),
-        "bytes": sum(f.stat().st_size for f in out.glob("*.safetensors")), "seconds": time.monotonic() - began,
-    }  # fmt: skip
-    if json_file:
-        json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    show(result)
-
-
-# ── the loop ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+    return run(plan, state, one, keep, save_every, home), state.step
 
 
 def run(
@@ -221,132 +267,22 @@ def progress(plan: "Plan", state: "State") -> "Iterator[Callable[[State], None]]
         yield lambda state: bar.update(task, completed=state.step, loss=f"{state.losses[-1]:.4f}")
 
 
-# ── what is asked for ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── before the work ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def suitable(objective: str | None, model: "Model") -> str:
-    """The objective, which must fit what the model's head says; without one, the head's own."""
-    from refpeft import objectives
-    from refpeft.train import fitting
-
-    kind = (model.source.get("architectures") or [model.config.family])[0]
-    if "head.out" not in model.sites:
-        raise ValueError(f"{kind} has no head to train with: expected a language model or a classifier")
-    fit = fitting(model)
-    if objective is not None and objective not in fit:
-        if objective not in objectives.NAMES:
-            raise ValueError(f"unknown objective {objective!r}: there are {', '.join(objectives.NAMES)}")
-        raise ValueError(f"objective {objective!r} does not fit {kind}: expected {' or '.join(fit)}")
-    return objective or fit[0]
+def beside(out: Path) -> Path:
+    """Where states are kept."""
+    return out.parent / f"{out.name}.training"
 
 
-def vocabulary(folder: Path, model: "Model") -> "tuple[Encode | None, Setting]":
-    """The tokenizer of the model's folder, if there is one, and what it and config.json say of special tokens."""
-    from refpeft.objectives import Setting
+def free(out: Path, json_file: Path | None, resume: bool) -> None:
+    from refpeft.checkpoint import folder, training
 
-    c, ends = model.config, model.source.get("eos_token_id")
-    known: dict[str, Any] = {
-        "pad_id": c.pad_token_id if c.encoder_decoder else model.source.get("pad_token_id"),
-        "eos_id": c.eos_token_id if c.encoder_decoder else ends[0] if isinstance(ends, list) and ends else ends,
-        "start_id": c.decoder_start_token_id, "vocab": model.sizes()[0], "encoder_decoder": c.encoder_decoder,
-    }  # fmt: skip
-    encode = None
-    if (folder / "tokenizer.json").is_file():
-        from refpeft.checkpoint.prompts import tokenizer
-
-        t = tokenizer(folder)
-        special = sorted(n for n, token in t.get_added_tokens_decoder().items() if token.special)
-        known |= {"special_ids": special, "vocab": min(t.get_vocab_size(), known["vocab"] or t.get_vocab_size())}
-        known["mask_id"] = next((n for n in map(t.token_to_id, ("[MASK]", "<mask>")) if n is not None), None)
-        known["sentinel_id"] = t.token_to_id("<extra_id_0>")
-
-        def encode(text: str, special: bool) -> list[int]:
-            return list(t.encode(text, add_special_tokens=special).ids)
-
-    valid = {n: v for n, v in known.items() if v is not None and (n != "pad_id" or v >= 0)}
-    return encode, Setting(**valid)
-
-
-def numbers(words: Sequence[str]) -> dict[str, Any]:
-    """--objective-set NAME=VALUE …"""
-    from refpeft import tune
-    from refpeft.objectives import Setting
-
-    hints = {f.name: f.type for f in fields(Setting) if f.name != "encoder_decoder"}
-    found: dict[str, Any] = {}
-    for word in words:
-        name, value = assigned("--objective-set", word)
-        if name not in hints:
-            raise ValueError(f"--objective-set: there is no {name!r}, but {', '.join(hints)}")
-        if not tune.fits(value, hints[name]):
-            raise ValueError(f"--objective-set {name}: expected {tune.readable(hints[name])}, found {value!r}")
-        found[name] = value
-    return found
-
-
-def assigned(flag: str, word: str) -> tuple[str, Any]:
-    """FIELD=VALUE, the value as JSON where it is JSON (in Python's spelling too), else as it stands."""
-    name, equals, text = word.partition("=")
-    if not equals or not name:
-        raise ValueError(f"{flag}: expected FIELD=VALUE, found {word!r}")
-    constants = {"True": True, "False": False, "None": None}
-    try:
-        return name, constants[text] if text in constants else json.loads(text)
-    except ValueError:
-        return name, text
-
-
-def method_fields(method: str, words: Sequence[str], objective: str, model: "Model") -> dict[str, Any]:
-    """--set FIELD=VALUE …: 'q,v' is a list where the field takes one, and so is a single plain name."""
-    import typing
-
-    from refpeft import tune
-    from refpeft.methods import METHODS
-
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}: there are {', '.join(METHODS)}")
-    hints = typing.get_type_hints(METHODS[method].Config)
-    found: dict[str, Any] = {}
-    for word in words:
-        name, value = assigned("--set", word)
-        names = value.split(",") if isinstance(value, str) else []
-        plain = value != "all-linear" and all(n.replace(".", "_").isidentifier() for n in names)
-        if names and plain and name in hints and tune.fits(names, hints[name]):
-            value = names
-        found[name] = value
-    heads = [
-        n
-        for n in ("classifier", "score", "classification_head")
-        if any(n in s.path.split(".") for s in model.sites.values())
-    ]
-    if objective == "classification" and "modules_to_save" in hints:  # the head is fresh as a rule
-        found = {"modules_to_save": heads} | found
-    return found
-
-
-def to_read(
-    objective: str, model: "Model", setting: "Setting", longest: int | None, encode: "Encode | None"
-) -> "Reading":  # fmt: skip
-    from refpeft.cli.data import Reading
-
-    c = model.config
-    vocab, positions, _ = model.sizes("encoder." if c.encoder_decoder else "")
-    if positions is not None:
-        positions -= c.position_offset if c.positions == "index" else (c.pad_token_id or 0) + 1
-        if longest is not None and longest > positions:
-            raise ValueError(f"--max-length must be at most {positions}, the model's positions, found {longest}")
-        longest = longest or positions
-    classes = classes_of(model) if objective == "classification" else None
-    return Reading(objective, vocab or 0, classes, setting.eos_id, longest, setting.encoder_decoder, encode)
-
-
-def classes_of(model: "Model") -> Mapping[str, int] | int | None:
-    """The classes by name, or how many there are; None where one number is predicted."""
-    site = model.sites["head.out"]
-    count = model.params[site.weight].shape[0]
-    names = model.source.get("label2id")
-    whole = isinstance(names, dict) and sorted(map(str, names.values())) == sorted(map(str, range(count)))
-    return None if count == 1 else {n: int(v) for n, v in names.items()} if whole and names else count
+    folder.check_free(out.absolute())
+    if json_file and not json_file.parent.is_dir():
+        raise ValueError(f"{json_file}: there is no folder {json_file.parent}")
+    if training.steps(beside(out)) and not resume:
+        raise ValueError(f"{beside(out)}: a run was stopped here; go on with --resume, or remove the folder")
 
 
 def savable(adapter: "Adapter") -> None:
@@ -378,6 +314,10 @@ def show(result: Mapping[str, Any]) -> None:
     cut = result["cut"]
     table.add_row("rows", f"{result['rows']:,}" + (f", {cut:,} of them cut to the length of the model" if cut else ""))
     table.add_row("loss", f"{result['loss_first']:.4f} at first, {result['loss_last']:.4f} at last")
+    if held := result.get("eval"):
+        table.add_row("held out", f"loss {held['loss'][0]:.4f} before, {held['loss'][1]:.4f} after")
+        if held["accuracy"][0] is not None:
+            table.add_row("", f"accuracy {held['accuracy'][0]:.1%} before, {held['accuracy'][1]:.1%} after")
     share = result["trained"] / result["model_parameters"]
     table.add_row("trained parameters", f"{result['trained']:,} ({share:.3%} of the model's)")
     table.add_row("adapter", f"{result['bytes']:,} bytes")

@@ -361,7 +361,10 @@ def test_a_t5_without_a_head(architecture: str) -> None:
 def test_what_cannot_be_saved_is_refused_before_the_work() -> None:
     model("t5", "ForConditionalGeneration", words=False)
     data({"input_ids": [5, 6, 1], "labels": [7, 1]})
-    failed(train("-m", "prefix_tuning"), "HF peft has no format for the prefixes of an encoder-decoder")
+    failed(train("-m", "prefix_tuning"), "HF peft no prefixes of an encoder-decoder", "set position_shift=False")
+    found = trained("-m", "prefix_tuning", "--set", "position_shift=false", "--steps", "2", out="prefix")
+    adapter = refpeft.load_adapter("prefix", refpeft.load("model"))
+    assert found["trained"] == sum(p.size for p in adapter.params.values())
     failed(
         train("--objective", "causal"), "objective 'causal' does not fit T5ForConditionalGeneration: expected seq2seq"
     )

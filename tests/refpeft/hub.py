@@ -17,7 +17,7 @@ TOLERANCE = {"gpt2": 1e-12, "bert": 1e-12, "roberta": 1e-12, "bart": 1e-12} | di
 )
 
 
-def hub_model(model: Model, dtype: str = "float64") -> Any:
+def hub_model(model: Model, dtype: str = "float64", attention: str = "sdpa") -> Any:
     """The same model as AdapterHub has it."""
     import adapters
     import torch
@@ -27,7 +27,7 @@ def hub_model(model: Model, dtype: str = "float64") -> Any:
         logging.getLogger(library).setLevel(logging.ERROR)
     fields = {k: v for k, v in model.source.items() if k not in ("model_type", "architectures")}
     family = model.source["model_type"]
-    attention = "eager" if family == "t5" else "sdpa"
+    attention = "eager" if family == "t5" else attention
     config = transformers.AutoConfig.for_model(family, **fields, attn_implementation=attention)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

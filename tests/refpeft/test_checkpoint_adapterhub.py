@@ -10,7 +10,7 @@ import pytest
 import refpeft
 from refpeft.checkpoint.safetensors import Malformed, write
 from tests.models import tiny
-from tests.refpeft.hub import TOLERANCE, hub_add, hub_model, same
+from tests.refpeft.hub import TOLERANCE, hub_add, hub_load, hub_model, same
 
 IDS = np.random.default_rng(0).integers(2, 29, (2, 5))
 LORA = {"architecture": "lora", "r": 2, "alpha": 6, "attn_matrices": ["q", "v"], "composition_mode": "add"}
@@ -123,6 +123,60 @@ def test_read_from_adapterhub_a_lora_is_saved_as_hf_pefts(tmp_path: Path) -> Non
     np.testing.assert_array_equal(model(IDS, again)[0], model(IDS, adapter)[0])
 
 
+KEPT = [
+    ("t5", "ForConditionalGeneration", {}), ("t5", "Model", {"prefix_projection": True}),
+    ("bart", "ForConditionalGeneration", {"leave_out": [2]}), ("bart", "Model", {"prefix_projection": True}),
+    ("gpt2", "LMHeadModel", {"leave_out": [1]}), ("bert", "ForSequenceClassification", {}),
+]  # fmt: skip
+
+
+def kept(family: str, architecture: str, options: dict[str, Any]) -> tuple[Any, refpeft.Adapter]:
+    """A model and an adapter that HF peft has no format for."""
+    model = tiny(family, architecture)
+    method = "p_tuning_v2" if architecture.endswith("Classification") else "prefix_tuning"
+    fields = {"num_virtual_tokens": 3, "position_shift": False, **options}
+    return model, refpeft.init(method, fields, model, seed=1)
+
+
+@pytest.mark.parametrize(("family", "architecture", "options"), KEPT)
+def test_prefixes_that_hf_peft_has_no_format_for_are_saved_as_adapterhubs(
+    family: str, architecture: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Without MLP; each stack of an encoder-decoder under its name, every tensor once."""
+    model, adapter = kept(family, architecture, options)
+    refpeft.save_adapter(adapter, tmp_path / "a")
+    back = refpeft.load_adapter(tmp_path / "a", model)
+    flat = refpeft.drop_encoder(adapter)
+    assert back.method == adapter.method
+    assert list(back.config.leave_out) == list(flat.config.leave_out)
+    assert {n: a.tobytes() for n, a in back.params.items()} == {n: a.tobytes() for n, a in flat.params.items()}
+    stacks = {"self_prefix", "encoder_prefix", "cross_prefix"} if model.config.encoder_decoder else {"self_prefix"}
+    prefixes = [n.split(".")[3] for n in refpeft.checkpoint.safetensors.read(tmp_path / "a" / "adapter.safetensors")
+                if n.startswith("prefix_tuning.")]  # fmt: skip
+    assert sorted(prefixes) == sorted(stacks)
+
+
+def test_layers_of_a_decoder_are_numbered_on_from_the_encoders() -> None:
+    """Of 2 and 3 layers: the encoder's last is 1, the decoder's first 2."""
+    model = tiny("bart", "Model")
+    fields = {"num_virtual_tokens": 1, "prefix_projection": False}
+    sizes = {}
+    for out in ([], [1], [2]):
+        params = refpeft.init("prefix_tuning", fields | {"leave_out": out}, model).params
+        sizes[str(out)] = [params[n].shape[1] // 32 for n in ("encoder.prompt_embeddings", "prompt_embeddings")]
+    assert sizes == {"[]": [2, 3], "[1]": [1, 3], "[2]": [2, 2]}
+
+
+def test_a_prefix_of_the_decoder_alone_is_refused(tmp_path: Path) -> None:
+    model, adapter = kept(*KEPT[0])
+    refpeft.save_adapter(adapter, tmp_path / "a")
+    raw = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    raw["config"]["encoder_prefix"] = False
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(raw))
+    with pytest.raises(Malformed, match=r"config\.encoder_prefix must be true, found False"):
+        refpeft.load_adapter(tmp_path / "a", model)
+
+
 # ── with it ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 EVERY = {"attn_matrices": ["q", "k", "v"], "intermediate_lora": True, "output_lora": True}
@@ -132,6 +186,8 @@ SAVED = [
     ("llama", "ForCausalLM", LORA | EVERY), ("qwen2", "ForCausalLM", LORA | EVERY), ("bert", "Model", PROMPT),
     ("roberta", "ForSequenceClassification", PROMPT), ("bert", "ForSequenceClassification", LORA),
     ("bert", "Model", PREFIX), ("bert", "Model", PREFIX | {"flat": True, "leave_out": [1]}),
+    ("bart", "Model", LORA | EVERY | {"leave_out": [1, 3]}), ("t5", "ForConditionalGeneration", LORA | EVERY),
+    ("bart", "ForConditionalGeneration", PREFIX), ("bart", "Model", PREFIX | {"flat": True, "leave_out": [1, 2]}),
 ]  # fmt: skip
 
 
@@ -145,7 +201,7 @@ def test_what_adapterhub_saved_runs_here(
     import torch
 
     model = tiny(family, architecture)
-    theirs = hub_model(model)
+    theirs = hub_model(model, attention="eager")
     hub_add(theirs, "self", config)  # a name that is also that of a module
     theirs.double()
     generator = torch.Generator().manual_seed(0)
@@ -159,8 +215,32 @@ def test_what_adapterhub_saved_runs_here(
     if not safetensors:
         tensors = torch.load(tmp_path / "a" / "pytorch_adapter.bin", weights_only=True)
         write(tmp_path / "a" / "adapter.safetensors", {name: p.numpy() for name, p in tensors.items()})
+    inputs = {"decoder_input_ids": IDS[:, :4]} if model.config.encoder_decoder else {}
     with torch.no_grad():
-        out = theirs(input_ids=torch.tensor(IDS))[0].numpy()
+        out = theirs(input_ids=torch.tensor(IDS), **{n: torch.tensor(a) for n, a in inputs.items()})[0].numpy()
     adapter = refpeft.load_adapter(tmp_path / "a", model)
-    same(model(IDS, adapter)[0], out, TOLERANCE[family])
+    same(model(IDS, adapter, **inputs)[0], out, TOLERANCE[family])
     assert (adapter.config.modules_to_save is not None) == head
+
+
+@pytest.mark.adapterhub
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("family", "architecture", "options"), KEPT)
+def test_adapterhub_reads_the_prefixes_that_are_written(
+    family: str, architecture: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """All of it. In T5, AdapterHub then moves the tokens' relative positions: docs/findings/adapters-t5-prefix.md."""
+    import torch
+
+    model, adapter = kept(family, architecture, options)
+    refpeft.save_adapter(adapter, tmp_path / "a")
+    theirs = hub_model(model, attention="eager")  # docs/findings/adapters-prefix-attention-mask.md
+    hub_load(theirs, tmp_path / "a")
+    there = [p.detach().numpy() for n, p in theirs.named_parameters() if "prefix_tunings" in n]
+    ours = [p.ravel() for n, p in refpeft.drop_encoder(adapter).params.items() if n.endswith("prompt_embeddings")]
+    assert sorted(a.tobytes() for a in there) == sorted(a.tobytes() for a in ours)
+    if family != "t5":
+        inputs = {"decoder_input_ids": IDS[:, :4]} if model.config.encoder_decoder else {}
+        with torch.no_grad():
+            out = theirs(input_ids=torch.tensor(IDS), **{n: torch.tensor(a) for n, a in inputs.items()})[0].numpy()
+        same(model(IDS, adapter, **inputs)[0], out, TOLERANCE[family])

@@ -334,12 +334,8 @@ def test_folders_both_ways(name: str, config: Any, tmp_path: Any) -> None:
 
 def test_folders_that_are_refused(tmp_path: Any) -> None:
     model = tiny("llama")
-    for config, message in (
-        ({"position_shift": False}, "cannot represent position_shift=False"),
-        ({"leave_out": [1]}, r"cannot represent leave_out=\[1\]"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            refpeft.save_adapter(fresh(model, **config), tmp_path / "no")
+    with pytest.raises(ValueError, match="AdapterHub cannot represent position_shift=True, and HF peft no prefixes of"):
+        refpeft.save_adapter(fresh(model, leave_out=[1]), tmp_path / "no")
     assert not (tmp_path / "no").exists()
     refpeft.save_adapter(fresh(model), tmp_path / "good")
     raw = json.loads((tmp_path / "good/adapter_config.json").read_text())
