@@ -115,7 +115,8 @@ def export(
         save(proto, folder / "model.onnx")
         carry_over(folder, made, source)
         finish(FORMS[form], folder, subject, made)
-        report("running it on onnxruntime")
+        if verify:
+            report("running it on onnxruntime")
         provider, cases = proven(folder, subject, FORMS[form], proto, verify)
         result = described(folder, Path(out), form, subject, made, proto, provider, cases)
         write_card(folder, made, subject, result)

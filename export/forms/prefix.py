@@ -70,7 +70,7 @@ def shift(subject: Subject) -> int:
 
 def values(subject: Subject) -> dict[str, Array]:
     """Of each layer, the keys and values that every query sees."""
-    model = verification.cast(subject.model, subject.dtype)
+    model = subject.model
     hooks = hooks_of([trained(a) for a in prefixes(subject.adapters)], model)
     found: dict[str, Array] = {}
     for n, (key, value) in enumerate(signature.caches(model, "past_key_values")):
