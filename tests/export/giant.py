@@ -23,6 +23,10 @@ CONFIG: dict[str, Any] = {
     "num_attention_heads": 32, "num_key_value_heads": 32, "intermediate_size": 11008, "vocab_size": 32000,
     "max_position_embeddings": 4096, "tie_word_embeddings": False,
 }  # fmt: skip
+GPT2: dict[str, Any] = {
+    "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 768, "n_head": 12, "n_layer": 12,
+    "n_positions": 1024, "vocab_size": 50257,
+}  # fmt: skip
 SHARD = 5_000_000_000
 FIRST = 1000  # numbers of each tensor that are not zero
 
@@ -96,8 +100,9 @@ def main(model: str, out: str, form: str, dtype: str, *rest: str) -> None:
 
     def run() -> None:
         base = refpeft.load(model)
-        targets = {"r": 8, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
-        few = {} if form != "merged" else {"layers_to_transform": [0, base.config.num_layers - 1]}
+        names = ["c_attn"] if base.config.family == "gpt2" else ["q_proj", "v_proj"]
+        targets = {"r": 8, "target_modules": names, "init_lora_weights": False}
+        few = {} if form != "merged" else {"layers_to_transform": [base.config.num_layers - 1]}
         adapter = refpeft.init("lora", targets | few, base)
         export(base, adapter, out, form, dtype, verify=False, source=model, decode=True, link="link" in rest)
 

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -88,9 +89,23 @@ def test_seven_billion_parameters(form: str, checkpoint: Path, tmp_path: Path) -
             assert said["location"] == "model.onnx.data"
             assert int(said["length"]) == math.prod(entry["shape"]) * 2
             written.add(t.name)
-    changed = re.compile(r"model\.layers\.(0|31)\.self_attn\.[qv]_proj\.weight" if form == "merged" else "^$")
+    changed = re.compile(r"model\.layers\.31\.self_attn\.[qv]_proj\.weight" if form == "merged" else "^$")
     assert written == {name for name in want if changed.fullmatch(name)}
     assert seen | written == want.keys()
+
+
+@pytest.mark.ort
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("form", "dtype", "link", "limit"), [
+    ("merged", "float32", "link", 45e6), ("inputs", "float32", "link", 45e6), ("merged", "float32", "copy", 100e6),
+    ("unmerged", "bfloat16", "copy", 100e6), ("inputs", "int4", "link", 100e6),
+])  # fmt: skip
+def test_a_small_gpt2_takes_little_memory(form: str, dtype: str, link: str, limit: float, tmp_path: Path) -> None:
+    """Its largest tensor has 154 MB."""
+    model = giant.make(tmp_path / "model", np.float32, giant.GPT2)
+    measured = exported(model, tmp_path / "out", form, dtype, link)
+    assert measured["above"] <= limit
+    shutil.rmtree(tmp_path / "out")
 
 
 def shallow(tmp_path: Path, layers: int, form: str, verify: bool) -> Any:
