@@ -18,6 +18,7 @@ from refpeft.export import adapters as files
 from refpeft.export import signature, slots, verification
 from refpeft.export.form import Array, Check, Made, Store, Subject, fingerprint, hooks_of, own, trained
 from refpeft.export.forms import inputs, unmerged
+from refpeft.export.precision import Seen
 from refpeft.export.symbols import Graph
 
 FOLDS = False
@@ -70,7 +71,8 @@ def shift(subject: Subject) -> int:
 
 def values(subject: Subject) -> dict[str, Array]:
     """Of each layer, the keys and values that every query sees."""
-    model = subject.model
+    types = Seen(subject.model.params, lambda name, a: a.astype(subject.dtype, copy=False))  # of what is looked at
+    model = replace(subject.model, params=types)
     hooks = hooks_of([trained(a) for a in prefixes(subject.adapters)], model)
     found: dict[str, Array] = {}
     for n, (key, value) in enumerate(signature.caches(model, "past_key_values")):
