@@ -1,5 +1,11 @@
-"""refpeft.json, which says what an exported folder is; a folder may come from anywhere, so it is not trusted."""
+"""refpeft.json, which says what an exported folder is; a folder may come from anywhere, so it is not trusted.
 
+It lists the files that were exported with their sizes and SHA-256: of a file above 64 MB that of 64 pieces of 1 MB, at
+equal distances from its first byte to its last. So another file is noticed, one that is cut short, and any change of
+what is small, the graph above all; a change of few bytes in large weights may not be: to see it, all must be read.
+"""
+
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +17,11 @@ CARD = "refpeft.json"
 FIELDS: Mapping[str, type] = {
     "form": str, "dtype": str, "decode": bool, "inputs": dict, "optional_inputs": dict, "adapters": list,
 }  # fmt: skip
-OWN: Mapping[str, type] = {"facts": list, "unread": list, "prompt": str, "training": dict}  # of some forms
+OWN: Mapping[str, type] = {  # of some forms, or of later releases
+    "facts": list, "unread": list, "prompt": str, "training": dict, "base": int, "files": dict,
+}  # fmt: skip
+MB = 1 << 20
+PIECES = 64
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -35,3 +45,41 @@ def needed(folder: Path, card: Mapping[str, Any], *names: str) -> list[Any]:
         if name not in card:
             raise Malformed(f"{folder / CARD}: {name} is missing, which the form {card['form']} has")
     return [card[name] for name in names]
+
+
+# ── its files ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def digest(file: Path) -> dict[str, Any]:
+    """Its size, and the SHA-256 of all or of pieces of it."""
+    size = file.stat().st_size
+    whole = size <= PIECES * MB
+    starts = range(0, size, MB) if whole else [k * (size - MB) // (PIECES - 1) for k in range(PIECES)]
+    found = hashlib.sha256()
+    with file.open("rb") as f:
+        for start in starts:
+            f.seek(start)
+            found.update(f.read(MB))
+    return {"size": size, "sha256" if whole else "sha256_of_pieces": found.hexdigest()}
+
+
+def check_files(folder: Path, card: Mapping[str, Any]) -> None:
+    """The folder's files are those that were exported; others may be there too."""
+    for name, said in card.get("files", {}).items():
+        if Path(name).name != name or not isinstance(said, dict):
+            raise Malformed(f"{folder / CARD}: files must map names to sizes and hashes, found {show(name)}")
+        file = folder / name
+        if not file.is_file():
+            raise Malformed(f"{folder}: {name} is missing, which was exported")
+        now = digest(file)
+        if now["size"] != said.get("size"):
+            raise Malformed(f"{file}: expected {show(said.get('size'))} bytes, as it was exported, found {now['size']}")
+        if now != said:
+            raise Malformed(f"{file} was changed since it was exported: its SHA-256 is not that in {CARD}")
+
+
+def whole(folder: Path) -> dict[str, Any]:
+    """The fields of a folder whose files are all there, as they were exported."""
+    card = read_card(folder)
+    check_files(folder, card)
+    return card

@@ -12,6 +12,7 @@ A form decides what of a model with its adapters lies in the graph, and what com
     complete(folder, subject, made)      writes what else belongs into the folder; only where there is such a thing
 """
 
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ import numpy as np
 from onnx import TensorProto
 
 from refpeft.adapter import Adapter, each, substitutes
+from refpeft.export.precision import Precision, Tensor, as_stored
 from refpeft.export.runtime import Runner
 from refpeft.export.symbols import Graph, Symbol
 from refpeft.hooks import Hooks
@@ -30,7 +32,6 @@ from refpeft.prompts import drop_encoder
 
 Array = np.ndarray[Any, Any]
 Outputs = Mapping[str, Symbol]
-Tensor = tuple[str, Array, np.dtype[Any]]  # name, numbers, dtype to store them in
 Answer = Array | Mapping[str, Array]
 Spec = Callable[[Model, Sequence[Adapter]], Any]
 Store = Callable[[Iterable[Tensor]], dict[str, TensorProto]]
@@ -38,8 +39,9 @@ Store = Callable[[Iterable[Tensor]], dict[str, TensorProto]]
 
 @dataclass(frozen=True)
 class Subject:
-    """What is exported: a model with adapters, in a dtype; `decode`: with keys and values as inputs and outputs;
-    `last_logits`: of the last position only; `options`: those of its form."""
+    """What is exported: a model with adapters, computed in a dtype; `decode`: with keys and values as inputs and
+    outputs; `last_logits`: of the last position only; `options`: those of its form; `precision`: of the stored
+    weights, if they are not simply in that dtype."""
 
     model: Model
     adapters: Sequence[Adapter]
@@ -47,6 +49,12 @@ class Subject:
     decode: bool = False
     last_logits: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    precision: Precision = Precision()  # noqa: RUF009, it is frozen
+
+    @property
+    def seen(self) -> Model:
+        """The model that the stored weights make."""
+        return as_stored(self.precision, self.model)
 
 
 @dataclass(frozen=True)
@@ -160,6 +168,16 @@ def needed(graph: Graph, outputs: Outputs, tensors: Iterable[Tensor]) -> list[Te
 
 def base_tensors(subject: Subject) -> list[Tensor]:
     return [(name, a, subject.dtype) for name, a in subject.model.params.items()]
+
+
+def fingerprint(subject: Subject) -> int:
+    """A number above 1 that tells base models apart, by a few numbers of each tensor; and how these are rounded."""
+    p = subject.precision
+    found = 0 if p.exact else zlib.crc32(repr(p).encode())
+    for name, a in sorted(subject.model.params.items()):
+        few = a.flat[np.linspace(0, a.size - 1, 64).astype(int)] if a.size else a
+        found = zlib.crc32(f"{name} {a.shape}".encode() + np.asarray(few, np.float32).tobytes(), found)
+    return 2 + found % (2**31 - 2)
 
 
 def hooks_of(adapters: Sequence[Adapter], model: Model) -> Hooks:

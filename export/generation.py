@@ -110,7 +110,7 @@ def open_writer(
     if bare or not (adapter is not None or file.is_file()):
         return writer
     if card["form"] == "prefix":
-        past = files.read(file)
+        past = files.read(file, runner.base)
         check_past(file, past, runner)
         (facts,) = needed(folder, card, "facts")
         moved = all(isinstance(fact, dict) and fact.get("position_shift") for fact in facts)
@@ -122,7 +122,7 @@ def open_writer(
     name, facts = needed(folder, card, "prompt", "facts")
     if any(isinstance(fact, dict) and fact.get("placement") == "template" for fact in facts):
         return replace(writer, template=True)
-    rows = files.read(file).get(name, np.zeros((0, 0)))
+    rows = files.read(file, runner.base).get(name, np.zeros((0, 0)))
     return replace(writer, front=range(writer.vocabulary, writer.vocabulary + len(rows)))
 
 

@@ -13,27 +13,28 @@ either all of it or none.
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from onnx import ModelProto, TensorProto, checker
+from onnx import ModelProto, TensorProto, checker, helper
 
 import refpeft
 from refpeft.adapter import Adapter, fits, stepwise
 from refpeft.checkpoint import tokens
 from refpeft.checkpoint.folder import new_folder
-from refpeft.export import genai, graphs, runtime, signature, verification, weights
-from refpeft.export.card import CARD, write_json
-from refpeft.export.form import Form, Made, Subject, Tensor
+from refpeft.export import genai, graphs, initialisers, runtime, signature, verification, weights
+from refpeft.export.card import CARD, digest, write_json
+from refpeft.export.form import Form, Made, Subject, fingerprint
 from refpeft.export.forms import FORMS
 from refpeft.export.lowering import RULES
+from refpeft.export.precision import DTYPES, Tensor, encoded, matrices, precision
 from refpeft.export.proto import IR_VERSION, OPSET, to_model
+from refpeft.export.rewriting import Stored, relevel, rewritten
 from refpeft.export.symbols import Graph
 from refpeft.model import Model, adapter_list
 
-DTYPES: Mapping[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16)}
 INLINE_LIMIT = 100_000_000  # bytes; inline weights are held in memory twice here, and once more by whoever loads them
 PROTOBUF_LIMIT = 2_000_000_000
 Report = Callable[[str], None]
@@ -41,8 +42,9 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Exported:
-    """What `export` made. `cases` are the measured ratios, empty if it was not verified. Where there are two graphs,
-    `inputs` and `outputs` are the decoder's, and `encoder` has those of the other."""
+    """What `export` made. `cases` are the measured ratios, empty if it was not verified; with the distance from what
+    weights that are not rounded give, where they are. Where there are two graphs, `inputs` and `outputs` are the
+    decoder's, and `encoder` has those of the other."""
 
     folder: Path
     form: str
@@ -55,6 +57,7 @@ class Exported:
     nodes: int
     bytes: int
     external_data: bool
+    weight_files: Sequence[str]
     provider: str | None
     cases: Sequence[Mapping[str, Any]]
     encoder: Mapping[str, Mapping[str, Sequence[int | str]]] = field(default_factory=dict)
@@ -76,6 +79,8 @@ def export(
     decode: bool = False,
     last_logits: bool = False,
     options: Mapping[str, Any] | None = None,
+    link: bool = False,
+    blocks: Mapping[str, Any] | None = None,
 ) -> Exported:
     """Write the model with its adapters as an ONNX folder at `out`, which must not exist.
 
@@ -83,7 +88,9 @@ def export(
     whoever loads it needs them in memory). `source`: the checkpoint's folder, whose tokenizer is carried over.
     `verify`: run it on onnxruntime against the specification; a graph that is not equal to rounding is not kept.
     `report` is told each step. `decode`: a graph with keys and values as inputs and outputs, to write token by token;
-    `last_logits`: with the logits of the last position only. `options`: of the form, if it has any.
+    `last_logits`: with the logits of the last position only. `options`: of the form, if it has any. `link`: what no
+    adapter changes stays in the files of `source`, which are linked into the folder. `blocks`: of the dtype int4, its
+    size, zero_points and accuracy_level.
     """
     chosen(form, FORMS, "form")
     chosen(dtype, DTYPES, "dtype")
@@ -96,14 +103,18 @@ def export(
     if options and not getattr(FORMS[form], "OPTIONS", False):
         raise ValueError(f"the form {form} has no options, found {', '.join(options)}")
     decode = decode or getattr(FORMS[form], "DECODES", False)
-    subject = Subject(model, adapters, DTYPES[dtype], decode, last_logits, options or {})
+    subject = Subject(model, adapters, DTYPES[dtype], decode, last_logits, options or {}, precision(dtype, blocks))
+    if link and (source is None or external is False):
+        raise ValueError("linked weights lie in the files of `source`, beside the graph")
     checked(FORMS[form], subject)
     if os.path.lexists(out):
         raise FileExistsError(f"{out} exists already: an export never overwrites anything")
-    with new_folder(out, needs=weights.size(model, DTYPES[dtype])) as folder:
+    beside = link or outside(subject, external)
+    with new_folder(out, needs=0 if link else weights.size(model, subject.precision)) as folder:
         report("tracing the specification, writing the weights")
         graph = Graph(RULES)
-        made = traced(form, subject, graph, folder, external)
+        frozen = Path(source) if link and source is not None else None
+        made = traced(form, subject, graph, folder / weights.DATA if beside else None, frozen)
         found = graphs.files(made, subject)
         protos = {n: to_model(graph, f.inputs, f.outputs, made.tensors, f.optional) for n, f in found.items()}
         for name, proto in protos.items():
@@ -111,11 +122,9 @@ def export(
         carry_over(folder, made, source)
         finish(FORMS[form], folder, subject, made)
         genai.write(folder, form, subject, made)
-        cases: Sequence[Mapping[str, Any]] = ()
-        provider = None
         if verify:
             report("running it on onnxruntime")
-            provider, cases = verification.verify(folder, subject, FORMS[form])
+        provider, cases = proven(folder, subject, FORMS[form], protos, verify)
         result = described(folder, Path(out), form, subject, made, protos, provider, cases)
         write_card(folder, made, subject, result)
     return result
@@ -148,28 +157,46 @@ def checked(form: Form, subject: Subject) -> None:
     form.check(subject)
 
 
-def traced(form: str, subject: Subject, graph: Graph, folder: Path, external: bool | None) -> Made:
+def traced(form: str, subject: Subject, graph: Graph, data: Path | None, frozen: Path | None) -> Made:
     """The specification run on symbols. What has no form in ONNX is refused."""
+    p = subject.precision
+    blocked = matrices(subject.model.sites) if p.blocks else {}
 
     def store(tensors: Iterable[Tensor]) -> dict[str, TensorProto]:
-        return weights.store(tensors, folder / weights.DATA if beside else None)
+        return weights.store(chain.from_iterable(encoded(p, blocked, t) for t in tensors), data, frozen)
 
-    beside = outside(subject, external)
     try:
-        return FORMS[form].make(subject, graph, store)
+        made = FORMS[form].make(subject, graph, store)
     except NotImplementedError as error:
         methods = " and ".join(dict.fromkeys(a.method for a in subject.adapters)) or "the model"
         raise ValueError(f"{methods} cannot be exported in the form {form}: {error}") from None
+    return replace(made, outputs=rewritten(graph, made.outputs, Stored(made.tensors, blocked, p.blocks)))
 
 
 def outside(subject: Subject, external: bool | None) -> bool:
     """Do the weights lie beside the graph? Those of two graphs do, so that both share them."""
-    size = weights.size(subject.model, subject.dtype)
+    size = weights.size(subject.model, subject.precision)
     if external is False and size > PROTOBUF_LIMIT:
         raise ValueError(
             f"{size / 1e9:.1f} GB of weights do not fit into model.onnx, which can hold 2 GB: keep them beside it"
         )
     return graphs.apart(subject) or size > INLINE_LIMIT if external is None else external
+
+
+def proven(
+    folder: Path, subject: Subject, form: Form, protos: Mapping[str, ModelProto], verify: bool
+) -> tuple[str | None, Sequence[Mapping[str, Any]]]:
+    """The device and the cases. Graphs whose accuracy level lets activations be rounded too are verified without."""
+    p = subject.precision
+    provider, cases = verification.verify(folder, subject, form) if verify else (None, [])
+    if p.blocks and p.blocks.accuracy_level != 1:
+        for name, proto in protos.items():
+            relevel(proto, p.blocks.accuracy_level)
+            save(proto, folder / name)
+    if p.exact or not verify:
+        return provider, cases
+    far = verification.rounding(folder, subject, form)
+    return provider, [{**case, "rounding": r} for case, r in zip(cases, far, strict=True)]
 
 
 def finish(form: Form, folder: Path, subject: Subject, made: Made) -> None:
@@ -183,9 +210,26 @@ def finish(form: Form, folder: Path, subject: Subject, made: Made) -> None:
 
 
 def save(proto: ModelProto, path: Path) -> None:
-    """Written, then read back by onnx's checker, with shape inference."""
+    """Written, then read back: where its tensors lie by us, all else by onnx's checker, with shape inference. That one
+    refuses files of several names: what lies in such is an input to it."""
     path.write_bytes(proto.SerializeToString())
-    checker.check_model(str(path), full_check=True)
+    kept = [t for t in proto.graph.initializer if location(t) not in ("", weights.DATA)]
+    if not kept:
+        checker.check_model(str(path), full_check=True)
+        return
+    initialisers.read(path)
+    seen = ModelProto()
+    seen.CopyFrom(proto)
+    del seen.graph.initializer[:]
+    seen.graph.initializer.extend(t for t in proto.graph.initializer if not location(t))
+    beside = [t for t in proto.graph.initializer if location(t) and t.name not in {i.name for i in seen.graph.input}]
+    seen.graph.input.extend(helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in beside)
+    checker.check_model(seen, full_check=True)
+
+
+def location(t: TensorProto) -> str:
+    """The file that a tensor lies in, if it is another one than the graph's."""
+    return next((e.value for e in t.external_data if e.key == "location"), "")
 
 
 def described(
@@ -203,10 +247,11 @@ def described(
         own = {name: shape for name, shape in shapes(other.graph.input).items() if name not in optional}
         encoder = {"inputs": own, "outputs": shapes(other.graph.output)}
     size = sum(f.stat().st_size for f in folder.iterdir())
+    files = sorted({location(t) for p in protos.values() for t in p.graph.initializer} - {""})
     return Exported(
-        out, form, str(subject.dtype), subject.decode, subject.last_logits, inputs, optional,
-        shapes(proto.graph.output), sum(len(p.graph.node) for p in protos.values()), size,
-        (folder / weights.DATA).exists(), provider, cases, encoder,
+        out, form, subject.precision.name, subject.decode, subject.last_logits, inputs, optional,
+        shapes(proto.graph.output), sum(len(p.graph.node) for p in protos.values()), size, bool(files), files, provider,
+        cases, encoder,
     )  # fmt: skip
 
 
@@ -227,6 +272,8 @@ def write_card(folder: Path, made: Made, subject: Subject, result: Exported) -> 
         "ir_version": IR_VERSION,
         "model": {"family": model.config.family, "architecture": (model.source.get("architectures") or [None])[0]},
         "adapters": [{"method": a.method, "config": asdict(a.config)} for a in subject.adapters],
+        "base": fingerprint(subject),
         **made.card,
+        "files": {f.name: digest(f) for f in sorted(folder.iterdir())},
     }
     write_json(folder / CARD, card)

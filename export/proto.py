@@ -47,9 +47,9 @@ def to_model(
         [value(name, y) for name, y in outputs.items()],
         [*constants, *used],
     )
-    return helper.make_model(
-        proto, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="refpeft"
-    )
+    domains = {"": OPSET} | {n.domain: 1 for n in nodes if n.domain}
+    opsets = [helper.make_opsetid(domain, version) for domain, version in domains.items()]
+    return helper.make_model(proto, opset_imports=opsets, ir_version=IR_VERSION, producer_name="refpeft")
 
 
 def called(x: Node | None, names: Mapping[Node, str]) -> str:

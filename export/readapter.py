@@ -17,10 +17,11 @@ from refpeft.checkpoint.families import plan
 from refpeft.checkpoint.safetensors import read_json, show
 from refpeft.export import adapters as files
 from refpeft.export import initialisers, runtime
-from refpeft.export.card import needed, read_card
+from refpeft.export.card import needed, whole
 from refpeft.export.form import Array, Subject, prefixes
 from refpeft.export.forms import FORMS
-from refpeft.export.program import DTYPES, chosen
+from refpeft.export.precision import DTYPES, unpacked
+from refpeft.export.program import chosen
 from refpeft.model import Model
 
 
@@ -36,7 +37,7 @@ def adapter_only(
     tensors = fitting(card, loaded, model)
     part = Path(out).with_name(f".{uuid.uuid4().hex[:8]}.{Path(out).name}")
     try:
-        files.write(part, tensors)
+        files.write(part, tensors, card.get("base", files.UNSAID))
         part.rename(out)
     finally:
         part.unlink(missing_ok=True)
@@ -45,7 +46,7 @@ def adapter_only(
 
 def described(folder: Path) -> dict[str, Any]:
     """What refpeft.json says of a folder whose graph takes its adapter from outside."""
-    card = read_card(folder)
+    card = whole(folder)
     if not hasattr(FORMS.get(card["form"]), "values"):
         raise ValueError(f"{folder}: its form is {show(card['form'])}, which takes no adapter from outside")
     chosen(card["dtype"], DTYPES, f"{folder}: dtype")
@@ -63,6 +64,8 @@ def base(folder: Path, card: Mapping[str, Any]) -> Model:
         for tensor, own in ((site.weight, site.path + ".weight"), (site.bias, site.path + ".bias")):
             names = [tensor, *(at + name for at in prefixes(card["adapters"]) for name in (tensor, own))]
             kept = next((found[name] for name in names if name in found), None)  # its own, or what an adapter replaces
+            if kept is None and tensor in p.shapes:
+                kept = unpacked(found, tensor, site.kind, p.shapes[tensor])
             if kept is None and tensor in p.shapes:
                 kept = np.broadcast_to(np.zeros((), DTYPES[card["dtype"]]), p.shapes[tensor])
             if kept is not None:

@@ -103,19 +103,21 @@ class Loaded:
 @dataclass(frozen=True)
 class Runner:
     """A session, the adapters that are active in its runs, and inputs that all its runs get. `encoder`: of an
-    encoder-decoder, another session, for which the same holds."""
+    encoder-decoder, another session, for which the same holds. `base`: the number by which adapter files know the base
+    model, 1 if that is not known."""
 
     folder: Path
     session: Any
     active: Sequence[Loaded] = ()
     fixed: Mapping[str, Array] = field(default_factory=dict, repr=False)
     encoder: "Runner | None" = None
+    base: int = 1
 
     def load(self, path: str | os.PathLike[str]) -> Loaded:
         """An adapter file, for `using`. Every tensor in it must be an optional input of this graph."""
         from refpeft.export import adapters
 
-        tensors = adapters.read(path)
+        tensors = adapters.read(path, self.base)
         known = {i.name: i for i in self.session.get_overridable_initializers()}
         for name, a in tensors.items():
             if name not in known:
@@ -190,7 +192,18 @@ def fits(path: Any, name: str, a: Array, wanted: Any) -> None:
 
 def open_folder(folder: str | os.PathLike[str], device: str | None = None) -> Runner:
     """The graphs of a folder that `refpeft export` made, ready to run."""
-    folder = Path(folder)
+    from refpeft.export import initialisers
+    from refpeft.export.card import whole
+
+    card = whole(Path(folder))
+    for file in graphs(Path(folder)):
+        initialisers.read(file)
+    runner, base = open_graph(Path(folder), device), card.get("base", 1)
+    return replace(runner, base=base, encoder=runner.encoder and replace(runner.encoder, base=base))
+
+
+def open_graph(folder: Path, device: str | None = None) -> Runner:
+    """The same, of a folder that is being made."""
     encoder, *rest = [Runner(folder, session(path, device)) for path in graphs(folder)]
     return replace(rest[0], encoder=encoder) if rest else encoder
 

@@ -156,8 +156,8 @@ def low_rank(adapter: Adapter, model: Model, dtype: Any) -> dict[str, Slot]:
     parts = {site.path: role for role, site in model.sites.items()}
     for path, (names, _) in adapter.by_module.items():
         if names:
-            part, cfg = model.part(parts[path]), adapter.at(path)
-            fed = scaled(cfg, {n: adapter.value(full) for n, full in names.items()}, part, dtype)
+            role, cfg = parts[path], adapter.at(path)
+            fed = scaled(cfg, {n: adapter.value(full) for n, full in names.items()}, model, role, dtype)
             i, o = fed["A"].shape[1], fed["B"].shape[0]
             rank = f"rank of {path}"
             shapes = {"A": (rank, i), "B": (o, rank), "β": (o,), "g": (o,)}
@@ -193,7 +193,7 @@ def input_of(path: str, name: str, full: str) -> str:
     return f"{path}.{SCALED[name]}" if name in SCALED else full
 
 
-def scaled(cfg: Any, φ: Values, part: Part, dtype: Any) -> dict[str, Array]:
+def scaled(cfg: Any, φ: Values, model: Model, role: str, dtype: Any) -> dict[str, Array]:
     """A, s B, s β and g, in float64 until the end."""
     wide = {n: a.astype(np.float64) for n, a in φ.items()}
     if "Λ" in wide:
@@ -205,7 +205,7 @@ def scaled(cfg: Any, φ: Values, part: Part, dtype: Any) -> dict[str, Array]:
     if "β" in wide:
         fed["β"] = s * wide["β"]
     if isinstance(cfg, dora.Config):
-        V = part.W.astype(dtype).astype(np.float64) + fed["B"] @ A
+        V = model.part(role).W.astype(dtype).astype(np.float64) + fed["B"] @ A
         fed["g"] = wide["m"] / dora.norm(cfg, V)
     return {n: np.ascontiguousarray(a, np.float32) for n, a in fed.items()}
 

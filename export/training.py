@@ -24,7 +24,7 @@ from refpeft.checkpoint import safetensors, save_adapter
 from refpeft.checkpoint.safetensors import Malformed, show
 from refpeft.config import POOLS
 from refpeft.export import initialisers
-from refpeft.export.card import CARD, read_card
+from refpeft.export.card import CARD, whole
 from refpeft.methods import METHODS
 from refpeft.model import Model
 from refpeft.objectives import Batch, Loss, loss_of
@@ -119,7 +119,7 @@ def adapter_of(folder: str | os.PathLike[str], tensors: Mapping[str, Array]) -> 
     from refpeft.export.readapter import base
 
     path = Path(folder)
-    card = read_card(path)
+    card = whole(path)
     if card["form"] != "training":
         raise ValueError(f"{folder}: its form is {card['form']}, expected training")
     method, config = described(path, card)

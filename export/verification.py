@@ -5,7 +5,7 @@
 ref64 is the specification in float64, spec the specification in the dtype of the graph, u the dtype's unit roundoff:
 the graph may be off by a few times what rounding explains. Ten steps of training also by what ref64 itself moves by if
 every number is moved by half a unit in its last place. A float32 graph is compared with base and adapters as they
-are, merging included; a float16 graph with the specification on the same rounded
+are, merging included; one of float16, or with weights of bfloat16 or 4 bits, with the specification on the same rounded
 weights.
 """
 
@@ -51,7 +51,7 @@ def verify(folder: Path, subject: Subject, form: Form) -> tuple[str, list[dict[s
     specs = [check.spec(model, adapters) for check in checks]
     model, adapters = cast(model, np.float64), [in_dtype(a, np.float64) for a in adapters]
     refs = [check.spec(model, adapters) for check in checks]
-    runner = runtime.open_folder(folder)
+    runner = runtime.open_graph(folder)
     cases: list[dict[str, Any]] = []
     for check, ref, spec in zip(checks, refs, specs, strict=True):
         got, moved = named_answer(check.ask(runner)), amplified(check, model, adapters)
@@ -65,6 +65,19 @@ def verify(folder: Path, subject: Subject, form: Form) -> tuple[str, list[dict[s
             f"the limit is {LIMIT:g}), so it was not kept"
         )
     return runtime.provider(runner.session), cases
+
+
+def rounding(folder: Path, subject: Subject, form: Form) -> list[float]:
+    """Of each check, how far the graph is from the specification on weights that were not rounded:
+    ‖got − ref‖/‖ref‖. This says what the precision costs, not whether the graph is right."""
+    runner = runtime.open_graph(folder)
+    model, adapters = cast(subject.model, np.float64), [in_dtype(a, np.float64) for a in subject.adapters]
+    found: list[float] = []
+    for check in form.checks(subject):
+        got, ref = named_answer(check.ask(runner)), named_answer(check.spec(model, adapters))
+        y = next(iter(ref))
+        found.append(distance(got[y], ref[y]) / float(np.linalg.norm(ref[y])))
+    return found
 
 
 def largest(
@@ -102,11 +115,12 @@ def amplified(check: Check, model: Model, adapters: Sequence[Adapter]) -> Iterat
 def rounded(subject: Subject, folded: bool) -> tuple[Model, Sequence[Adapter]]:
     """The model and adapters that the graph stands for, in the dtypes that it has."""
     model, adapters = cast(subject.model, np.float32), subject.adapters
-    if subject.dtype == np.float32:
+    if subject.precision.exact and subject.dtype == np.float32:
         return model, [in_dtype(a, np.float32) for a in adapters]
     if folded:
-        return cast(merge(model, adapters), subject.dtype), []
-    return cast(model, subject.dtype), [as_stored(subject, a) for a in adapters]
+        merged = replace(subject, model=merge(model, adapters))
+        return cast(merged.seen, subject.dtype), []
+    return cast(subject.seen, subject.dtype), [as_stored(subject, a) for a in adapters]
 
 
 def as_stored(subject: Subject, adapter: Adapter) -> Adapter:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from onnx import StringStringEntryProto, TensorProto
 
+from refpeft.export import linking
+from refpeft.export.precision import BF16, F32, Precision, Tensor, matrices
 from refpeft.export.proto import elem_type, tensor
 from refpeft.model import Model
 from refpeft.stream import merged
@@ -23,18 +25,27 @@ ALIGN = 4096  # so that a runtime can map each tensor
 DATA = "model.onnx.data"
 
 
-def size(model: Model, dtype: np.dtype[Any]) -> int:
+def size(model: Model, p: Precision) -> int:
     """Bytes, about: adapters are small."""
-    return sum(int(a.size) for a in model.params.values()) * dtype.itemsize
+    blocked = {} if p.blocks is None else matrices(model.sites)
+    share = 0.0 if p.blocks is None else 0.5 + F32.itemsize / p.blocks.size
+    return int(sum(a.size * (share if name in blocked else p.dtype.itemsize) for name, a in model.params.items()))
 
 
-def store(tensors: Iterable[tuple[str, Array, np.dtype[Any]]], data: Path | None) -> dict[str, TensorProto]:
-    """The tensors, each in its dtype: their numbers in the file `data`, or within the protos if there is none."""
+def store(tensors: Iterable[Tensor], data: Path | None, frozen: Path | None = None) -> dict[str, TensorProto]:
+    """The tensors, each in its dtype: their numbers in the file `data`, or within the protos if there is none. What
+    lies in a file of the folder `frozen` stays there, in the dtype that it has, and the file is linked."""
     if data is None:
         return {name: tensor(name, np.asarray(array, dtype)) for name, array, dtype in tensors}
-    protos = {}
+    protos: dict[str, TensorProto] = {}
+    linked: dict[str, Path] = {}
     with data.open("wb", buffering=0) as file:
         for name, array, dtype in tensors:
+            at = None if frozen is None or (dtype == BF16 != array.dtype) else linking.place(array, frozen)
+            if at is not None:
+                linked[at[0].name] = at[0]
+                protos[name] = external(name, array.shape, array.dtype, at[1], array.nbytes, at[0].name)
+                continue
             if not array.size:  # a rank of 0: there is nothing to point at
                 protos[name] = tensor(name, np.asarray(array, dtype))
                 continue
@@ -43,6 +54,15 @@ def store(tensors: Iterable[tuple[str, Array, np.dtype[Any]]], data: Path | None
             for block in blocks(array, dtype):
                 write(file, block)
             protos[name] = external(name, array.shape, dtype, offset, file.tell() - offset)
+        written = file.tell()
+    for original in linked.values():
+        linking.link(original, data.parent)
+    if frozen is not None and not linked:
+        raise ValueError(
+            f"{frozen}: none of its tensors can stay as it is, so there is nothing to link: --weights copy"
+        )
+    if not written:
+        data.unlink()
     return protos
 
 
@@ -61,8 +81,10 @@ def blocks(array: Array, dtype: np.dtype[Any]) -> Iterator[Array]:
         yield np.ascontiguousarray(table[start : start + step], dtype)
 
 
-def external(name: str, shape: Sequence[int], dtype: np.dtype[Any], offset: int, length: int) -> TensorProto:
-    where: Mapping[str, Any] = {"location": DATA, "offset": offset, "length": length}
+def external(
+    name: str, shape: Sequence[int], dtype: np.dtype[Any], offset: int, length: int, location: str = DATA
+) -> TensorProto:
+    where: Mapping[str, Any] = {"location": location, "offset": offset, "length": length}
     return TensorProto(
         name=name,
         data_type=elem_type(dtype),

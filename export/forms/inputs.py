@@ -15,7 +15,7 @@ import numpy as np
 from refpeft.adapter import Adapter
 from refpeft.export import adapters as files
 from refpeft.export import slots, verification
-from refpeft.export.form import Array, Check, Made, Store, Subject, base_tensors, needed, symbolic
+from refpeft.export.form import Array, Check, Made, Store, Subject, base_tensors, fingerprint, needed, symbolic
 from refpeft.export.forms.unmerged import no_prompts
 from refpeft.export.graphs import run
 from refpeft.export.runtime import Runner
@@ -34,7 +34,7 @@ def check(subject: Subject) -> None:
 
 
 def found(subject: Subject) -> dict[str, slots.Slot]:
-    return slots.slots(subject.adapters, subject.model, subject.dtype)
+    return slots.slots(subject.adapters, subject.seen, subject.dtype)
 
 
 def make(subject: Subject, graph: Graph, store: Store) -> Made:
@@ -59,7 +59,8 @@ def facts(adapters: Sequence[Adapter]) -> list[dict[str, Any]]:
 
 
 def complete(folder: Path, subject: Subject, made: Made) -> None:
-    files.write(folder / FILE, {name: a for name, a in values(subject).items() if name in made.optional})
+    tensors = {name: a for name, a in values(subject).items() if name in made.optional}
+    files.write(folder / FILE, tensors, fingerprint(subject))
 
 
 def values(subject: Subject) -> dict[str, Array]:

@@ -26,7 +26,6 @@ from refpeft.export.form import (
     Made,
     Store,
     Subject,
-    Tensor,
     base_tensors,
     dtypes,
     hooks_of,
@@ -41,6 +40,7 @@ from refpeft.export.form import (
 )
 from refpeft.export.forms.unmerged import no_prompts
 from refpeft.export.graphs import run
+from refpeft.export.precision import Tensor
 from refpeft.export.runtime import Runner
 from refpeft.export.signature import BATCH, INT
 from refpeft.export.symbols import Graph

@@ -16,8 +16,9 @@ import numpy as np
 from refpeft.adapter import Adapter
 from refpeft.export import adapters as files
 from refpeft.export import signature, slots, verification
-from refpeft.export.form import Array, Check, Made, Store, Subject, hooks_of, own, trained
+from refpeft.export.form import Array, Check, Made, Store, Subject, fingerprint, hooks_of, own, trained
 from refpeft.export.forms import inputs, unmerged
+from refpeft.export.precision import Seen
 from refpeft.export.symbols import Graph
 
 FOLDS = False
@@ -72,7 +73,8 @@ def shift(subject: Subject) -> int:
 
 def values(subject: Subject) -> dict[str, Array]:
     """Of each layer, the keys and values that every query sees."""
-    model = verification.cast(subject.model, subject.dtype)
+    types = Seen(subject.model.params, lambda name, a: a.astype(subject.dtype, copy=False))  # of what is looked at
+    model = replace(subject.model, params=types)
     hooks = hooks_of([trained(a) for a in prefixes(subject.adapters)], model)
     found: dict[str, Array] = {}
     for n, (key, value) in enumerate(signature.caches(model, "past_key_values")):
@@ -84,7 +86,7 @@ def values(subject: Subject) -> dict[str, Array]:
 
 
 def complete(folder: Path, subject: Subject, made: Made) -> None:
-    files.write(folder / inputs.FILE, values(subject))
+    files.write(folder / inputs.FILE, values(subject), fingerprint(subject))
 
 
 def checks(subject: Subject) -> list[Check]:

@@ -98,6 +98,12 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+class Mapped(mmap.mmap):
+    """A mapped file that knows which one it is."""
+
+    path: Path
+
+
 def read(path: Path) -> dict[str, Array]:
     """The tensors of a file by name: read-only views of the mapped file."""
     with path.open("rb") as f:
@@ -105,7 +111,8 @@ def read(path: Path) -> dict[str, Array]:
         start, header = read_header(path.name, f.read(8), size, f)
         places = {name: place(path.name, name, entry) for name, entry in header.items()}
         check_layout(path.name, places, size - start)
-        mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped = Mapped(f.fileno(), 0, access=mmap.ACCESS_READ)
+    mapped.path = path
     return {name: view(mapped, *p, start) for name, p in places.items()}
 
 

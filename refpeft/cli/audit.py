@@ -90,7 +90,8 @@ def opened(merged: Path) -> "Found":
 
     if merged.is_dir():
         graphs = sorted(merged.glob("*.onnx"))
-        if not graphs or any(merged.glob("model*.safetensors*")):
+        exported = (merged / "refpeft.json").is_file()  # by us: a checkpoint in it is what the graph is linked with
+        if not graphs or (any(merged.glob("model*.safetensors*")) and not exported):
             return Found(folder.tensors(merged, "model"), config_beside(merged))
         if len(graphs) > 1:
             found = ", ".join(g.name for g in graphs)
@@ -101,7 +102,12 @@ def opened(merged: Path) -> "Found":
     if merged.suffix == ".onnx":
         from refpeft.export import initialisers
 
-        return Found(initialisers.read(merged), config_beside(merged.parent), graph=True)
+        tensors = initialisers.read(merged)
+        if low := next((name for name in tensors if name.endswith(".q4")), None):
+            raise safetensors.Malformed(
+                f"{merged}: {low.removesuffix('.q4')} has 4 bits, and of such weights none is what the adapters say"
+            )
+        return Found(tensors, config_beside(merged.parent), graph=True)
     if merged.suffix == ".safetensors":
         return Found(safetensors.read(merged), config_beside(merged.parent))
     raise safetensors.Malformed(f"{merged}: expected a folder, a .safetensors or an .onnx file")

@@ -60,6 +60,29 @@ def test_half_precision_holds(tmp_path: Path) -> None:
     assert audit(path, folders).exit_code == 0
 
 
+def test_weights_of_16_bits_hold_and_those_of_4_are_refused(tmp_path: Path) -> None:
+    for dtype in ("bfloat16", "int4"):
+        (tmp_path / dtype).mkdir()
+        path, folders = exported(tmp_path / dtype, dtype=dtype)
+        result = audit(path, folders)
+        if dtype == "bfloat16":
+            assert result.exit_code == 0, result.output
+        else:
+            assert result.exit_code == 2
+            assert "has 4 bits" in result.stderr
+
+
+def test_of_a_linked_folder_the_graph_is_audited(tmp_path: Path) -> None:
+    """And not the base model's file, which lies beside it."""
+    folders = made(tmp_path, "llama")
+    model, out = refpeft.load(folders["base"]), tmp_path / "linked"
+    adapter = refpeft.load_adapter(folders["lora0"], model)
+    export(model, adapter, out, link=True, source=folders["base"], verify=False)
+    assert (out / "model.safetensors").is_file()
+    result = audit(out, folders)
+    assert result.exit_code == 0, result.output
+
+
 def test_prefixes_and_anonymous_transposed_matrices_are_found(tmp_path: Path) -> None:
     """As torch's exporter does: 'onnx::MatMul_123' for the transposed weight of a linear layer."""
     path, folders = exported(tmp_path)

@@ -59,7 +59,7 @@ def test_export_without_verification_says_so(checkpoint: Path) -> None:
 
 def test_each_mistake_is_one_sentence(checkpoint: Path) -> None:
     failed(export(checkpoint, "--form", "folded", "--no-verify"), "form must be one of merged", "folded")
-    failed(export(checkpoint, "--dtype", "int4", "--no-verify"), "dtype must be one of float32, float16", "int4")
+    failed(export(checkpoint, "--dtype", "int8", "--no-verify"), "dtype must be one of float32, float16", "int8")
     failed(export(checkpoint, "--adapter", str(checkpoint / "none"), "--no-verify"), "none")
     assert not (checkpoint / "out").exists()
     (checkpoint / "out").mkdir()

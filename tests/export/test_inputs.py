@@ -177,7 +177,7 @@ def test_the_traps_of_adapter_files(tmp_path: Path) -> None:
     for name, message in (("text", "not an adapter file"), ("none", "no such file")):
         with pytest.raises(ValueError, match=message):
             runner.load(tmp_path / name)
-    with pytest.raises(ValueError, match=r"there is no model\.onnx"):
+    with pytest.raises(ValueError, match=r"there is no refpeft\.json"):
         open_folder(tmp_path)
 
 

@@ -198,7 +198,7 @@ def test_out_in_no_folder(tmp_path: Path) -> None:
 
 def test_unknown_choices(tmp_path: Path) -> None:
     refused(tmp_path, ValueError, "form must be one of merged, .*, found 'folded'", form="folded")
-    refused(tmp_path, ValueError, "dtype must be one of float32, float16, found 'int4'", dtype="int4")
+    refused(tmp_path, ValueError, "dtype must be one of float32, float16, bfloat16, int4, found 'int8'", dtype="int8")
 
 
 def test_what_a_merged_graph_cannot_hold_is_refused(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import refpeft
 from refpeft.cli import app
 from refpeft.conformance.targets import libraries
+from refpeft.export.card import digest
 from refpeft.export.generation import open_writer
 from refpeft.export.program import export
 from refpeft.export.readapter import adapter_only
@@ -129,6 +130,9 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
     assert len(written(tmp_path / "out", [[3] * 24], max_new_tokens=30)[0]) == 24
     path = tmp_path / "out" / "generation_config.json"
     path.write_text(json.dumps({"decoder_start_token_id": 29}))
+    card = json.loads((tmp_path / "out" / "refpeft.json").read_text())
+    card["files"]["generation_config.json"] = digest(path)  # as if it had been exported so
+    (tmp_path / "out" / "refpeft.json").write_text(json.dumps(card))
     with pytest.raises(ValueError, match=r"onnxruntime cannot run it: .*idx=29"):
         written(tmp_path / "out", PROMPTS)
     path.write_text(json.dumps({"decoder_start_token_id": [2]}))

@@ -1,0 +1,141 @@
+"""A traced graph, brought to how its weights are stored: it was traced as if all had the dtype that is computed in.
+
+    stored in another dtype      Cast; of an embedding, only of the rows that are looked up
+    stored in blocks of 4 bits   x Wᵀ becomes MatMulNBits; whatever else reads W gets (q − z) s
+
+The rest of the graph is the same, node for node.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from onnx import ModelProto, TensorProto, helper
+
+from refpeft.export import int4
+from refpeft.export.form import Outputs
+from refpeft.export.int4 import Blocks
+from refpeft.export.precision import Q, S, Z
+from refpeft.export.symbols import Graph, Node, Symbol, concatenate
+
+U8 = np.dtype(np.uint8)
+New = dict[Node, Symbol]
+PRODUCT = "MatMulNBits"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """`tensors`: as they are stored; `blocked`: the kinds of those that are stored in blocks."""
+
+    tensors: Mapping[str, TensorProto]
+    blocked: Mapping[str, str]
+    blocks: Blocks | None
+
+
+def rewritten(graph: Graph, outputs: Outputs, weights: Stored) -> Outputs:
+    new: New = {}
+    for x in graph.live(outputs.values()):
+        made = (rule(graph, x, new, weights) for rule in (product, weight, looked_up, again))
+        new[x] = next(y for y in made if y is not None)
+    return {name: new[y.node] for name, y in outputs.items()}
+
+
+def again(graph: Graph, x: Node, new: New, weights: Stored) -> Symbol:
+    """The node itself, or one like it where its arguments changed."""
+    if all(a is None or new[a].node is a for a in x.args):
+        return Symbol(graph, x)
+    return graph.emit(x.op, [None if a is None else new[a] for a in x.args], x.dtype, x.shape, **x.attrs)
+
+
+def weight(graph: Graph, x: Node, new: New, weights: Stored) -> Symbol | None:
+    """A weight in the dtype that the graph was traced with, if it is stored otherwise."""
+    if not x.op and x.name + Q in weights.tensors:
+        return dequantised(graph, x, weights)
+    stored = kept(graph, x, weights)
+    return None if stored is None else stored.astype(x.dtype)
+
+
+def looked_up(graph: Graph, x: Node, new: New, weights: Stored) -> Symbol | None:
+    """Rows of a table that is stored in another dtype: cast when they are found."""
+    if x.op != "Gather" or x.args[0] is None or x.args[1] is None:
+        return None
+    table = kept(graph, x.args[0], weights)
+    if table is None:
+        return None
+    return graph.emit(x.op, (table, new[x.args[1]]), table.dtype, x.shape, **x.attrs).astype(x.dtype)
+
+
+def kept(graph: Graph, x: Node, weights: Stored) -> Symbol | None:
+    """A weight as it is stored, if that is in another dtype."""
+    if x.op or x.name not in weights.tensors:
+        return None
+    dtype = helper.tensor_dtype_to_np_dtype(weights.tensors[x.name].data_type)
+    return None if dtype == x.dtype else graph.input(x.name, dtype, x.shape)
+
+
+# ── blocks of 4 bits ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def parts(graph: Graph, name: str, weights: Stored) -> tuple[Symbol, Symbol, Symbol | None]:
+    """q, s and z of a matrix."""
+
+    def part(end: str) -> Symbol | None:
+        t = weights.tensors.get(name + end)
+        return None if t is None else graph.input(t.name, helper.tensor_dtype_to_np_dtype(t.data_type), tuple(t.dims))
+
+    q, s, z = map(part, (Q, S, Z))
+    assert q is not None
+    assert s is not None
+    return q, s, z
+
+
+def product(graph: Graph, x: Node, new: New, weights: Stored) -> Symbol | None:
+    """x Wᵀ (+ b) with W in blocks, if the node is that."""
+    name = multiplier(x, weights.blocked)
+    if name is None or weights.blocks is None or name + Q not in weights.tensors:
+        return None
+    q, s, z = parts(graph, name, weights)
+    y, *rest = (None if a is None else new[a] for a in x.args)
+    assert y is not None
+    args: list[Symbol | None] = [y, q, s, z, None, *rest[1:]]  # behind zero points an order of columns, then the bias
+    while args[-1] is None:
+        args.pop()
+    own = {"bits": 4, "block_size": weights.blocks.size, "accuracy_level": 1, "domain": "com.microsoft"}
+    return graph.emit(PRODUCT, args, x.dtype, x.shape, N=x.shape[-1], K=y.shape[-1], **own)
+
+
+def relevel(proto: ModelProto, level: int) -> None:
+    """Products that a runtime may compute with activations of 8 bits, or must not."""
+    for node in proto.graph.node:
+        for attribute in node.attribute if node.op_type == PRODUCT else ():
+            if attribute.name == "accuracy_level":
+                attribute.i = level
+
+
+def multiplier(x: Node, blocked: Mapping[str, str]) -> str | None:
+    """The name of W where the node is x Wᵀ: of a linear layer W is stored, of a Conv1D Wᵀ."""
+    if x.op not in ("MatMul", "Gemm") or x.args[1] is None:
+        return None
+    right, flipped = x.args[1], bool(x.attrs.get("transB"))
+    if right.op == "Transpose" and right.args[0] is not None and len(right.shape) == 2:
+        right, flipped = right.args[0], not flipped
+    if right.op or right.name not in blocked:
+        return None
+    return right.name if flipped == (blocked[right.name] == "linear") else None
+
+
+def dequantised(graph: Graph, x: Node, weights: Stored) -> Symbol:
+    """W as a matrix."""
+    q, s, z = parts(graph, x.name, weights)
+    conv = weights.blocked[x.name] == "conv1d"
+    middle = graph.constant(int4.MIDDLE, U8) if z is None else halves(z)[:, : s.shape[1], None]
+    W: Symbol = int4.scaled(halves(q), middle, s)[:, : x.shape[0 if conv else 1]]
+    return W.T if conv else W
+
+
+def halves(packed: Symbol) -> Symbol:
+    """int4.unpack"""
+    g, shape = packed.graph, packed.shape
+    low = g.emit("BitwiseAnd", (packed, g.constant(15, U8)), U8, shape)
+    high = g.emit("BitShift", (packed, g.constant(4, U8)), U8, shape, direction="RIGHT")
+    return concatenate(g, [low[..., None], high[..., None]], axis=-1).reshape(*shape[:-1], -1)
