@@ -128,19 +128,23 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             written(tmp_path / "out", prompts)
     assert len(written(tmp_path / "out", [[3] * 24], max_new_tokens=30)[0]) == 24
-    path = tmp_path / "out" / "generation_config.json"
-    path.write_text(json.dumps({"decoder_start_token_id": 29}))
-    card = json.loads((tmp_path / "out" / "refpeft.json").read_text())
-    card["files"]["generation_config.json"] = digest(path)  # as if it had been exported so
-    (tmp_path / "out" / "refpeft.json").write_text(json.dumps(card))
+    starting(tmp_path / "out", 29)
     with pytest.raises(ValueError, match=r"onnxruntime cannot run it: .*idx=29"):
         written(tmp_path / "out", PROMPTS)
-    path.write_text(json.dumps({"decoder_start_token_id": [2]}))
+    starting(tmp_path / "out", [2])
     with pytest.raises(ValueError, match="decoder_start_token_id must be an integer, found"):
         written(tmp_path / "out", PROMPTS)
     (tmp_path / "out" / "encoder_model.onnx").unlink()
-    with pytest.raises(ValueError, match=r"there is no model\.onnx, nor encoder_model\.onnx with decoder_model_merged"):
+    with pytest.raises(ValueError, match=r"encoder_model\.onnx is missing, which was exported"):
         written(tmp_path / "out", PROMPTS)
+
+
+def starting(out: Path, token: Any) -> None:
+    """As if the folder had been exported with this decoder_start_token_id."""
+    path, card = out / "generation_config.json", json.loads((out / "refpeft.json").read_text())
+    path.write_text(json.dumps({"decoder_start_token_id": token}))
+    card["files"][path.name] = digest(path)
+    (out / "refpeft.json").write_text(json.dumps(card))
 
 
 @pytest.mark.ort
