@@ -24,7 +24,8 @@ from refpeft.checkpoint import tokens
 from refpeft.checkpoint.folder import new_folder
 from refpeft.export import runtime, signature, verification, weights
 from refpeft.export.card import CARD, write_json
-from refpeft.export.form import Form, Made, Subject, Tensor
+from refpeft.export.fast import fast
+from refpeft.export.form import Form, Made, Outputs, Subject, Tensor
 from refpeft.export.forms import FORMS
 from refpeft.export.lowering import RULES
 from refpeft.export.proto import IR_VERSION, OPSET, to_model
@@ -32,6 +33,7 @@ from refpeft.export.symbols import Graph
 from refpeft.model import Model, adapter_list
 
 DTYPES: Mapping[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16)}
+GRAPHS: Mapping[str, Callable[[Graph, Outputs], Outputs]] = {"portable": lambda graph, outputs: outputs, "fast": fast}
 INLINE_LIMIT = 100_000_000  # bytes; inline weights are held in memory twice here, and once more by whoever loads them
 PROTOBUF_LIMIT = 2_000_000_000
 Report = Callable[[str], None]
@@ -72,6 +74,7 @@ def export(
     decode: bool = False,
     last_logits: bool = False,
     options: Mapping[str, Any] | None = None,
+    graph: str = "portable",
 ) -> Exported:
     """Write the model with its adapters as an ONNX folder at `out`, which must not exist.
 
@@ -79,9 +82,11 @@ def export(
     whoever loads it needs them in memory). `source`: the checkpoint's folder, whose tokenizer is carried over.
     `verify`: run it on onnxruntime against the specification; a graph that is not equal to rounding is not kept.
     `report` is told each step. `decode`: a graph with keys and values as inputs and outputs, to write token by token;
-    `last_logits`: with the logits of the last position only. `options`: of the form, if it has any.
+    `last_logits`: with the logits of the last position only. `options`: of the form, if it has any. `graph`: portable,
+    or fast, which is rewritten for speed on CPUs (`refpeft.export.fast`).
     """
     chosen(form, FORMS, "form")
+    chosen(graph, GRAPHS, "graph")
     chosen(dtype, DTYPES, "dtype")
     if verify:
         verification.ready()
@@ -98,9 +103,10 @@ def export(
         raise FileExistsError(f"{out} exists already: an export never overwrites anything")
     with new_folder(out, needs=weights.size(model, DTYPES[dtype])) as folder:
         report("tracing the specification, writing the weights")
-        graph = Graph(RULES)
-        made = traced(form, subject, graph, folder, external)
-        proto = to_model(graph, made.inputs, made.outputs, made.tensors, made.optional)
+        symbols = Graph(RULES)
+        made = traced(form, subject, symbols, folder, external)
+        outputs = GRAPHS[graph](symbols, made.outputs)
+        proto = to_model(symbols, made.inputs, outputs, made.tensors, made.optional)
         save(proto, folder / "model.onnx")
         carry_over(folder, made, source)
         finish(FORMS[form], folder, subject, made)

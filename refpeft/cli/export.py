@@ -34,6 +34,12 @@ def export(
     last_logits: Annotated[
         bool, typer.Option("--last-logits", help="With --decode: logits of the last position only, which is faster.")
     ] = False,
+    graph: Annotated[
+        str,
+        typer.Option(
+            help="[b]portable[/], or [b]fast[/]: fewer nodes, of standard operators too, for onnxruntime on CPUs."
+        ),
+    ] = "portable",
     dtype: Annotated[str, typer.Option(help="Of weights and arithmetic: [b]float32[/] or [b]float16[/].")] = "float32",
     external_data: Annotated[
         bool | None,
@@ -101,7 +107,7 @@ def export(
     if model is not None:
         options = given(optimizer, set_ or [])
         result = export_model(
-            model, adapter or [], out, form, dtype, external_data, verify, decode, last_logits, options
+            model, adapter or [], out, form, dtype, external_data, verify, decode, last_logits, options, graph
         )
         show(result, Console())
         content = result.as_json()
@@ -115,12 +121,12 @@ def export_model(model: Path, adapters: list[Path], *options: Any) -> Any:
     import refpeft
     from refpeft.export.program import export as run
 
-    out, form, dtype, external, verify, decode, last_logits, own = options
+    out, form, dtype, external, verify, *rest = options
     with Console(stderr=True).status("reading the checkpoint") as status:
         base = refpeft.load(model)
         loaded = [refpeft.load_adapter(folder, base) for folder in adapters]
         try:
-            return run(base, loaded, out, form, dtype, external, verify, model, status.update, decode, last_logits, own)
+            return run(base, loaded, out, form, dtype, external, verify, model, status.update, *rest)
         except ArithmeticError as error:
             stop(str(error), 1)
 
