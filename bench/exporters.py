@@ -4,10 +4,11 @@
     python bench/exporters.py --install mobius      an environment for one of them: mobius, genai, optimum
     python bench/exporters.py --latency --threads 2 --rounds 9 --shape llama8
 
-An export is a whole process, imports included: a model in HF's format with random weights → a graph with keys and values
-on disk, not verified (nobody else does). Memory is the peak of what is not a map of a file. Every graph then runs on this
-onnxruntime, in a process of its own; they take turns, and a ratio is the median over the rounds of ours/theirs. Prefill
-reads 128 tokens after an empty past, decode one token after 128; LoRA of r = 8 is on every linear layer, LLaMA's head too.
+An export is a whole process, imports included: a model in HF's format with random weights → a graph with keys and
+values on disk, not verified (nobody else does). Memory is the peak of what is not a map of a file. Every graph then runs
+on this onnxruntime, in a process of its own; they take turns, and a ratio is the median over the rounds of ours/theirs.
+Prefill reads 128 tokens after an empty past, decode one token after 128; LoRA of r = 8 is on every linear layer, the head
+of LLaMA too.
 """
 
 import argparse
@@ -199,7 +200,7 @@ def feeds(session: Any, config: dict[str, Any], b: int, s: int, past: int) -> di
         "position_ids": np.tile(np.arange(past, past + s), (b, 1)),
     }  # fmt: skip
     cache = rng.standard_normal((b, heads, past, width), np.float32)
-    return {i.name: whole[i.name] if i.name in whole else cache for i in session.get_inputs()}
+    return {i.name: whole.get(i.name, cache) for i in session.get_inputs()}
 
 
 class Session:
@@ -244,7 +245,7 @@ def latencies(folders: dict[str, Path], shape: str, options: argparse.Namespace)
         for case, (_, tokens, _) in CASES.items():
             runs = 1 if tokens > 1 else 8
             found[case] = {name: [] for name in sessions}
-            for name, session in sessions.items():
+            for session in sessions.values():
                 session.run(case, runs)  # memory is taken, caches are warm
             for _ in range(options.rounds):
                 for name, session in sessions.items():

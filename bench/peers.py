@@ -1,15 +1,18 @@
 """Other exporters to ONNX, each as its own documentation has it, run by the python of an environment that has it.
 
-    python bench/peers.py NAME MODEL OUT                     a causal language model with keys and values, float32
-    python bench/peers.py NAME MODEL OUT --adapter ADAPTER   a tuned one that reads whole texts, where it can do that
+    python bench/peers.py NAME MODEL OUT                        a causal language model with keys and values, float32
+    python bench/peers.py NAME MODEL OUT --adapters ADAPTERS    tuned ones that read whole texts, one for each folder in
+                                                                ADAPTERS: a folder of its name in OUT, or NAME.error
 
-An exporter that takes no adapter is given the tuned model as it wants it: PeftModel where it traces torch, else an error
-says so. Nothing of refpeft is imported here.
+An exporter that traces torch is given a PeftModel; one that reads folders, the adapter's folder, where it takes one.
+Nothing of refpeft is imported here.
 """
 
 import argparse
+import runpy
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ REQUIRES = {  # what its environment holds, in the versions that were tried; tho
     "optimum": ("optimum-onnx==0.1.0", "torch==2.13.0", "transformers==4.57.6", "peft>=0.18", "onnxruntime>=1.29"),
 }
 MODULES = {"mobius": "mobius", "genai": "onnxruntime_genai", "optimum": "optimum.exporters.onnx"}
+TASK = "text-generation-with-past"
 HERE = ("torch", "transformers")  # exporters that come with the extra [dev]
 
 
@@ -102,19 +106,19 @@ def optimum(model: Path, adapter: Path | None, out: Path) -> None:
     from optimum.exporters.onnx import main_export
 
     source = adapter or model
-    main_export(str(source), output=str(out), task="text-generation-with-past", do_validation=False)
+    main_export(str(source), output=str(out), task=TASK, library_name="transformers", do_validation=False)
 
 
 def genai(model: Path, adapter: Path | None, out: Path) -> None:
     words = ["-m", str(model), "-i", str(model), "-o", str(out), "-p", "fp32", "-e", "cpu", "-c", str(out / "cache")]
     words += ["--extra_options", f"adapter_path={adapter}"] if adapter else []
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", *words]
-    sys.exit(subprocess.run(command, check=False).returncode)
+    sys.argv = ["builder", *words]
+    runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__")
 
 
 def mobius(model: Path, adapter: Path | None, out: Path) -> None:
     if adapter is not None:
-        raise SystemExit("mobius build takes no adapter")
+        raise SystemExit("it takes no adapter")
     command = [str(Path(sys.executable).parent / "mobius"), "build", "--config", str(model), "--ep", "cpu", str(out)]
     sys.exit(subprocess.run(command, check=False).returncode)
 
@@ -124,11 +128,25 @@ EXPORTERS = {
 }  # fmt: skip
 
 
+def each(name: str, model: Path, adapters: Path, out: Path) -> None:
+    out.mkdir(exist_ok=True)
+    for adapter in sorted(adapters.iterdir()):
+        try:
+            EXPORTERS[name](model, adapter, out / adapter.name)
+        except (Exception, SystemExit) as error:
+            traceback.print_exc()
+            said = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            (out / f"{adapter.name}.error").write_text(f"{type(error).__name__}: {said[0]}")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=EXPORTERS)
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--adapter", type=Path)
+    parser.add_argument("--adapters", type=Path)
     options = parser.parse_args()
-    EXPORTERS[options.name](options.model, options.adapter, options.out)
+    if options.adapters:
+        each(options.name, options.model, options.adapters, options.out)
+    else:
+        EXPORTERS[options.name](options.model, None, options.out)
