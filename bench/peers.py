@@ -60,15 +60,16 @@ def torch_dynamo(model: Path, adapter: Path | None, out: Path) -> None:
             y = self.inner(input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=cache)
             return y.logits, [(layer.keys, layer.values) for layer in y.past_key_values.layers]
 
-    ids, auto = torch.ones((2, 7), dtype=torch.int64), torch.export.Dim.AUTO
+    ids, auto = torch.arange(14).reshape(2, 7), torch.export.Dim.AUTO
+    ones, places = torch.ones_like(ids), torch.arange(5, 12).repeat(2, 1)
     free = {0: auto, 1: auto}
     names = ["input_ids", "attention_mask"]
-    args: tuple[Any, ...] = (ids, ids)
+    args: tuple[Any, ...] = (ids, ones)
     shapes: tuple[Any, ...] = (free, free)
     if not tuned:
         g = getattr(c, "num_key_value_heads", c.num_attention_heads)
         k = torch.zeros((2, g, 5, c.hidden_size // c.num_attention_heads))
-        args = (ids, torch.ones((2, 12), dtype=torch.int64), ids, [(k, k.clone()) for _ in range(layers)])
+        args = (ids, torch.ones((2, 12), dtype=torch.int64), places, [(k, k.clone()) for _ in range(layers)])
         shapes = (free, free, free, [({0: auto, 2: auto}, {0: auto, 2: auto})] * layers)
         names += ["position_ids"] + [f"past_key_values.{n}.{w}" for n in range(layers) for w in ("key", "value")]
     out.mkdir()
@@ -85,8 +86,8 @@ def transformers_exporter(model: Path, adapter: Path | None, out: Path) -> None:
 
     inner = loaded(model, adapter)
     c = inner.config
-    ids = torch.ones((2, 7), dtype=torch.int64)
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": ids}
+    ids, places = torch.arange(14).reshape(2, 7), torch.arange(5, 12).repeat(2, 1)
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if adapter is None:
         cache = transformers.DynamicCache()
         g = getattr(c, "num_key_value_heads", c.num_attention_heads)
@@ -94,7 +95,7 @@ def transformers_exporter(model: Path, adapter: Path | None, out: Path) -> None:
             k = torch.zeros((2, g, 5, c.hidden_size // c.num_attention_heads))
             cache.update(k, k.clone(), n)
         inputs = {"input_ids": ids, "attention_mask": torch.ones((2, 12), dtype=torch.int64)}
-        inputs |= {"position_ids": ids, "past_key_values": cache}
+        inputs |= {"position_ids": places, "past_key_values": cache}
     else:
         inner.config.use_cache = False
     exported = OnnxExporter().export(inner, inputs, config=OnnxConfig(dynamic=True, ort_fusions="cpu"))
