@@ -5,10 +5,10 @@
     python bench/exporters.py --latency --threads 2 --rounds 9 --shape llama8
 
 An export is a whole process, imports included: a model in HF's format with random weights → a graph with keys and
-values on disk, not verified (nobody else does). Memory is the peak of what is not a map of a file. Every graph then runs
-on this onnxruntime, in a process of its own; they take turns, and a ratio is the median over the rounds of ours/theirs.
-Prefill reads 128 tokens after an empty past, decode one token after 128; LoRA of r = 8 is on every linear layer, the head
-of LLaMA too.
+values on disk, not verified (nobody else does). Memory is the peak of what is not a map of a file. Every graph then
+runs on this onnxruntime, in a process of its own; they take turns, and a ratio is the median over the rounds of
+ours/theirs. Prefill reads 128 tokens after an empty past, decode one token after 128; LoRA of r = 8 is on every linear
+layer, the head of LLaMA too.
 """
 
 import argparse

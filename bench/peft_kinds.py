@@ -6,8 +6,8 @@
 
 Each kind is a tiny LLaMA with an adapter that HF peft made, every trained number moved at random, so that the adapter
 matters. A cell is decided by running what was exported: its logits are the PeftModel's (right), they are others and
-nothing was said (wrong), or no graph that onnxruntime runs came out (refused). `bench/exporters.py --install NAME` brings
-an exporter.
+nothing was said (wrong), or no graph that onnxruntime runs came out (refused). `bench/exporters.py --install NAME`
+brings an exporter.
 """
 
 import argparse
@@ -56,7 +56,9 @@ KINDS: Mapping[str, tuple[str, dict[str, Any]]] = {  # of HF peft: a config and 
     "VeRA": ("VeraConfig", {"r": 8, "target_modules": ["q_proj"]}),
     "IA³": ("IA3Config", {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
     "LN tuning": ("LNTuningConfig", {"target_modules": ["input_layernorm", "post_attention_layernorm"]}),
-    "trainable tokens": ("TrainableTokensConfig", {"token_indices": list(range(3, 50)), "target_modules": ["embed_tokens"]}),
+    "trainable tokens": (
+        "TrainableTokensConfig", {"token_indices": list(range(3, 50)), "target_modules": ["embed_tokens"]},
+    ),
     "prompt tuning": ("PromptTuningConfig", {"num_virtual_tokens": 4}),
     "P-tuning": ("PromptEncoderConfig", {"num_virtual_tokens": 4, "encoder_hidden_size": 16}),
     "prefix tuning": ("PrefixTuningConfig", {"num_virtual_tokens": 4}),
@@ -240,15 +242,15 @@ Which exporter makes a graph of a tuned model that computes what HF peft compute
 python bench/peft_kinds.py --write docs/exporters.md
 ```
 
-on a tiny LLaMA with one adapter of each kind, made by HF peft {peft}, every trained number moved at random. Every graph
-was run on onnxruntime {ort} and its logits compared with the PeftModel's: ✓ they are the same to {limit:g}; **wrong**: they
-are others, and nobody said so; refused: there is no graph that onnxruntime runs.
+on a tiny LLaMA with one adapter of each kind, made by HF peft {peft}, every trained number moved at random. Every
+graph was run on onnxruntime {ort} and its logits compared with the PeftModel's: ✓ they are the same to {limit:g};
+**wrong**: they are others, and nobody said so; refused: there is no graph that onnxruntime runs.
 
 {table}
 
-What each was given: torch.onnx.export and transformers' exporter a PeftModel, in Python; genai's builder `adapter_path`;
-optimum-onnx the adapter's folder; mobius-onnx has no place for an adapter; refpeft `--form unmerged`. Where an adapter has
-a merge, those that take none can be given the merged model, as anybody can make it with `refpeft merge` or HF peft.
+What each was given: torch.onnx.export and transformers' exporter a PeftModel, in Python; genai's builder
+`adapter_path`; optimum-onnx the adapter's folder; mobius-onnx has no place for an adapter; refpeft `--form unmerged`.
+Where an adapter has a merge, those that take none can be given the merged model, as `refpeft merge` and HF peft make it.
 
 ## Versions
 
