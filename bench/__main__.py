@@ -53,8 +53,7 @@ def fastfood_figures(found: dict[str, Any]) -> Iterator[Figure]:
 
 
 def exporter_figures(found: dict[str, Any]) -> Iterator[Figure]:
-    for what, measured, limit, unit in found["figures"]:
-        yield what, measured, limit, unit
+    yield from found["figures"]
 
 
 def method_figures(found: dict[str, Any]) -> Iterator[Figure]:

@@ -250,7 +250,7 @@ graph was run on onnxruntime {ort} and its logits compared with the PeftModel's:
 
 What each was given: torch.onnx.export and transformers' exporter a PeftModel, in Python; genai's builder
 `adapter_path`; optimum-onnx the adapter's folder; mobius-onnx has no place for an adapter; refpeft `--form unmerged`.
-Where an adapter has a merge, those that take none can be given the merged model, as `refpeft merge` and HF peft make it.
+Where an adapter has a merge, those that take none can be given the merged model, of `refpeft merge` or HF peft.
 
 ## Versions
 
