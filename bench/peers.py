@@ -137,7 +137,8 @@ def each(name: str, model: Path, adapters: Path, out: Path) -> None:
         except (Exception, SystemExit) as error:
             traceback.print_exc()
             said = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-            (out / f"{adapter.name}.error").write_text(f"{type(error).__name__}: {said[0].replace(str(adapter), "ADAPTER")}")
+            why = said[0].replace(str(adapter), "ADAPTER").replace(str(out), "OUT")
+            (out / f"{adapter.name}.error").write_text(f"{type(error).__name__}: {why}")
 
 
 if __name__ == "__main__":
