@@ -52,6 +52,10 @@ def fastfood_figures(found: dict[str, Any]) -> Iterator[Figure]:
         yield f"fastfood, 2²² parameters, {way}: memory", found[way]["vectors"], fastfood.LIMIT_VECTORS, " vectors"
 
 
+def exporter_figures(found: dict[str, Any]) -> Iterator[Figure]:
+    yield from found["figures"]
+
+
 def method_figures(found: dict[str, Any]) -> Iterator[Figure]:
     for row, r in found.items():
         yield f"training step, d=256, {row}: time against {methods.against(row)}", r["ratio"], methods.LIMIT, ""
@@ -62,7 +66,7 @@ def main() -> None:
     figures: list[Figure] = []
     scripts = {
         "step.py": step_figures, "methods.py": method_figures, "export.py": export_figures,
-        "fastfood.py": fastfood_figures,
+        "exporters.py": exporter_figures, "fastfood.py": fastfood_figures,
     }  # fmt: skip
     for script, read in scripts.items():
         console.print(f"\n[bold]bench/{script}[/]")

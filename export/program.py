@@ -26,7 +26,8 @@ from refpeft.checkpoint import tokens
 from refpeft.checkpoint.folder import new_folder
 from refpeft.export import genai, graphs, initialisers, runtime, signature, verification, weights
 from refpeft.export.card import CARD, digest, write_json
-from refpeft.export.form import Form, Made, Subject, fingerprint
+from refpeft.export.fast import fast
+from refpeft.export.form import Form, Made, Outputs, Subject, fingerprint
 from refpeft.export.forms import FORMS
 from refpeft.export.lowering import RULES
 from refpeft.export.precision import DTYPES, Tensor, encoded, matrices, precision
@@ -35,6 +36,7 @@ from refpeft.export.rewriting import Stored, relevel, rewritten
 from refpeft.export.symbols import Graph
 from refpeft.model import Model, adapter_list
 
+GRAPHS: Mapping[str, Callable[[Graph, Outputs], Outputs]] = {"portable": lambda graph, outputs: outputs, "fast": fast}
 INLINE_LIMIT = 100_000_000  # bytes; inline weights are held in memory twice here, and once more by whoever loads them
 PROTOBUF_LIMIT = 2_000_000_000
 Report = Callable[[str], None]
@@ -81,6 +83,7 @@ def export(
     options: Mapping[str, Any] | None = None,
     link: bool = False,
     blocks: Mapping[str, Any] | None = None,
+    graph: str = "portable",
 ) -> Exported:
     """Write the model with its adapters as an ONNX folder at `out`, which must not exist.
 
@@ -90,9 +93,11 @@ def export(
     `report` is told each step. `decode`: a graph with keys and values as inputs and outputs, to write token by token;
     `last_logits`: with the logits of the last position only. `options`: of the form, if it has any. `link`: what no
     adapter changes stays in the files of `source`, which are linked into the folder. `blocks`: of the dtype int4, its
-    size, zero_points and accuracy_level.
+    size, zero_points and accuracy_level. `graph`: portable, or fast, which is rewritten for speed on CPUs
+    (`refpeft.export.fast`).
     """
     chosen(form, FORMS, "form")
+    chosen(graph, GRAPHS, "graph")
     chosen(dtype, DTYPES, "dtype")
     if verify:
         verification.ready()
@@ -107,18 +112,23 @@ def export(
     if link and (source is None or external is False):
         raise ValueError("linked weights lie in the files of `source`, beside the graph")
     checked(FORMS[form], subject)
+    if graph == "fast" and not subject.precision.exact:
+        raise ValueError(f"--graph fast is for weights that are stored as they are computed with, found dtype {dtype}")
+    if graph == "fast" and graphs.apart(subject):
+        raise ValueError("--graph fast is for one graph, and an encoder-decoder that decodes has two")
     if os.path.lexists(out):
         raise FileExistsError(f"{out} exists already: an export never overwrites anything")
     beside = link or outside(subject, external)
     with new_folder(out, needs=0 if link else weights.size(model, subject.precision)) as folder:
         report("tracing the specification, writing the weights")
-        graph = Graph(RULES)
+        symbols = Graph(RULES)
         frozen = Path(source) if link and source is not None else None
-        made = traced(form, subject, graph, folder / weights.DATA if beside else None, frozen)
-        found = graphs.files(made, subject)
-        protos = {n: to_model(graph, f.inputs, f.outputs, made.tensors, f.optional) for n, f in found.items()}
-        for name, proto in protos.items():
-            save(proto, folder / name)
+        made = traced(form, subject, symbols, folder / weights.DATA if beside else None, frozen)
+        protos: dict[str, ModelProto] = {}
+        for name, f in graphs.files(made, subject).items():
+            outputs = GRAPHS[graph](symbols, f.outputs)
+            protos[name] = to_model(symbols, f.inputs, outputs, made.tensors, f.optional)
+            save(protos[name], folder / name)
         carry_over(folder, made, source)
         finish(FORMS[form], folder, subject, made)
         genai.write(folder, form, subject, made)

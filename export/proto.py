@@ -30,7 +30,8 @@ def to_model(
     for name, y in outputs.items():
         if y.node.op and y.node not in names:
             names[y.node] = name
-    nodes = [node(x, names) for x in live if x.op not in ("", "Constant")]
+    more = further(live)
+    nodes = [node(x, names, more.get(x, ())) for x in live if x.op not in ("", "Constant", "Output")]
     nodes += [
         helper.make_node("Identity", [called(y.node, names)], [name], name=name)
         for name, y in outputs.items()
@@ -57,9 +58,21 @@ def called(x: Node | None, names: Mapping[Node, str]) -> str:
     return "" if x is None else names.get(x, x.name)
 
 
-def node(x: Node, names: Mapping[Node, str]) -> NodeProto:
+def further(live: Sequence[Node]) -> dict[Node, list[Node | None]]:
+    """Of nodes with more than one output, those after the first."""
+    found: dict[Node, list[Node | None]] = {}
+    for x in live:
+        if x.op == "Output" and x.args[0] is not None:
+            outputs = found.setdefault(x.args[0], [])
+            outputs += [None] * (x.attrs["index"] - len(outputs))
+            outputs[x.attrs["index"] - 1] = x
+    return found
+
+
+def node(x: Node, names: Mapping[Node, str], more: Sequence[Node | None] = ()) -> NodeProto:
     attrs: dict[str, Any] = {k: elem_type(v) if isinstance(v, np.dtype) else v for k, v in x.attrs.items()}
-    return helper.make_node(x.op, [called(a, names) for a in x.args], [called(x, names)], name=x.name, **attrs)
+    inputs, outputs = ([called(a, names) for a in nodes] for nodes in (x.args, (x, *more)))
+    return helper.make_node(x.op, inputs, outputs, name=x.name, **attrs)
 
 
 def value(name: str, x: Node | Symbol) -> ValueInfoProto:

@@ -82,6 +82,11 @@ class Graph:
             self.made[key] = Node(f"{op}_{len(self.made)}", op, *fields)
         return Symbol(self, self.made[key])
 
+    def output(self, x: "Symbol", index: int, dtype: Any, shape: Iterable[Size]) -> "Symbol":
+        """Another output of x's node than the first."""
+        key = ("", x.node, index)
+        return self.node(key, "Output", (x.node,), {"index": index}, np.dtype(dtype), tuple(shape))
+
     def ints(self, sizes: Sequence[Size]) -> "Symbol":
         """Sizes as an int64 symbol of shape [n]."""
         if not any(isinstance(d, Dim) for d in sizes):

@@ -62,6 +62,12 @@ def export(
             "which get a second name (a hard link) in the folder and must not be edited in place."
         ),
     ] = "copy",
+    graph: Annotated[
+        str,
+        typer.Option(
+            help="[b]portable[/], or [b]fast[/]: fewer nodes, of standard operators too, for onnxruntime on CPUs."
+        ),
+    ] = "portable",
     external_data: Annotated[
         bool | None,
         typer.Option(help="Keep the weights in model.onnx.data beside the graph.", show_default="above 100 MB"),
@@ -134,7 +140,7 @@ def export(
         options = given(optimizer, set_ or [])
         result = export_model(
             model, adapter or [], out, form, dtype, external_data, verify, decode, last_logits, options,
-            linked(weights), blocks(block_size, zero_points, accuracy_level),
+            linked(weights), blocks(block_size, zero_points, accuracy_level), graph,
         )  # fmt: skip
         show(result, Console())
         content = result.as_json()
@@ -148,27 +154,12 @@ def export_model(model: Path, adapters: list[Path], *options: Any) -> Any:
     import refpeft
     from refpeft.export.program import export as run
 
-    out, form, dtype, external, verify, decode, last_logits, own, link, int4 = options
+    out, form, dtype, external, verify, *rest = options
     with Console(stderr=True).status("reading the checkpoint") as status:
         base = refpeft.load(model)
         loaded = [refpeft.load_adapter(folder, base) for folder in adapters]
         try:
-            return run(
-                base,
-                loaded,
-                out,
-                form,
-                dtype,
-                external,
-                verify,
-                model,
-                status.update,
-                decode,
-                last_logits,
-                own,
-                link,
-                int4,
-            )
+            return run(base, loaded, out, form, dtype, external, verify, model, status.update, *rest)
         except ArithmeticError as error:
             stop(str(error), 1)
 

@@ -1,0 +1,385 @@
+"""refpeft export against the other exporters to ONNX: time and memory of an export, and how fast onnxruntime runs it.
+
+    python bench/exporters.py                       what is installed, on the shapes of GPT-2-small and of a small LLaMA
+    python bench/exporters.py --install mobius      an environment for one of them: mobius, genai, optimum
+    python bench/exporters.py --latency --threads 2 --rounds 9 --shape llama8
+
+An export is a whole process, imports included: a model in HF's format with random weights → a graph with keys and
+values on disk, not verified (nobody else does). Memory is the peak of what is not a map of a file. Every graph then
+runs on this onnxruntime, in a process of its own; they take turns, and a ratio is the median over the rounds of
+ours/theirs. Prefill reads 128 tokens after an empty past, decode one token after 128; LoRA of r = 8 is on every linear
+layer, the head of LLaMA too.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from bench import peers
+from bench.step import write
+
+GPT2 = {
+    "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": 12, "n_embd": 768, "n_head": 12,
+    "vocab_size": 50257, "n_positions": 1024, "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+LLAMA = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 8, "hidden_size": 512,
+    "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 1408, "vocab_size": 32000,
+    "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": False,
+    "rope_theta": 10000.0, "head_dim": 64, "attention_bias": False, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+SHAPES: dict[str, dict[str, Any]] = {"gpt2-small": GPT2, "llama8": LLAMA}
+TARGETS = {
+    "gpt2-small": "c_attn c_fc c_proj",
+    "llama8": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj lm_head",
+}
+CASES = {  # batch, tokens, past
+    "prefill 1×128": (1, 128, 0), "prefill 4×128": (4, 128, 0), "decode 1": (1, 1, 128), "decode 4": (4, 1, 128),
+}  # fmt: skip
+OURS: dict[str, tuple[str, dict[str, Any]]] = {  # form and options of `refpeft export`
+    "refpeft": ("base", {}),
+    "refpeft, last logits": ("base", {"last_logits": True}),
+    "refpeft, unmerged LoRA": ("unmerged", {}),
+    "refpeft, LoRA as input": ("inputs", {}),
+    "refpeft, portable": ("base", {"graph": "portable"}),
+}
+SLOW = ("torch", "transformers", "optimum")
+UNSUPPORTED = {("genai", "gpt2-small"): "its builder knows no GPT-2"}
+EXPORT_LIMITS = {"mobius": 0.2, "torch": 0.05, "optimum": 0.05}
+MEMORY, LATENCY, LAST, PREFILL, DECODE = 100.0, 1.0, 0.75, 1.10, 1.20
+Figure = tuple[str, float, float, str]
+
+
+# ── environments ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def python_of(name: str) -> str | None:
+    """The python that has an exporter; None if nothing has."""
+    from refpeft.conformance.targets.libraries import folder
+
+    if name in peers.HERE:
+        return sys.executable if all(map(find_spec, ("torch", "transformers", "onnxscript"))) else None
+    there = folder() / name / "bin" / "python"
+    return str(there) if there.is_file() else None
+
+
+def install(name: str) -> None:
+    from refpeft.conformance.targets.libraries import folder, pip
+
+    home = folder() / name
+    if not home.exists():
+        venv.create(home, with_pip=True)
+    pip([str(home / "bin" / "python"), "-m", "pip", "install", "--quiet", *peers.REQUIRES[name]])
+
+
+def lacking(name: str) -> str:
+    how = "pip install 'refpeft[dev]'" if name in peers.HERE else f"python bench/exporters.py --install {name}"
+    return f"{name} is not measured: {how}"
+
+
+# ── exports ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def prepare(root: Path, shape: str) -> Path:
+    """A model of random weights with a tokenizer, and a LoRA adapter for it."""
+    import refpeft
+
+    folder = root / shape
+    write(str(folder), SHAPES[shape])
+    tokenizer(folder)
+    model = refpeft.load(folder)
+    config = {"r": 8, "lora_alpha": 16, "target_modules": TARGETS[shape].split(), "init_lora_weights": False}
+    refpeft.save_adapter(refpeft.init("lora", config, model), root / f"{shape} adapter")
+    return folder
+
+
+def tokenizer(folder: Path) -> None:
+    """Without one genai's builder refuses a model."""
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>")).save(str(folder / "tokenizer.json"))
+    said = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(said))
+
+
+def ours(name: str, folder: Path, out: Path) -> None:
+    """One export of ours, as a whole process."""
+    import refpeft
+    from refpeft.export import export
+
+    form, options = OURS[name]
+    model = refpeft.load(folder)
+    adapter = None if form == "base" else refpeft.load_adapter(f"{folder} adapter", model)
+    form = "merged" if form == "base" else form
+    export(model, adapter, out, form, verify=False, decode=True, **{"graph": "fast", **options})
+
+
+def command(name: str, folder: Path, out: Path) -> list[str]:
+    if name in OURS:
+        return [sys.executable, __file__, "--export", name, str(folder), str(out)]
+    return [str(python_of(name)), str(Path(peers.__file__)), name, str(folder), str(out)]
+
+
+def exported(name: str, folder: Path, out: Path) -> tuple[float, float]:
+    """Seconds, and the peak of anonymous memory of the process and those that it starts, in MB."""
+    start, peak = time.perf_counter(), 0.0
+    env = os.environ | {"HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command(name, folder, out), stdout=said, stderr=subprocess.STDOUT, env=env)
+        while process.poll() is None:
+            peak = max(peak, anonymous(process.pid))
+            time.sleep(0.02)
+        seconds = time.perf_counter() - start
+        if process.returncode or not (out / "model.onnx").is_file():
+            said.seek(0)
+            raise RuntimeError(f"{name} failed: {' '.join(said.read().split())[-300:]}")
+    return seconds, peak
+
+
+def anonymous(pid: int) -> float:
+    """Anonymous memory of a process and its children in MB, as Linux counts it."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        own = next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Anonymous:"))
+    except (OSError, StopIteration):  # gone already
+        return 0.0
+    return own / 1024 + sum(anonymous(int(child)) for child in children)
+
+
+# ── latency ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def serve(folder: Path, shape: str, threads: int, cpu: bool) -> None:
+    """A session that answers each line on standard input, a case and a number of runs, with the seconds of each."""
+    import onnxruntime
+
+    clock = time.process_time if cpu else time.perf_counter
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    session = onnxruntime.InferenceSession(folder / "model.onnx", options, ["CPUExecutionProvider"])
+    adapter, how = onnxruntime.LoraAdapter(), onnxruntime.RunOptions()
+    if (folder / "adapter.onnx_adapter").is_file():
+        adapter.Load(str(folder / "adapter.onnx_adapter"))
+        how.add_active_adapter(adapter)
+    print("ready", flush=True)
+    made: dict[str, Any] = {}
+    for line in sys.stdin:
+        case, runs = line.rstrip().rsplit(" ", 1)
+        if case not in made:
+            made = {case: feeds(session, SHAPES[shape], *CASES[case])}
+            session.run(None, made[case], how)
+        seconds = []
+        for _ in range(int(runs)):
+            begin = clock()
+            session.run(None, made[case], how)
+            seconds.append(clock() - begin)
+        print(json.dumps(seconds), flush=True)
+
+
+def feeds(session: Any, config: dict[str, Any], b: int, s: int, past: int) -> dict[str, Any]:
+    """What a graph of any exporter wants, by the names and ranks of its inputs."""
+    rng = np.random.default_rng(0)
+    heads = config.get("num_key_value_heads") or config["n_head"]
+    width = config.get("head_dim") or config["n_embd"] // config["n_head"]
+    whole = {
+        "input_ids": rng.integers(3, 20000, (b, s)), "attention_mask": np.ones((b, past + s), np.int64),
+        "position_ids": np.tile(np.arange(past, past + s), (b, 1)),
+    }  # fmt: skip
+    cache = rng.standard_normal((b, heads, past, width), np.float32)
+    return {i.name: whole.get(i.name, cache) for i in session.get_inputs()}
+
+
+class Session:
+    """A worker process with one graph."""
+
+    def __init__(self, folder: Path, shape: str, threads: int, cpu: bool) -> None:
+        words = [sys.executable, __file__, "--serve", str(folder), shape, "--threads", str(threads), *["--cpu"] * cpu]
+        self.process = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self.answer()
+
+    def answer(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            assert self.process.stderr is not None
+            raise RuntimeError(" ".join(self.process.stderr.read().split())[-300:])
+        return line
+
+    def run(self, case: str, runs: int) -> float:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{case} {runs}\n")
+        self.process.stdin.flush()
+        return statistics.median(json.loads(self.answer()))
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def latencies(folders: dict[str, Path], shape: str, options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+    """Case → graph → milliseconds of every round, in which all take their turn."""
+    sessions: dict[str, Session] = {}
+    for name, folder in folders.items():
+        try:
+            sessions[name] = Session(folder, shape, options.threads, options.cpu)
+        except RuntimeError as error:
+            print(f"{name} is not measured: onnxruntime cannot load its graph: {error}")
+    found: dict[str, dict[str, list[float]]] = {}
+    try:
+        for case, (_, tokens, _) in CASES.items():
+            runs = 1 if tokens > 1 else 8
+            found[case] = {name: [] for name in sessions}
+            for session in sessions.values():
+                session.run(case, runs)  # memory is taken, caches are warm
+            for _ in range(options.rounds):
+                for name, session in sessions.items():
+                    found[case][name].append(1e3 * session.run(case, runs))
+    finally:
+        for session in sessions.values():
+            session.close()
+    return found
+
+
+# ── figures ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def ratio(case: dict[str, list[float]], a: str, b: str) -> float:
+    return statistics.median(x / y for x, y in zip(case[a], case[b], strict=True))
+
+
+def latency_figures(shape: str, found: dict[str, dict[str, list[float]]]) -> Iterator[Figure]:
+    for case, times in found.items():
+        others = [name for name in times if name not in OURS]
+        prefill = case.startswith("prefill")
+        at = f"{shape}, {case}"
+        if others:
+            best = min(others, key=lambda name: statistics.median(times[name]))
+            yield f"{at}: against the best of the others, {best}", ratio(times, "refpeft", best), LATENCY, ""
+            if prefill:
+                yield f"{at}, last logits: against {best}", ratio(times, "refpeft, last logits", best), LAST, ""
+        for name in ("refpeft, unmerged LoRA", "refpeft, LoRA as input"):
+            limit = PREFILL if prefill else DECODE
+            yield f"{at}, {name.partition(', ')[2]}: against merged", ratio(times, name, "refpeft"), limit, ""
+
+
+def export_figures(shape: str, found: dict[str, tuple[float, float]]) -> Iterator[Figure]:
+    for name, limit in EXPORT_LIMITS.items():
+        if name in found:
+            yield f"{shape}, export: time against {name}", found["refpeft"][0] / found[name][0], limit, ""
+    yield f"{shape}, export: peak anonymous memory", found["refpeft"][1], MEMORY, " MB"
+
+
+def exports(folder: Path, shape: str, out: Path, names: Sequence[str]) -> tuple[dict[str, Path], dict[str, Any]]:
+    """Each exporter's graph; seconds and memory: medians of three processes of ours, one of theirs, taking turns."""
+    made: dict[str, Path] = {}
+    found: dict[str, list[tuple[float, float]]] = {}
+    for name in names:
+        if why := UNSUPPORTED.get((name, shape)):
+            print(f"{shape}: {name} is not measured: {why}", flush=True)
+            continue
+        if name not in OURS and python_of(name) is None:
+            continue
+        try:
+            found[name] = [exported(name, folder, out / name)]
+            made[name] = out / name
+        except RuntimeError as error:
+            print(f"{shape}: {error}", flush=True)
+            continue
+        if name not in OURS:
+            found["refpeft"].append(exported("refpeft", folder, out / f"again {name}"))
+    median = {
+        name: (statistics.median(s for s, _ in runs), statistics.median(m for _, m in runs))
+        for name, runs in found.items()
+    }
+    return made, median
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
+    from rich.table import Table
+
+    made = Table(title=title, title_justify="left")
+    for k, column in enumerate(columns):
+        made.add_column(column, justify="right" if k else "left")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def measured(shape: str, root: Path, options: argparse.Namespace, console: Any) -> Iterator[Figure]:
+    folder = prepare(root, shape)
+    theirs = [] if options.ours else [n for n in peers.EXPORTERS if not (options.latency and n in SLOW)]
+    (root / f"{shape} graphs").mkdir()
+    made, found = exports(folder, shape, root / f"{shape} graphs", [*OURS, *theirs])
+    rows = [[name, f"{s:.2f}", f"{mb:.0f}"] for name, (s, mb) in found.items()]
+    console.print(table(f"{shape}: export, whole process", ("", "seconds", "peak anonymous MB"), rows))
+    times = latencies(made, shape, options)
+    rows = [
+        [name, *(f"{statistics.median(t[name]):.2f}" for t in times.values())] for name in next(iter(times.values()))
+    ]
+    what = "of the processor" if options.cpu else "on onnxruntime"
+    title = f"{shape}: milliseconds {what}, threads: {options.threads}, medians of {options.rounds} rounds"
+    console.print(table(title, ("", *times), rows))
+    yield from export_figures(shape, found)
+    yield from latency_figures(shape, times)
+
+
+def main(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    console = Console(width=120)
+    missing = [lacking(name) for name in peers.EXPORTERS if python_of(name) is None]
+    figures: list[Figure] = []
+    with tempfile.TemporaryDirectory() as root:
+        for shape in options.shape or SHAPES:
+            figures += measured(shape, Path(root), options, console)
+    rows = [
+        [what, f"{x:.3g}{unit}", f"{limit:g}{unit}", "reached" if x <= limit else "[red]missed[/]"]
+        for what, x, limit, unit in figures
+    ]
+    console.print(table("What was to be reached", ("figure", "measured", "at most", ""), rows))
+    for sentence in missing:
+        console.print(f"[red]{sentence}[/]")
+    if options.json:
+        options.json.write_text(json.dumps({"figures": figures, "missing": missing}))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--export", nargs=3, metavar=("NAME", "MODEL", "OUT"), help=argparse.SUPPRESS)
+    parser.add_argument("--serve", nargs=2, metavar=("FOLDER", "SHAPE"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--install", choices=peers.REQUIRES, action="append", help="make the environment of an exporter"
+    )
+    parser.add_argument("--shape", choices=SHAPES, action="append", help="only these (default: all)")
+    parser.add_argument("--threads", type=int, default=1, help="of onnxruntime (default: 1)")
+    parser.add_argument("--rounds", type=int, default=5, help="of latencies (default: 5)")
+    parser.add_argument("--latency", action="store_true", help="without the exporters that take half a minute")
+    parser.add_argument("--cpu", action="store_true", help="processor time: for a machine that does other things too")
+    parser.add_argument("--ours", action="store_true", help="ours alone")
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    chosen = parser.parse_args()
+    if chosen.export:
+        ours(chosen.export[0], *map(Path, chosen.export[1:]))
+    elif chosen.serve:
+        serve(Path(chosen.serve[0]), chosen.serve[1], chosen.threads, chosen.cpu)
+    elif chosen.install:
+        for name in chosen.install:
+            install(name)
+    else:
+        main(chosen)

@@ -1,0 +1,265 @@
+"""fast: the traced graph in the shape that onnxruntime runs quickest, by rewriting; the same function to rounding.
+
+What each rewrite is worth was measured on CPUs, against the portable graph; what was worth nothing is not here:
+
+    rows         positions of all texts as rows of one matrix, [b, s, d] → [b s, d], from the embeddings to the head:
+                 every layer is then a Gemm
+    sum          Gemm adds: x W + b, and x W + u B where an adapter runs beside a layer, or x W + r with a residual,
+                 without a pass over the output of its own; a scale goes into it too
+    narrow       matrices of few columns that read the same x, [A_q; A_k; A_v] of LoRA, as one
+    attention    past and new keys and values are joined inside Attention, whose mask is made of numbers, once for all
+
+On CPUs com.microsoft's MultiHeadAttention is slower than this, other fused nodes of onnxruntime's own tie, and
+GroupQueryAttention cannot read several positions of several texts after a past. So all nodes are standard.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from refpeft.export.sizes import Dim, product
+from refpeft.export.symbols import INT, Graph, Node, Symbol, concatenate, where
+
+EACH = {"Add", "Sub", "Mul", "Div", "Tanh", "Sigmoid", "Relu", "Gelu", "Cast"}
+NORMS = {"LayerNormalization", "RMSNormalization"}
+NARROW = 64  # columns of a matrix that leave most of a CPU's registers empty
+WIDE = 16384  # columns of an output that no cache holds: adding inside Gemm copies it once more
+
+
+def fast(graph: Graph, outputs: Mapping[str, Symbol]) -> dict[str, Symbol]:
+    """The same outputs, computed by fewer and larger nodes."""
+    live = graph.live(outputs.values())
+    rewrite = Rewrite(graph, live, outputs)
+    for x in live:  # each in its turn, so that no stack of calls is as deep as the model
+        rewrite.whole(x)
+    return {name: rewrite.whole(y.node) for name, y in outputs.items()}
+
+
+class Rewrite:
+    """What has been rewritten so far: nodes in their own shape, and as rows."""
+
+    def __init__(self, graph: Graph, live: Sequence[Node], outputs: Mapping[str, Symbol]) -> None:
+        self.graph = graph
+        self.uses = Counter(a for x in live for a in x.args if a is not None)
+        self.uses.update(y.node for y in outputs.values())
+        self.done: dict[Node, Symbol] = {}
+        self.flat: dict[Node, Symbol] = {}
+        self.joined = {k: x for x in live if x.op == "Attention" and cached(x) for k in x.args[1:3] if k}
+        self.narrow = narrow(live)
+
+    def whole(self, x: Node) -> Symbol:
+        """x in its own shape."""
+        if x not in self.done:
+            self.done[x] = self.rewritten(x)
+        return self.done[x]
+
+    def rows(self, x: Node) -> Symbol:
+        """x [b, s, d] as [b s, d]."""
+        if x not in self.flat:
+            self.flat[x] = self.as_rows(x)
+        return self.flat[x]
+
+    def rewritten(self, x: Node) -> Symbol:
+        if x.op in ("", "Constant"):
+            return Symbol(self.graph, x)
+        if x in self.joined:
+            self.attention(self.joined[x])
+            return self.done[x]
+        if x.op == "Attention" and cached(x):
+            return self.attention(x)
+        if rowwise(x):
+            return self.rows(x).reshape(x.shape)
+        args = [None if a is None else self.whole(a) for a in x.args]
+        if x.op == "Reshape" and args[0] is not None:
+            return stated(args[0].reshape(x.shape))
+        if x.op == "Transpose" and args[0] is not None:
+            return args[0].transpose(*x.attrs["perm"])
+        return self.graph.emit(x.op, args, x.dtype, x.shape, **x.attrs)
+
+    # ── rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def as_rows(self, x: Node) -> Symbol:
+        n, d = product(x.shape[:-1]), x.shape[-1]
+        if not rowwise(x):
+            return self.whole(x).reshape(n, d)
+        if x.op == "Add":
+            return self.sum(x)
+        if x.op == "MatMul" or scaled(x):
+            return self.product(x, None)
+        args = [None if a is None else self.row_argument(a, x) for a in x.args]
+        if x.op == "Slice":
+            args[3] = self.graph.constant([1], INT)
+        return self.graph.emit(x.op, args, x.dtype, (n, d), **x.attrs)
+
+    def row_argument(self, a: Node, x: Node) -> Symbol:
+        """Of what is computed row by row: rows too, or what all of them share."""
+        if x.op == "Gather":
+            return self.whole(a).reshape(product(a.shape)) if a is x.args[1] else self.whole(a)
+        return self.rows(a) if len(a.shape) == 3 else self.whole(a)
+
+    def sum(self, x: Node) -> Symbol:
+        """A sum of any number of terms: each product adds to what there is; what is left is added."""
+        terms = self.terms(x)
+        products = [t for t in terms if adds(t) and self.uses[t] == 1]
+        others = [self.row_argument(t, x) for t in terms if t not in products]
+        others.sort(key=lambda t: t.ndim)  # a bias first
+        y = others.pop(0) if others and products else None
+        for p in sorted(products, key=low_rank):
+            apart = y is not None and y.ndim == 2 and wide(x)
+            y = y + self.product(p, None) if apart else self.product(p, y)
+        for t in others:
+            y = t if y is None else y + t
+        assert y is not None
+        return y
+
+    def terms(self, x: Node) -> list[Node]:
+        """Those of a sum, of sums in it that nothing else needs too."""
+        inner = [a for a in x.args if a is not None]
+        return [t for a in inner for t in (self.terms(a) if self.sums(a, x) else [a])]
+
+    def sums(self, a: Node, x: Node) -> bool:
+        return a.op == "Add" and a.shape == x.shape and rowwise(a) and self.uses[a] == 1
+
+    def product(self, x: Node, c: Symbol | None) -> Symbol:
+        """α a Wᵀ + c"""
+        α, x = (float(scalar(x)), factor(x)) if x.op == "Mul" else (1.0, x)
+        if x in self.narrow and c is None and α == 1:
+            return self.side_by_side(x)
+        a, W = pair(x)
+        if scaled(a):
+            α, a = α * float(scalar(a)), factor(a)
+        weight, flip = matrix(self.whole(W))
+        attrs = ({"alpha": α} if α != 1 else {}) | ({"transB": 1} if flip else {})
+        args = (self.rows(a), weight) if c is None else (self.rows(a), weight, c)
+        return self.graph.emit("Gemm", args, x.dtype, (product(x.shape[:-1]), x.shape[-1]), **attrs)
+
+    def side_by_side(self, x: Node) -> Symbol:
+        """x's columns of a [A₁; A₂; …]ᵀ"""
+        group = self.narrow[x]
+        stack = concatenate(self.graph, [matrix(self.whole(pair(y)[1]))[0] for y in group])
+        shape = (product(x.shape[:-1]), stack.shape[0])
+        u = self.graph.emit("Gemm", (self.rows(pair(x)[0]), stack), x.dtype, shape, transB=1)
+        ends = np.cumsum([columns(y) for y in group])
+        end = int(ends[group.index(x)])
+        return u[:, end - columns(x) : end]
+
+    # ── attention ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def attention(self, x: Node) -> Symbol:
+        """Attention that joins past and new keys and values itself, and answers with them."""
+        q, k, v, *mask = (a for a in x.args if a is not None)
+        (past_k, new_k), (past_v, new_v) = ([self.whole(a) for a in pair(joined)] for joined in (k, v))
+        args = [flat_heads(self.whole(q)), flat_heads(new_k), flat_heads(new_v)]
+        numbers: list[Symbol | None] = [self.numbers(m, x.dtype) for m in mask] or [None]
+        b, h, s, e = x.shape
+        heads = {"q_num_heads": h, "kv_num_heads": k.shape[1]}
+        shape = (b, s, h * e)
+        y = self.graph.emit("Attention", [*args, *numbers, past_k, past_v], x.dtype, shape, **x.attrs, **heads)
+        for index, joined in ((1, k), (2, v)):
+            self.done[joined] = self.graph.output(y, index, joined.dtype, joined.shape)
+        self.done[x] = y.reshape(b, s, h, e).swapaxes(1, 2)
+        return self.done[x]
+
+    def numbers(self, mask: Node, dtype: Any) -> Symbol:
+        """0 where the mask holds and −∞ where not, which Attention would make in every layer."""
+        m = self.whole(mask)
+        return where(self.graph, m, np.zeros((), dtype), np.asarray(-math.inf, dtype)) if m.dtype == bool else m
+
+
+def rowwise(x: Node) -> bool:
+    """Does this treat every position of [b, s, d] alone?"""
+    if len(x.shape) != 3 or not isinstance(x.shape[0], Dim):
+        return False
+    args = [a for a in x.args if a is not None]
+    if x.op in EACH:
+        return all(a.shape == x.shape or len(a.shape) <= 1 for a in args)
+    if x.op in NORMS:
+        return all(len(a.shape) <= 1 for a in args[1:])
+    if x.op == "MatMul":
+        return len(args[0].shape) == 3 and len(args[1].shape) == 2
+    if x.op == "Gather":
+        return x.attrs["axis"] == 0 and len(args[0].shape) == 2
+    return x.op == "Slice" and list(args[3].attrs["value"]) == [2]
+
+
+def adds(x: Node) -> bool:
+    """Is this a product that Gemm can add to something?"""
+    return rowwise(x) and (x.op == "MatMul" or scaled(x))
+
+
+def scaled(x: Node) -> bool:
+    """α times a product"""
+    return x.op == "Mul" and scalar(x) is not None and factor(x).op == "MatMul" and rowwise(factor(x))
+
+
+def scalar(x: Node) -> Any:
+    """The number that a product multiplies by, if it does."""
+    return next((a.attrs["value"] for a in x.args if a and a.op == "Constant" and a.shape == ()), None)
+
+
+def factor(x: Node) -> Node:
+    """The other factor."""
+    return next(a for a in x.args if a is not None and a.shape != ())
+
+
+def low_rank(x: Node) -> bool:
+    """Is it a product over few columns? Then it comes last."""
+    r = pair(factor(x) if x.op == "Mul" else x)[1].shape[0]
+    return isinstance(r, Dim) or r <= NARROW
+
+
+def wide(x: Node) -> bool:
+    return isinstance(x.shape[-1], int) and x.shape[-1] > WIDE
+
+
+def matrix(W: Symbol) -> tuple[Symbol, int]:
+    """A matrix as it is stored, and whether that is its transpose."""
+    stored = W.source("Transpose")
+    return (W, 0) if stored is None else (stored, 1)
+
+
+def narrow(live: Sequence[Node]) -> dict[Node, list[Node]]:
+    """Products with matrices of few rows that read the same x: the group of each."""
+    groups: dict[Node, list[Node]] = {}
+    for x in live:
+        if x.op == "MatMul" and rowwise(x) and pair(x)[1].op == "Transpose" and 0 < columns(x) <= NARROW:
+            a, W = pair(x)
+            if isinstance(W.shape[0], int) and 4 * columns(x) <= W.shape[0]:
+                groups.setdefault(a, []).append(x)
+    return {x: group for group in groups.values() if len(group) > 1 for x in group}
+
+
+def columns(x: Node) -> int:
+    """Of a product; 0 if they are not known yet."""
+    n = x.shape[-1]
+    return n if isinstance(n, int) else 0
+
+
+def pair(x: Node) -> tuple[Node, Node]:
+    """The two that a node is made of."""
+    a, b = x.args
+    assert a is not None
+    assert b is not None
+    return a, b
+
+
+def cached(x: Node) -> bool:
+    """Does this attention read keys and values of before, joined to its own?"""
+    pair = [a for a in x.args[1:3] if a is not None and a.op == "Concat" and len(a.args) == 2 and len(a.shape) == 4]
+    return len(pair) == 2 and len(x.shape) == 4 and all(a.args[0] is not None and not a.args[0].op for a in pair)
+
+
+def stated(y: Symbol) -> Symbol:
+    """onnx's inference takes the width of Attention's answer for 0 where a shape is computed: it is said again."""
+    if y.node.op != "Attention":
+        return y
+    return y.graph.emit("Reshape", (y, y.graph.constant([0, 0, y.shape[2]], INT)), y.dtype, y.shape)
+
+
+def flat_heads(x: Symbol) -> Symbol:
+    """[b, h, s, e] → [b, s, h e]"""
+    b, h, s, e = x.shape
+    return x.swapaxes(1, 2).reshape(b, s, h * e)

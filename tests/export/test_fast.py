@@ -1,0 +1,137 @@
+"""--graph fast: the same function as the portable graph, by fewer nodes, for every family, method and form."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import refpeft
+from refpeft.export.program import export
+from refpeft.export.verification import LIMIT
+from tests.export.adapters import CASES, made
+from tests.export.test_decode import WRITERS
+from tests.models import ENCODER_DECODERS, tiny
+
+F32 = np.dtype(np.float32)
+
+
+def nodes(folder: Path) -> Counter[str]:
+    return Counter(n.op_type for n in onnx.load(str(folder / "model.onnx")).graph.node)
+
+
+@pytest.mark.ort
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("form", ["merged", "unmerged", "inputs"])
+@pytest.mark.parametrize("family", WRITERS)
+def test_graphs_that_decode(family: str, form: str, dtype: str, tmp_path: Path) -> None:
+    model, adapter = made("lora", family)
+    result = export(model, adapter, tmp_path / "out", form, dtype, decode=True, graph="fast")
+    assert max(c["ratio"] for c in result.cases) <= LIMIT
+    plain = export(model, adapter, tmp_path / "plain", form, dtype, verify=False, decode=True)
+    assert result.nodes < plain.nodes
+    assert (result.inputs, result.optional_inputs, result.outputs) == (
+        plain.inputs, plain.optional_inputs, plain.outputs,
+    )  # fmt: skip
+
+
+@pytest.mark.ort
+@pytest.mark.parametrize(("method", "family"), CASES)
+def test_every_method_and_family(method: str, family: str, tmp_path: Path) -> None:
+    """Of whole texts, the adapter beside the weights."""
+    model, adapter = made(method, family)
+    result = export(model, adapter, tmp_path / "out", "unmerged", graph="fast")
+    assert max(c["ratio"] for c in result.cases) <= LIMIT
+
+
+FORMS = [("prompt", "prompt_tuning"), ("prefix", "prefix_tuning"), ("multi", "lora"), ("multi", "dora")]
+
+
+@pytest.mark.ort
+@pytest.mark.parametrize("last_logits", [False, True])
+@pytest.mark.parametrize(("form", "method"), FORMS)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_other_forms(family: str, form: str, method: str, last_logits: bool, tmp_path: Path) -> None:
+    """Prefixes and several positions after a past, for more than one text: what GroupQueryAttention refuses."""
+    model, adapter = made(method, family)
+    out = tmp_path / "out"
+    result = export(model, adapter, out, form, decode=True, last_logits=last_logits, graph="fast")
+    assert max(c["ratio"] for c in result.cases) <= LIMIT
+
+
+@pytest.mark.ort
+def test_training(tmp_path: Path) -> None:
+    model, adapter = made("lora", "llama")
+    result = export(model, adapter, tmp_path / "out", "training", graph="fast")
+    assert max(c["ratio"] for c in result.cases) <= LIMIT
+
+
+@pytest.mark.ort
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_encoder_decoders(name: str, tmp_path: Path) -> None:
+    family, architecture, config = ENCODER_DECODERS[name]
+    model = tiny(family, architecture, dtype=F32, **config)
+    adapter = refpeft.init("lora", {"r": 2, "target_modules": "all-linear", "init_lora_weights": False}, model)
+    result = export(model, adapter, tmp_path / "out", "unmerged", graph="fast")
+    assert max(c["ratio"] for c in result.cases) <= LIMIT
+
+
+# ── what the rewrites are ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_residual_and_a_bias_are_added_by_gemm(tmp_path: Path) -> None:
+    """LLaMA has no biases: o and down add the residual. GPT-2 has: its four layers add those, and residuals remain."""
+    export(tiny("llama", dtype=F32), None, tmp_path / "llama", verify=False, decode=True, graph="fast")
+    export(tiny("gpt2", dtype=F32), None, tmp_path / "gpt2", verify=False, decode=True, graph="fast")
+    llama, gpt2 = nodes(tmp_path / "llama"), nodes(tmp_path / "gpt2")
+    assert (llama["Gemm"], llama["MatMul"]) == (2 * 7 + 1, 0)
+    assert (gpt2["Gemm"], gpt2["MatMul"]) == (2 * 4 + 1, 0)
+    assert sum(len(n.input) == 3 for n in gemms(tmp_path / "llama")) == 2 * 2
+    assert sum(len(n.input) == 3 for n in gemms(tmp_path / "gpt2")) == 2 * 4
+
+
+def gemms(folder: Path) -> list[onnx.NodeProto]:
+    return [n for n in onnx.load(str(folder / "model.onnx")).graph.node if n.op_type == "Gemm"]
+
+
+def test_an_adapter_costs_two_products_and_no_sum(tmp_path: Path) -> None:
+    """q, k, v and gate, up read the same input: one product for all their A. The scale is inside."""
+    model, adapter = made("lora", "llama")
+    export(model, None, tmp_path / "base", verify=False, decode=True, graph="fast")
+    export(model, adapter, tmp_path / "tuned", "unmerged", verify=False, decode=True, graph="fast")
+    base, tuned = nodes(tmp_path / "base"), nodes(tmp_path / "tuned")
+    assert tuned["Gemm"] - base["Gemm"] == 2 * (7 + 1 + 1 + 1 + 1)
+    assert (tuned["Add"], tuned["Mul"]) == (base["Add"], base["Mul"])
+
+
+def test_keys_and_values_are_joined_inside_attention(tmp_path: Path) -> None:
+    """No Concat, no Transpose of activations; the mask is made of numbers once."""
+    export(tiny("llama", dtype=F32), None, tmp_path / "out", verify=False, decode=True, graph="fast")
+    graph = onnx.load(str(tmp_path / "out" / "model.onnx")).graph
+    past = [(n.op_type, name) for n in graph.node for name in n.input if name.startswith("past_key_values")]
+    assert Counter(op for op, _ in past) == {"Attention": 4, "Shape": 1}
+    attentions = [n for n in graph.node if n.op_type == "Attention"]
+    assert len({n.input[3] for n in attentions}) == 1
+    assert [list(n.output[1:]) for n in attentions] == [[f"present.{n}.key", f"present.{n}.value"] for n in (0, 1)]
+    assert nodes(tmp_path / "out")["Transpose"] == 0
+
+
+def test_a_graph_is_one_of_two(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="graph must be one of portable, fast, found 'quick'"):
+        export(tiny("gpt2", dtype=F32), None, tmp_path / "out", graph="quick")
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "words"),
+    [
+        ("gpt2", {"dtype": "int4"}, "stored as they are computed with, found dtype int4"),
+        ("gpt2", {"dtype": "bfloat16"}, "found dtype bfloat16"),
+        ("t5", {"decode": True}, "an encoder-decoder that decodes has two"),
+    ],
+)
+def test_graphs_that_are_not_rewritten(family: str, options: dict[str, Any], words: str, tmp_path: Path) -> None:
+    model = tiny(family, "ForConditionalGeneration" if family == "t5" else "LMHeadModel")
+    with pytest.raises(ValueError, match=words):
+        export(model, None, tmp_path / "out", graph="fast", verify=False, **options)
+    assert not (tmp_path / "out").exists()
