@@ -234,7 +234,7 @@ class Session:
 
 def both_ways(folders: dict[str, Path], shape: str, options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     """Twice, the second time with fresh processes started in the opposite order: which pages of memory a process gets
-    makes its decoding up to a tenth slower or faster for as long as it lives, and later ones tend to get better ones."""
+    makes its decoding up to a tenth slower or faster for as long as it lives, and later ones often get better ones."""
     once = latencies(folders, shape, options)
     again = latencies(dict(reversed(folders.items())), shape, options)
     return {case: {name: times + again[case][name] for name, times in found.items()} for case, found in once.items()}
