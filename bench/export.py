@@ -77,7 +77,8 @@ def theirs(root: Path, out: Path) -> None:
     ids = torch.ones((2, 16), dtype=torch.int64)
     batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence", max=CONFIG["n_positions"])
     shapes = [{0: batch, 1: sequence}] * 2
-    torch.onnx.export(Logits(), (ids, torch.ones_like(ids)), out / "model.onnx", dynamo=True, dynamic_shapes=shapes, external_data=True)
+    inputs = (ids, torch.ones_like(ids))  # apart, or the mask would be the ids
+    torch.onnx.export(Logits(), inputs, out / "model.onnx", dynamo=True, dynamic_shapes=shapes, external_data=True)
 
 
 def worker(engine: str, root: Path, out: Path) -> None:
