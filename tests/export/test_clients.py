@@ -216,5 +216,5 @@ def test_the_table_of_clients_is_what_is_tested() -> None:
 
 def test_the_page_names_the_versions_that_are_tested() -> None:
     for name in ("optimum", "genai", "transformersjs"):
-        version = re.split("==|@", libraries.TOOLS[name].requires[0])[-1]
+        version = re.split("==|@", libraries.EVERY[name].requires[0])[-1]
         assert version in PAGE.partition("## Programs that load the folder")[2]

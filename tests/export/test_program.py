@@ -15,6 +15,7 @@ from onnx import checker, numpy_helper
 
 import refpeft
 from refpeft.export import verification
+from refpeft.export.forms import FORMS
 from refpeft.export.program import export
 from refpeft.export.verification import LIMIT, MismatchError
 from refpeft.model import Model
@@ -281,3 +282,21 @@ def test_padding_is_part_of_the_verification() -> None:
     assert not mask[1, -1]
     assert not mask[2, 0]
     assert (inputs["input_ids"][mask == 0] == 1).all()
+
+
+def test_the_readme_has_every_form_and_the_clients_of_the_page() -> None:
+    """One table turned: forms down there, programs down in docs/export.md."""
+    root = Path(__file__).parents[2]
+
+    def cells(line: str) -> list[str]:
+        return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+    page = (root / "docs" / "export.md").read_text("utf-8").partition("## Programs that load the folder")[2]
+    top, _, *rows = (cells(line) for line in page.partition("\n\n|")[2].partition("\n\n")[0].splitlines())
+    said = {row[0].split()[0].strip(","): dict(zip(top[-7:], row[1:], strict=True)) for row in rows}
+    readme = (root / "README.md").read_text("utf-8").partition("| form |")[2].partition("\n\n")[0].splitlines()
+    clients = cells(readme[0])[1:]
+    assert [cells(line)[0].strip("`") for line in readme[2:]] == list(FORMS)
+    for line in readme[2:]:
+        form, _, *marks = cells(line)
+        assert marks == [said[client][form.strip("`")] for client in clients], form
