@@ -203,11 +203,11 @@ def test_training_keeps_what_the_budget_leaves(tmp_path: Path) -> None:
 
 
 def test_refpeft_train_knows_how_many_steps_there_are() -> None:
-    from refpeft.cli.train import method_fields
+    from refpeft.cli.asked import method_fields
 
     model = tiny("gpt2", "LMHeadModel")
-    assert method_fields("adalora", [], "causal", model, 40) == {"total_step": 40}
-    assert method_fields("adalora", ["total_step=9"], "causal", model, 40) == {"total_step": 9}
+    assert method_fields("adalora", [], "causal", model, steps=40) == {"total_step": 40}
+    assert method_fields("adalora", ["total_step=9"], "causal", model, steps=40) == {"total_step": 9}
 
 
 @pytest.mark.peft

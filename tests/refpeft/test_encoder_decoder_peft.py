@@ -256,6 +256,6 @@ def test_hf_pefts_prefixes_of_encoder_decoders_are_neither_read_nor_written(tmp_
         peft.get_peft_model(in_transformers(model, tmp_path / "m"), config).save_pretrained(tmp_path / "a")
     with pytest.raises(Malformed, match="num_transformer_submodules must be 1"):
         refpeft.load_adapter(tmp_path / "a", model)
-    with pytest.raises(ValueError, match="HF peft has no format for the prefixes of an encoder-decoder"):
+    with pytest.raises(ValueError, match="HF peft no prefixes of an encoder-decoder"):
         refpeft.save_adapter(refpeft.init("prefix_tuning", {}, model), tmp_path / "b")
     assert not (tmp_path / "b").exists()
