@@ -55,11 +55,16 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {  # form and options of `refpeft 
     "refpeft, unmerged LoRA": ("unmerged", {}),
     "refpeft, LoRA as input": ("inputs", {}),
     "refpeft, portable": ("base", {"graph": "portable"}),
-}
+    "refpeft, linked": ("unmerged", {"graph": "portable", "link": True}),
+    "refpeft, int4": ("base", {"graph": "portable", "dtype": "int4", "blocks": {"accuracy_level": 4}}),
+    "refpeft, int4, LoRA as input": (
+        "inputs", {"graph": "portable", "dtype": "int4", "blocks": {"accuracy_level": 4}}
+    ),
+}  # fmt: skip
 SLOW = ("torch", "transformers", "optimum")
 UNSUPPORTED = {("genai", "gpt2-small"): "its builder knows no GPT-2"}
 EXPORT_LIMITS = {"mobius": 0.2, "torch": 0.05, "optimum": 0.05}
-MEMORY, LATENCY, LAST, PREFILL, DECODE = 100.0, 1.0, 0.75, 1.10, 1.20
+MEMORY, LINKED, LATENCY, LAST, PREFILL, DECODE, INT4 = 100.0, 45.0, 1.0, 0.75, 1.10, 1.20, 0.4
 Figure = tuple[str, float, float, str]
 
 
@@ -124,7 +129,7 @@ def ours(name: str, folder: Path, out: Path) -> None:
     model = refpeft.load(folder)
     adapter = None if form == "base" else refpeft.load_adapter(f"{folder} adapter", model)
     form = "merged" if form == "base" else form
-    export(model, adapter, out, form, verify=False, decode=True, **{"graph": "fast", **options})
+    export(model, adapter, out, form, verify=False, decode=True, source=folder, **{"graph": "fast", **options})
 
 
 def command(name: str, folder: Path, out: Path) -> list[str]:
@@ -284,6 +289,8 @@ def latency_figures(shape: str, found: dict[str, dict[str, list[float]]]) -> Ite
         for name in ("refpeft, unmerged LoRA", "refpeft, LoRA as input"):
             limit = PREFILL if prefill else DECODE
             yield f"{at}, {name.partition(', ')[2]}: against merged", ratio(times, name, "refpeft"), limit, ""
+        for name in ("refpeft, int4", "refpeft, int4, LoRA as input") if not prefill else ():
+            yield f"{at}, {name.partition(', ')[2]}: against float32", ratio(times, name, "refpeft"), INT4, ""
 
 
 def export_figures(shape: str, found: dict[str, tuple[float, float]]) -> Iterator[Figure]:
@@ -291,6 +298,7 @@ def export_figures(shape: str, found: dict[str, tuple[float, float]]) -> Iterato
         if name in found:
             yield f"{shape}, export: time against {name}", found["refpeft"][0] / found[name][0], limit, ""
     yield f"{shape}, export: peak anonymous memory", found["refpeft"][1], MEMORY, " MB"
+    yield f"{shape}, export, linked: peak anonymous memory", found["refpeft, linked"][1], LINKED, " MB"
 
 
 def exports(folder: Path, shape: str, out: Path, names: Sequence[str]) -> tuple[dict[str, Path], dict[str, Any]]:
