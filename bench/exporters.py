@@ -56,9 +56,9 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {  # form and options of `refpeft 
     "refpeft, LoRA as input": ("inputs", {}),
     "refpeft, portable": ("base", {"graph": "portable"}),
     "refpeft, linked": ("unmerged", {"graph": "portable", "link": True}),
-    "refpeft, int4": ("base", {"graph": "portable", "dtype": "int4", "blocks": {"accuracy_level": 4}}),
+    "refpeft, int4": ("base", {"graph": "portable", "dtype": "int4", "blocks": {"accuracy_level": 4, "head": True}}),
     "refpeft, int4, LoRA as input": (
-        "inputs", {"graph": "portable", "dtype": "int4", "blocks": {"accuracy_level": 4}}
+        "inputs", {"graph": "portable", "dtype": "int4", "blocks": {"accuracy_level": 4, "head": True}}
     ),
 }  # fmt: skip
 SLOW = ("torch", "transformers", "optimum")

@@ -25,12 +25,14 @@ ROWS = 1 << 20  # numbers that are quantised at a time
 
 @dataclass(frozen=True)
 class Blocks:
-    """`size`: columns to a scale. `accuracy_level`, of the operator: 1 computes in float32; 4 may round activations to
+    """`size`: columns to a scale. `head`: that of a language model too, with the embedding if it is tied to it.
+    `accuracy_level`, of the operator: 1 computes in float32; 4 may round activations to
     8 bits, where the runtime has such a kernel."""
 
     size: int = 32
     zero_points: bool = False
     accuracy_level: int = 1
+    head: bool = False
 
     def __post_init__(self) -> None:
         if self.size < 16 or self.size & (self.size - 1):
@@ -86,9 +88,9 @@ def dequantise(p: Packed, columns: int) -> Array:
 
 
 def scaled(q: Any, z: Any, s: Any) -> Any:
-    """(q − z) s, of arrays or of symbols: q [o, n, k], z [o, n, 1] or [], s [o, n] → [o, n k]"""
+    """(q − z) s, of arrays or of symbols: q [… n, k], z [… n, 1] or [], s [… n] → [… n k]"""
     ŵ = (q.astype(np.float32) - z.astype(np.float32)) * s[..., None]
-    return ŵ.reshape(ŵ.shape[0], -1)
+    return ŵ.reshape(*ŵ.shape[:-2], -1)
 
 
 def pack(q: Array) -> Array:

@@ -7,7 +7,8 @@
     int4         4 bits, of the layers' matrices   float32        MatMulNBits
 
 What adapters bring is never rounded: of a merged model it is the merged weights that are. With int4, embeddings, norms,
-biases and heads stay float32; a matrix that a graph needs as such (DoRA's norm, a backward pass) is dequantised there.
+biases and heads stay float32 (but for `head`); a matrix that a graph needs as such (DoRA's norm, a backward pass) is
+dequantised there, and rows that are looked up are dequantised when they are found.
 
 A checkpoint whose files are linked keeps the dtypes that it has, and the graph casts; int4 writes its matrices anew.
 """
@@ -53,17 +54,20 @@ class Precision:
 
 
 def precision(dtype: str, options: Mapping[str, Any] | None = None) -> Precision:
-    """`options` of int4: size, zero_points, accuracy_level."""
+    """`options` of int4: size, zero_points, accuracy_level, head."""
     if dtype == "int4":
         return Precision(dtype, Blocks(**options or {}))
     if options:
-        raise ValueError(f"block_size, zero_points and accuracy_level are of int4, and the dtype is {dtype}")
+        raise ValueError(f"block_size, zero_points, accuracy_level and head are of int4, and the dtype is {dtype}")
     return Precision(dtype)
 
 
-def matrices(sites: Mapping[str, Site]) -> dict[str, str]:
-    """What is stored in blocks: the matrices of linear layers, and the kind of each. Not heads nor embeddings."""
-    return {s.weight: s.kind for role, s in sites.items() if "layers." in role and s.kind in LINEAR}
+def matrices(sites: Mapping[str, Site], blocks: Blocks | None) -> dict[str, str]:
+    """What is stored in blocks: the matrices of linear layers, and the kind of each; the head only if that is asked."""
+    if blocks is None:
+        return {}
+    chosen = {role: s for role, s in sites.items() if "layers." in role or (blocks.head and role == "head.out")}
+    return {s.weight: s.kind for s in chosen.values() if s.kind in LINEAR}
 
 
 def encoded(p: Precision, blocked: Mapping[str, str], tensor: Tensor) -> Iterator[Tensor]:
@@ -98,7 +102,7 @@ def as_stored(p: Precision, model: Model) -> Model:
     """The model that the stored weights make; each is rounded when it is asked for."""
     if p.exact:
         return model
-    blocked = matrices(model.sites)
+    blocked = matrices(model.sites, p.blocks)
     return replace(model, params=Seen(model.params, lambda name, a: rounded(p, blocked, name, a)))
 
 

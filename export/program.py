@@ -93,7 +93,7 @@ def export(
     `report` is told each step. `decode`: a graph with keys and values as inputs and outputs, to write token by token;
     `last_logits`: with the logits of the last position only. `options`: of the form, if it has any. `link`: what no
     adapter changes stays in the files of `source`, which are linked into the folder. `blocks`: of the dtype int4, its
-    size, zero_points and accuracy_level. `graph`: portable, or fast, which is rewritten for speed on CPUs
+    size, zero_points, accuracy_level and head. `graph`: portable, or fast, which is rewritten for speed on CPUs
     (`refpeft.export.fast`).
     """
     chosen(form, FORMS, "form")
@@ -170,7 +170,7 @@ def checked(form: Form, subject: Subject) -> None:
 def traced(form: str, subject: Subject, graph: Graph, data: Path | None, frozen: Path | None) -> Made:
     """The specification run on symbols. What has no form in ONNX is refused."""
     p = subject.precision
-    blocked = matrices(subject.model.sites) if p.blocks else {}
+    blocked = matrices(subject.model.sites, p.blocks)
 
     def store(tensors: Iterable[Tensor]) -> dict[str, TensorProto]:
         return weights.store(chain.from_iterable(encoded(p, blocked, t) for t in tensors), data, frozen)

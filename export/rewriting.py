@@ -6,8 +6,9 @@
 The rest of the graph is the same, node for node.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from onnx import ModelProto, TensorProto, helper
@@ -56,9 +57,11 @@ def weight(graph: Graph, x: Node, new: New, weights: Stored) -> Symbol | None:
 
 
 def looked_up(graph: Graph, x: Node, new: New, weights: Stored) -> Symbol | None:
-    """Rows of a table that is stored in another dtype: cast when they are found."""
+    """Rows of a table that is stored in another dtype, or in blocks: cast, or dequantised, when they are found."""
     if x.op != "Gather" or x.args[0] is None or x.args[1] is None:
         return None
+    if not x.args[0].op and x.args[0].name + Q in weights.tensors:
+        return rows(graph, x.args[0], new[x.args[1]], weights)
     table = kept(graph, x.args[0], weights)
     if table is None:
         return None
@@ -70,7 +73,13 @@ def kept(graph: Graph, x: Node, weights: Stored) -> Symbol | None:
     if x.op or x.name not in weights.tensors:
         return None
     dtype = helper.tensor_dtype_to_np_dtype(weights.tensors[x.name].data_type)
-    return None if dtype == x.dtype else graph.input(x.name, dtype, x.shape)
+    return None if dtype == x.dtype else once(graph, x.name, dtype, x.shape)
+
+
+def once(graph: Graph, name: str, dtype: np.dtype[Any], shape: Sequence[Any]) -> Symbol:
+    """A weight as it is stored: the same node wherever it is read."""
+    there = graph.made.get(name)
+    return Symbol(graph, there) if there is not None and there.dtype == dtype else graph.input(name, dtype, shape)
 
 
 # ── blocks of 4 bits ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -81,7 +90,7 @@ def parts(graph: Graph, name: str, weights: Stored) -> tuple[Symbol, Symbol, Sym
 
     def part(end: str) -> Symbol | None:
         t = weights.tensors.get(name + end)
-        return None if t is None else graph.input(t.name, helper.tensor_dtype_to_np_dtype(t.data_type), tuple(t.dims))
+        return None if t is None else once(graph, t.name, helper.tensor_dtype_to_np_dtype(t.data_type), tuple(t.dims))
 
     q, s, z = map(part, (Q, S, Z))
     assert q is not None
@@ -131,6 +140,20 @@ def dequantised(graph: Graph, x: Node, weights: Stored) -> Symbol:
     middle = graph.constant(int4.MIDDLE, U8) if z is None else halves(z)[:, : s.shape[1], None]
     W: Symbol = int4.scaled(halves(q), middle, s)[:, : x.shape[0 if conv else 1]]
     return W.T if conv else W
+
+
+def rows(graph: Graph, table: Node, ids: Symbol, weights: Stored) -> Symbol:
+    """W[ids]"""
+    q, s, z = (
+        None if t is None else graph.emit("Gather", (t, ids), t.dtype, (*ids.shape, *t.shape[1:]), axis=0)
+        for t in parts(graph, table.name, weights)
+    )
+    assert q is not None
+    assert s is not None
+    every = (slice(None),) * ids.ndim
+    middle = graph.constant(int4.MIDDLE, U8) if z is None else halves(z)[(*every, slice(s.shape[-1]), None)]
+    found: Symbol = int4.scaled(halves(q), middle, s)[(*every, slice(table.shape[-1]))]
+    return found
 
 
 def halves(packed: Symbol) -> Symbol:

@@ -27,7 +27,7 @@ DATA = "model.onnx.data"
 
 def size(model: Model, p: Precision) -> int:
     """Bytes, about: adapters are small."""
-    blocked = {} if p.blocks is None else matrices(model.sites)
+    blocked = matrices(model.sites, p.blocks)
     share = 0.0 if p.blocks is None else 0.5 + F32.itemsize / p.blocks.size
     return int(sum(a.size * (share if name in blocked else p.dtype.itemsize) for name, a in model.params.items()))
 

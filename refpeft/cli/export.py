@@ -47,6 +47,9 @@ def export(
     zero_points: Annotated[
         bool, typer.Option("--zero-points", help="Of int4: blocks have a zero point too, of 4 bits.")
     ] = False,
+    int4_head: Annotated[
+        bool, typer.Option("--int4-head", help="Of int4: a language model's head too, and the embedding if it is tied.")
+    ] = False,
     accuracy_level: Annotated[
         int | None,
         typer.Option(
@@ -140,7 +143,7 @@ def export(
         options = given(optimizer, set_ or [])
         result = export_model(
             model, adapter or [], out, form, dtype, external_data, verify, decode, last_logits, options,
-            linked(weights), blocks(block_size, zero_points, accuracy_level), graph,
+            linked(weights), blocks(block_size, zero_points, accuracy_level, int4_head), graph,
         )  # fmt: skip
         show(result, Console())
         content = result.as_json()
@@ -170,9 +173,9 @@ def linked(weights: str) -> bool:
     return weights == "link"
 
 
-def blocks(size: int | None, zero_points: bool, accuracy_level: int | None) -> dict[str, Any]:
+def blocks(size: int | None, zero_points: bool, accuracy_level: int | None, head: bool) -> dict[str, Any]:
     """What was said of int4."""
-    found = {"size": size, "zero_points": zero_points or None, "accuracy_level": accuracy_level}
+    found = {"size": size, "zero_points": zero_points or None, "accuracy_level": accuracy_level, "head": head or None}
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -297,3 +297,30 @@ def test_adapters_stay_float32(tmp_path: Path) -> None:
         assert ratio(export(model, adapter, tmp_path / dtype, "inputs", dtype)) <= LIMIT
         tensors = files.read(tmp_path / dtype / "adapter.onnx_adapter")
         assert {a.dtype for a in tensors.values()} == {np.dtype(F32)}
+
+
+@pytest.mark.ort
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5", "bart"])
+@pytest.mark.parametrize("form", ["merged", "inputs"])
+def test_a_head_in_blocks_with_the_embedding_that_is_tied_to_it(family: str, form: str, tmp_path: Path) -> None:
+    """Rows that are looked up are those of the rounded table, in one graph and in two."""
+    architecture = {"gpt2": "LMHeadModel", "llama": "ForCausalLM"}.get(family, "ForConditionalGeneration")
+    model = tiny(family, architecture, dtype=np.float32)
+    adapter = lora(model)
+    result = export(model, adapter, tmp_path / "out", form, "int4", decode=True, blocks={"head": True})
+    assert max(case["ratio"] for case in result.cases) < LIMIT
+    graph = onnx.load(tmp_path / "out" / ("decoder_model_merged.onnx" if family in ("t5", "bart") else "model.onnx"),
+                      load_external_data=False).graph  # fmt: skip
+    head = model.sites["head.out"].weight
+    names = {t.name for t in graph.initializer}
+    assert head + ".q4" in names
+    assert head not in names
+
+
+@pytest.mark.ort
+@pytest.mark.parametrize("family", ["t5", "bart"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int4"])
+def test_two_graphs_over_weights_of_fewer_bits(family: str, dtype: str, tmp_path: Path) -> None:
+    model = tiny(family, "ForConditionalGeneration", dtype=np.float32)
+    result = export(model, None, tmp_path / "out", "merged", dtype, decode=True)
+    assert 0 < max(case["ratio"] for case in result.cases) < LIMIT
