@@ -3,6 +3,7 @@
     LoConModule      lora, rslora, dora    `lora_down` is A, `lora_up` is B, `dora_scale` [o, 1] is m; `rs_lora`: α/√r
     LohaModule       loha                  named as in HF peft
     LokrModule       lokr                  named as in HF peft; s = 1 where both factors are full: `scale_full` off
+    IA3Module        ia3                   `weight` is l − 1, no matrix; `train_on_input`: what the layer takes is scaled
     DiagOFTModule    oft                   turns outputs, `side="output"`; Q = B − Bᵀ of full matrices B, whose upper
                                            triangle is u, the rest zero; exact; blocks no larger than they are many
 
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 from lycoris.functional import factorization  # type: ignore[import-not-found, unused-ignore]
 from lycoris.modules.diag_oft import DiagOFTModule  # type: ignore[import-not-found, unused-ignore]
+from lycoris.modules.ia3 import IA3Module  # type: ignore[import-not-found, unused-ignore]
 from lycoris.modules.locon import LoConModule  # type: ignore[import-not-found, unused-ignore]
 from lycoris.modules.loha import LohaModule  # type: ignore[import-not-found, unused-ignore]
 from lycoris.modules.lokr import LokrModule  # type: ignore[import-not-found, unused-ignore]
@@ -49,6 +51,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "lokr": {"scale_full": False},
     "oft": {"side": "output", "use_cayley_neumann": False, "block_share": False},
 }
+FIELDS = ("alpha", "decompose_both", "feedforward_modules", "oft_block_size", *OPTIONS["lokr"], *OPTIONS["oft"])
 SUMS = ("lora", "rslora", "loha", "lokr")
 Places = dict[str, Place]
 
@@ -130,6 +133,15 @@ def lokr(case: Case, layer: Any, **more: Any) -> Made:
     return made, named(case)
 
 
+def ia3(case: Case, layer: Any, **more: Any) -> Made:
+    takes = METHODS["ia3"].Config(**case.meta["config"]).at("layer").takes
+
+    def places(m: Any) -> Places:
+        return {"l": Place(m.weight, lambda l: l.reshape(-1) - 1, lambda w: w[None] if takes else w[:, None])}  # noqa: E741
+
+    return IA3Module("layer", layer, train_on_input=takes, **more), places
+
+
 def named(case: Case) -> Callable[[Any], Places]:
     """Parameters that have HF peft's names."""
     keys = METHODS[case.method].KEYS
@@ -157,14 +169,14 @@ def diag_oft(case: Case, layer: Any, **more: Any) -> Made:
 
 
 MAKERS: Mapping[str, Callable[..., Made]] = {
-    **dict.fromkeys(("lora", "rslora", "dora"), locon), "loha": loha, "lokr": lokr, "oft": diag_oft,
+    **dict.fromkeys(("lora", "rslora", "dora"), locon), "loha": loha, "lokr": lokr, "ia3": ia3, "oft": diag_oft,
 }  # fmt: skip
 
 
 def loaded() -> Layers:
     quietly("LyCORIS")
     return Layers(
-        Adapted, name="lycoris", version=version("lycoris-lora"), methods=list(MAKERS),
+        Adapted, FIELDS, name="lycoris", version=version("lycoris-lora"), methods=list(MAKERS),
         features=["forward", "grads", "init", "change", "merge", "unmerge", "disable"],
         options=OPTIONS, settings=SETTINGS, versions={"torch": torch.__version__},
     )  # fmt: skip
