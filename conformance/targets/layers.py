@@ -157,8 +157,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor of the case lies in the library: its parameter, and how to get there and back."""
+    """Where a tensor of the case lies in the library: its parameter, and how to get there and back; `less` is what the
+    library's values are less than those of the case, which is no matter to gradients."""
 
     param: Any
     there: Reshape = same
     back: Reshape = same
+    less: Any = 0.0
