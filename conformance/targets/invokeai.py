@@ -1,8 +1,10 @@
-"""InvokeAI's patch layers: LoRA and DoRA as differences that are added to the weights of a layer.
+"""InvokeAI's patch layers: LoRA, DoRA, LoHa, LoKr and (IA)³ as differences that are added to the weights of a layer.
 
 A patch is made from the tensors of a file, by LyCORIS's names: `lora_down.weight` is A, `lora_up.weight` B, `alpha` α,
 and s = α/r; without `alpha` s = 1. DoRA's m is `dora_magnitude`, one for each row of W, as in HF peft (`dora_scale`
-would be one for each column, as in LyCORIS, another function). Patched is merged: W + ΔW, and the layer runs on that.
+would be one for each column, as in LyCORIS, another function). LoHa and LoKr have HF peft's names; s = 1 where both of
+LoKr's factors are full. (IA)³'s `weight` is l − 1, and `on_input` says that it is of what the layer takes. Patched is
+merged: W + ΔW, and the layer runs on that.
 
 The package asks for much that these layers do not use, so it is installed alone, and they are imported without what the
 packages around them import; the one module that is replaced is that which writes its log.
@@ -82,7 +84,7 @@ def named(case: Case, asked: Arrays) -> dict[str, Any]:
 
 
 def product(case: Case, asked: Arrays) -> dict[str, Any]:
-    """LoHa and LoKr, whose names are HF peft's; α is the rank where LoKr has none, as LyCORIS writes it."""
+    """LoHa and LoKr, whose names are HF peft's, with α."""
     keys = METHODS[case.method].KEYS
     values = {str(keys[n][0]): tensor(np.ascontiguousarray(a)) for n, a in asked.items()}
     return {**values, "alpha": number(case.meta["config"]["alpha"])}

@@ -25,7 +25,7 @@ from refpeft.conformance.targets.spec import Spec
 FINDINGS = Path(__file__).parents[2] / "docs" / "findings"
 DECLARES = {  # methods, and the property that shows how much of the layer level there is
     "loralib": ({"lora"}, "unmerge"),
-    "lycoris": ({"lora", "rslora", "dora", "loha", "lokr", "oft"}, "unmerge"),
+    "lycoris": ({"lora", "rslora", "dora", "loha", "lokr", "oft", "ia3"}, "unmerge"),
     "litgpt": ({"lora"}, "merge"),
     "torchtune": ({"lora", "dora"}, "disable"),
     "mlx": ({"lora", "rslora", "dora"}, "merge"),
@@ -33,7 +33,7 @@ DECLARES = {  # methods, and the property that shows how much of the layer level
     "axolotl": ({"lora", "rslora", "dora"}, "sensitive"),
     "flax": ({"lora"}, "param-grads"),
     "bitsandbytes": ({"lora", "rslora"}, "nf4-merged"),
-    "invokeai": ({"lora", "dora"}, "merge"),
+    "invokeai": ({"lora", "dora", "loha", "lokr", "ia3"}, "merge"),
 }
 WITHOUT_GRADIENTS = ("invokeai",)
 EACH = pytest.mark.parametrize("name", [pytest.param(name, marks=getattr(pytest.mark, name)) for name in DECLARES])
