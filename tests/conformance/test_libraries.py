@@ -59,6 +59,24 @@ def test_a_library_differs_only_where_it_is_known_to(name: str, tmp_path: Path) 
     assert sum(r["status"] == "pass" for r in found) > len(found) / 3
 
 
+@pytest.mark.lycoris
+def test_lycoris_on_whole_models_differs_only_where_it_is_known_to(tmp_path: Path) -> None:
+    asked = ["merge", "param-grads", "switch", "save-load", "saved-keys"]
+    rows = list(
+        engine.check(
+            target("lycoris"), ["lora", "loha", "ln_tuning"], ["model", "lifecycle"], asked, folder=tmp_path, examples=1
+        )
+    )
+    found = {(r["method"], r["property"]): r["status"] for r in rows if r["type"] == "result"}
+    if set(found.values()) == {"undeclared"}:
+        pytest.skip("whole models need transformers beside LyCORIS: refpeft targets --install lycoris")
+    assert set(found.values()) == {"pass", "known"}
+    assert found["loha", "merge"] == "known"
+    assert {("lora", "merge"), ("lora", "saved-keys"), ("ln_tuning", "param-grads")} <= {
+        place for place, status in found.items() if status == "pass"
+    }
+
+
 @EACH
 def test_a_wrong_number_in_an_adapter_is_noticed(name: str) -> None:
     there, forward = engine.opened(target(name)), next(p for p in PROPERTIES if p.name == "forward")
