@@ -1,8 +1,10 @@
-"""InvokeAI's patch layers: LoRA and DoRA as differences that are added to the weights of a layer.
+"""InvokeAI's patch layers: LoRA, DoRA, LoHa, LoKr and (IA)³ as differences that are added to the weights of a layer.
 
 A patch is made from the tensors of a file, by LyCORIS's names: `lora_down.weight` is A, `lora_up.weight` B, `alpha` α,
 and s = α/r; without `alpha` s = 1. DoRA's m is `dora_magnitude`, one for each row of W, as in HF peft (`dora_scale`
-would be one for each column, as in LyCORIS, another function). Patched is merged: W + ΔW, and the layer runs on that.
+would be one for each column, as in LyCORIS, another function). LoHa and LoKr have HF peft's names; s = 1 where both of
+LoKr's factors are full. (IA)³'s `weight` is l − 1, and `on_input` says that it is of what the layer takes. Patched is
+merged: W + ΔW, and the layer runs on that.
 
 The package asks for much that these layers do not use, so it is installed alone, and they are imported without what the
 packages around them import; the one module that is replaced is that which writes its log.
@@ -12,6 +14,7 @@ import importlib
 import logging
 import sys
 import types
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from refpeft.conformance.case import Case
 from refpeft.conformance.targets.base import Arrays
 from refpeft.conformance.targets.layers import Layer, Layers
 from refpeft.conformance.targets.tensors import array, quietly, tensor
+from refpeft.methods import METHODS
 from refpeft.ops import Array
 
 BARE = (  # packages whose own import is passed over
@@ -31,6 +35,8 @@ BARE = (  # packages whose own import is passed over
     "model_manager.load.model_cache.torch_module_autocast",
 )  # fmt: skip
 NAMES = {"A": "lora_down.weight", "B": "lora_up.weight", "m": "dora_magnitude"}
+OPTIONS: Mapping[str, Mapping[str, Any]] = {"lokr": {"scale_full": False}}
+FIELDS = ("alpha", "decompose_both", "feedforward_modules", *OPTIONS["lokr"])
 
 
 def patches() -> Any:
@@ -50,9 +56,7 @@ LAYERS = patches()
 class Adapted(Layer):
     def __init__(self, case: Case) -> None:
         super().__init__(case)
-        values = {NAMES[n]: tensor(np.ascontiguousarray(a)) for n, a in self.asked.items()}
-        values["alpha"] = torch.tensor(float(self.config["lora_alpha"]), dtype=torch.float64)
-        self.patch = LAYERS.any_lora_layer_from_state_dict(values)
+        self.patch = LAYERS.any_lora_layer_from_state_dict(MAKERS.get(case.method, named)(case, self.asked))
         own = {"weight": case.arrays["W"], "bias": case.arrays.get("b")}
         self.base = {n: tensor(a) for n, a in own.items() if a is not None}
         self.patched: dict[str, Any] = {}
@@ -70,9 +74,37 @@ class Adapted(Layer):
         return {"Wb"[n == "bias"]: array(p) for n, p in self.patched.items()}
 
 
+# ── the tensors of its files ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def named(case: Case, asked: Arrays) -> dict[str, Any]:
+    """LoRA and DoRA, with α."""
+    values = {NAMES[n]: tensor(np.ascontiguousarray(a)) for n, a in asked.items()}
+    return {**values, "alpha": number(case.meta["config"]["lora_alpha"])}
+
+
+def product(case: Case, asked: Arrays) -> dict[str, Any]:
+    """LoHa and LoKr, whose names are HF peft's, with α."""
+    keys = METHODS[case.method].KEYS
+    values = {str(keys[n][0]): tensor(np.ascontiguousarray(a)) for n, a in asked.items()}
+    return {**values, "alpha": number(case.meta["config"]["alpha"])}
+
+
+def ia3(case: Case, asked: Arrays) -> dict[str, Any]:
+    takes = METHODS["ia3"].Config(**case.meta["config"]).at("layer").takes
+    return {"weight": tensor(asked["l"].reshape(-1) - 1), "on_input": torch.tensor(int(takes))}
+
+
+def number(α: float) -> Any:
+    return torch.tensor(float(α), dtype=torch.float64)
+
+
+MAKERS: Mapping[str, Callable[[Case, Arrays], dict[str, Any]]] = {"loha": product, "lokr": product, "ia3": ia3}
+
+
 def loaded() -> Layers:
     quietly()
     return Layers(
-        Adapted, name="invokeai", version=version("invokeai"), methods=["lora", "dora"],
-        features=["forward", "merge"], versions={"torch": torch.__version__},
+        Adapted, FIELDS, name="invokeai", version=version("invokeai"), methods=["lora", "dora", *MAKERS],
+        features=["forward", "merge"], options=OPTIONS, versions={"torch": torch.__version__},
     )  # fmt: skip

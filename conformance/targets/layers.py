@@ -4,7 +4,7 @@ For those in torch there is more in `torch_layers`. What cannot be asked is a `S
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,10 +35,11 @@ def transposed(a: Array) -> Array:
 
 
 class Layers:
-    """The target: what it declares, and a class of `Layer` that is made for each case."""
+    """The target: what it declares, and a class of `Layer` that is made for each case. `fields`: of the configs of its
+    methods, what its driver reads beside those that are `HONOURED` everywhere, or answers for."""
 
-    def __init__(self, layer: Callable[[Case], "Layer"], **declared: Any) -> None:
-        self.layer = layer
+    def __init__(self, layer: Callable[[Case], "Layer"], fields: Collection[str] = (), **declared: Any) -> None:
+        self.layer, self.fields = layer, {*HONOURED, *fields}
         self.declared = {"levels": ["layer"], "dtypes": ["float32", "float64"], **declared}
 
     def info(self) -> Info:
@@ -53,7 +54,7 @@ class Layers:
     def honour(self, config: Mapping[str, Any]) -> None:
         """A library is given what it is declared to have; of the rest it is better to say that it has not."""
         for name in config:
-            if name not in HONOURED and NEEDS.get(name) not in self.declared["features"]:
+            if name not in self.fields and NEEDS.get(name) not in self.declared["features"]:
                 raise Skip(f"there is no field {name!r} here")
 
     def close(self) -> None:
@@ -156,8 +157,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor of the case lies in the library: its parameter, and how to get there and back."""
+    """Where a tensor of the case lies in the library: its parameter, and how to get there and back; `less` is what the
+    library's values are less than those of the case, which is no matter to gradients."""
 
     param: Any
     there: Reshape = same
     back: Reshape = same
+    less: Any = 0.0

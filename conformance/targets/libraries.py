@@ -63,7 +63,12 @@ LIBRARIES: Mapping[str, Library] = {
     "loralib": Library(
         "Microsoft's loralib, layers", "loralib", ("loralib==0.1.2", "torch>=2.0"), HERE + "loralib:loaded"
     ),
-    "lycoris": Library("LyCORIS, layers", "lycoris", ("lycoris-lora==4.1.3", "torch>=2.0"), HERE + "lycoris:loaded"),
+    "lycoris": Library(
+        "LyCORIS, layers and models",
+        "lycoris",
+        ("lycoris-lora==4.1.3", "torch>=2.6", "transformers>=5"),
+        HERE + "lycoris:loaded",
+    ),
     "litgpt": Library("Lightning's litgpt, layers", "litgpt", ("litgpt==0.5.13",), HERE + "litgpt:loaded"),
     "torchtune": Library(
         "Meta's torchtune, layers",

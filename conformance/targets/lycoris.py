@@ -3,35 +3,40 @@
     LoConModule      lora, rslora, dora    `lora_down` is A, `lora_up` is B, `dora_scale` [o, 1] is m; `rs_lora`: α/√r
     LohaModule       loha                  named as in HF peft
     LokrModule       lokr                  named as in HF peft; s = 1 where both factors are full: `scale_full` off
+    IA3Module        ia3                   `weight` is l − 1, no matrix; `train_on_input`: of what the layer takes
     DiagOFTModule    oft                   turns outputs, `side="output"`; Q = B − Bᵀ of full matrices B, whose upper
                                            triangle is u, the rest zero; exact; blocks no larger than they are many
 
-α = 0 means α = r. DoRA (`weight_decompose`, per output: `wd_on_out`) differentiates the norm: our `detach_norm` off. A
-module is made float32 and converted. It is put over a layer by `apply_to` and taken off by `restore`; a
-multiplier scales ΔW.
-What LyCORIS leaves open, and should make no difference, are settings here:
+α = 0 means α = r. A module has a `multiplier` m besides: ΔW is m of what it would be. With α/m and m it is what
+it is with α, where there is an α. DoRA (`weight_decompose`, per output: `wd_on_out`) differentiates the norm: our
+`detach_norm` off. A module is made float32 and converted. It is put over a layer by `apply_to` and taken off by
+`restore`. What LyCORIS leaves open, and should make no difference, are settings here:
 
-    bypass   run the adapter beside the layer, or rebuild ΔW
-    merge    by merge_to(1) and merge_to(−1), the same with `precise`, or by onfly_merge() and onfly_restore()
-    off      restore(), or a multiplier of 0
+    bypass      run the adapter beside the layer, or rebuild ΔW
+    merge       by merge_to(m) and merge_to(−m), the same with `precise`, or by onfly_merge(m) and onfly_restore()
+    off         restore(), or a multiplier of 0
+    multiplier  m
 
 There are no embeddings, no Conv1D and no bias of B; that a base is frozen is the user's concern.
+Whole models are in `lycoris_models`, where transformers is there too.
 """
 
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
 from lycoris.functional import factorization  # type: ignore[import-not-found, unused-ignore]
 from lycoris.modules.diag_oft import DiagOFTModule  # type: ignore[import-not-found, unused-ignore]
+from lycoris.modules.ia3 import IA3Module  # type: ignore[import-not-found, unused-ignore]
 from lycoris.modules.locon import LoConModule  # type: ignore[import-not-found, unused-ignore]
 from lycoris.modules.loha import LohaModule  # type: ignore[import-not-found, unused-ignore]
 from lycoris.modules.lokr import LokrModule  # type: ignore[import-not-found, unused-ignore]
 
 from refpeft.conformance.case import Case
-from refpeft.conformance.targets.base import Skip
+from refpeft.conformance.targets.base import Skip, Target
 from refpeft.conformance.targets.layers import Layers, Place
 from refpeft.conformance.targets.tensors import quietly
 from refpeft.conformance.targets.torch_layers import TorchLayer
@@ -43,14 +48,43 @@ SETTINGS = {
     "bypass": [False, True],
     "merge": ["merge_to", "precise", "onfly"],
     "off": ["restore", "multiplier"],
+    "multiplier": [1.0, 0.5],
 }
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "dora": {"detach_norm": False},
     "lokr": {"scale_full": False},
     "oft": {"side": "output", "use_cayley_neumann": False, "block_share": False},
 }
+FIELDS = (
+    "alpha", "decompose_both", "decompose_factor", "feedforward_modules", "oft_block_size", *OPTIONS["lokr"],
+    *OPTIONS["oft"], "num_cayley_neumann_terms",  # of which an exact transform has none
+)  # fmt: skip
 SUMS = ("lora", "rslora", "loha", "lokr")
 Places = dict[str, Place]
+
+
+class Settings:
+    """The config of a case, and m."""
+
+    def __init__(self, case: Case, config: Mapping[str, Any] | None = None) -> None:
+        self.case = case
+        self.config = case.meta["config"] if config is None else config
+        self.m: float = case.meta["settings"].get("multiplier", 1.0) if case.method in SUMS else 1.0
+
+    def __getitem__(self, name: str) -> Any:
+        return self.config[name]
+
+    def get(self, name: str, default: Any = False) -> Any:
+        return self.config.get(name, default)
+
+    @property
+    def alpha(self) -> float:
+        """α/m"""
+        return float(self["lora_alpha" if "lora_alpha" in self.config else "alpha"]) / self.m
+
+    def multiplier(self, module: Any) -> float:
+        """m, but 1 where α is not looked at."""
+        return 1.0 if getattr(module, "use_w1", False) and getattr(module, "use_w2", False) else self.m
 
 
 class Adapted(TorchLayer):
@@ -63,16 +97,18 @@ class Adapted(TorchLayer):
         self.module = torch.nn.Linear(W.shape[1], W.shape[0], bias=b is not None, dtype=dtype)
         self.base = {"W": Place(self.module.weight), **({} if b is None else {"b": Place(self.module.bias)})}
         self.fill(self.base, self.case.arrays)  # whose norms m begins with
-        self.lycoris, places = MAKERS[self.case.method](self.case, self.module, bypass_mode=self.settings["bypass"])
+        how = Settings(self.case)
+        self.lycoris = MAKERS[self.case.method](how, self.module, bypass_mode=self.settings["bypass"])
+        self.lycoris.multiplier = self.multiplier = how.multiplier(self.lycoris)
         self.lycoris.to(dtype).apply_to()
-        self.places = places(self.lycoris)
+        self.places = places(self.case.method, self.lycoris)
 
     def merge(self) -> None:
         self.lycoris.restore()
         if self.settings["merge"] == "onfly":
-            self.lycoris.onfly_merge()
+            self.lycoris.onfly_merge(self.multiplier)
         else:
-            self.lycoris.merge_to(1.0, precise=self.settings["merge"] == "precise")
+            self.lycoris.merge_to(self.multiplier, precise=self.settings["merge"] == "precise")
 
     def unmerge(self) -> None:
         if self.settings["merge"] == "onfly":
@@ -80,7 +116,7 @@ class Adapted(TorchLayer):
         elif self.case.method not in SUMS:
             raise Skip(f"merge_to(-1) is the inverse of a sum, which {self.case.method} is not")
         else:
-            self.lycoris.merge_to(-1.0, precise=self.settings["merge"] == "precise")
+            self.lycoris.merge_to(-self.multiplier, precise=self.settings["merge"] == "precise")
         self.lycoris.apply_to()
 
     def disable(self) -> None:
@@ -93,78 +129,102 @@ class Adapted(TorchLayer):
         if self.settings["off"] == "restore":
             self.lycoris.apply_to()
         else:
-            self.lycoris.multiplier = 1.0
+            self.lycoris.multiplier = self.multiplier
 
 
 # ── its modules: how each is made, and where its parameters are ──────────────────────────────────────────────────────
 
 
-Made = tuple[Any, Callable[[Any], Places]]
-
-
-def locon(case: Case, layer: Any, **more: Any) -> Made:
-    how = case.meta["config"]
-    made = LoConModule(
-        "layer", layer, lora_dim=how["r"], alpha=how["lora_alpha"], rs_lora=how.get("use_rslora", False),
-        weight_decompose=how.get("use_dora", False), **more,
+def locon(how: Settings, layer: Any, **more: Any) -> Any:
+    return LoConModule(
+        "layer", layer, lora_dim=how["r"], alpha=how.alpha, rs_lora=how.get("use_rslora"),
+        weight_decompose=how.get("use_dora"), **more,
     )  # fmt: skip
 
-    def places(m: Any) -> Places:
-        found = {"A": Place(m.lora_down.weight), "B": Place(m.lora_up.weight)}
-        if how.get("use_dora"):
-            found["m"] = Place(m.dora_scale, lambda a: a[:, None], lambda a: a[:, 0])
-        return found
 
-    return made, places
+def loha(how: Settings, layer: Any, **more: Any) -> Any:
+    return LohaModule("layer", layer, lora_dim=how["r"], alpha=how.alpha, **more)
 
 
-def loha(case: Case, layer: Any, **more: Any) -> Made:
-    how = case.meta["config"]
-    return LohaModule("layer", layer, lora_dim=how["r"], alpha=how["alpha"], **more), named(case)
+def lokr(how: Settings, layer: Any, **more: Any) -> Any:
+    both, factor = how.get("decompose_both"), how.get("decompose_factor", -1)
+    return LokrModule("layer", layer, lora_dim=how["r"], alpha=how.alpha, decompose_both=both, factor=factor, **more)
 
 
-def lokr(case: Case, layer: Any, **more: Any) -> Made:
-    how = case.meta["config"]
-    both, factor = how.get("decompose_both", False), how.get("decompose_factor", -1)
-    made = LokrModule("layer", layer, lora_dim=how["r"], alpha=how["alpha"], decompose_both=both, factor=factor, **more)
-    return made, named(case)
+def ia3(how: Settings, layer: Any, **more: Any) -> Any:
+    takes = METHODS["ia3"].Config(**how.config).at("layer").takes
+    return IA3Module("layer", layer, train_on_input=takes, **more)
 
 
-def named(case: Case) -> Callable[[Any], Places]:
-    """Parameters that have HF peft's names."""
-    keys = METHODS[case.method].KEYS
-    return lambda m: {n: Place(getattr(m, str(keys[n][0]))) for n in case.meta["params"]}
+def diag_oft(how: Settings, layer: Any, **more: Any) -> Any:
+    return DiagOFTModule("layer", layer, lora_dim=blocks(len(how.case.arrays["u"]), layer), **more)
 
 
-def diag_oft(case: Case, layer: Any, **more: Any) -> Made:
-    """Blocks [n, p, p] with p ≤ n, of which one of two numbers is asked for."""
-    n, o = len(case.arrays["u"]), layer.out_features
+def blocks(n: int, layer: Any) -> int:
+    """What to ask for, to get n blocks [p, p]: of p ≤ n one is asked for."""
+    o = layer.out_features
     p = o // n
     factor = next((f for f in range(1, o + 1) if factorization(o, f) == (p, n)), None)
     if factor is None:
         raise Skip(f"there are no {n} blocks of size {p}: blocks are not larger than they are many")
     if layer.weight.dtype == torch.float64:
         raise Skip("a matrix is inverted in float32, and multiplied with one in float64, which torch refuses")
-    i, j = np.triu_indices(p, 1)
+    return factor
+
+
+MAKERS: Mapping[str, Callable[..., Any]] = {
+    **dict.fromkeys(("lora", "rslora", "dora"), locon), "loha": loha, "lokr": lokr, "ia3": ia3, "oft": diag_oft,
+}  # fmt: skip
+
+
+# ── where their parameters are ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def places(method: str, m: Any) -> Places:
+    return PLACES.get(method, products)(m)
+
+
+def products(m: Any) -> Places:
+    """LoHa's and LoKr's, which have HF peft's names."""
+    keys = {str(pair[0]): n for method in ("loha", "lokr") for n, pair in METHODS[method].KEYS.items()}
+    return {keys[name]: Place(p) for name, p in m.named_parameters()}
+
+
+def of_locon(m: Any) -> Places:
+    found = {"A": Place(m.lora_down.weight), "B": Place(m.lora_up.weight)}
+    scaled = {"m": Place(m.dora_scale, lambda a: a[:, None], lambda a: a[:, 0])} if hasattr(m, "dora_scale") else {}
+    return found | scaled
+
+
+def of_ia3(m: Any) -> Places:
+    takes = m.train_input
+    return {"l": Place(m.weight, lambda l: l.reshape(-1) - 1, lambda w: w[None] if takes else w[:, None], 1)}  # noqa: E741
+
+
+def of_oft(m: Any) -> Places:
+    i, j = np.triu_indices(m.oft_blocks.shape[-1], 1)
 
     def there(u: Array) -> Array:
         Q: Array = np.triu(skew(u)[0])
         return Q
 
-    return DiagOFTModule("layer", layer, lora_dim=factor, **more), lambda m: {
-        "u": Place(m.oft_blocks, there, lambda B: B[:, i, j])
-    }
+    return {"u": Place(m.oft_blocks, there, lambda B: B[:, i, j])}
 
 
-MAKERS: Mapping[str, Callable[..., Made]] = {
-    **dict.fromkeys(("lora", "rslora", "dora"), locon), "loha": loha, "lokr": lokr, "oft": diag_oft,
+PLACES: Mapping[str, Callable[[Any], Places]] = {
+    **dict.fromkeys(("lora", "rslora", "dora"), of_locon), "ia3": of_ia3, "oft": of_oft,
 }  # fmt: skip
 
 
-def loaded() -> Layers:
+def loaded() -> Target:
     quietly("LyCORIS")
-    return Layers(
-        Adapted, name="lycoris", version=version("lycoris-lora"), methods=list(MAKERS),
+    layers = Layers(
+        Adapted, FIELDS, name="lycoris", version=version("lycoris-lora"), methods=list(MAKERS),
         features=["forward", "grads", "init", "change", "merge", "unmerge", "disable"],
         options=OPTIONS, settings=SETTINGS, versions={"torch": torch.__version__},
     )  # fmt: skip
+    if find_spec("transformers") is None:
+        return layers
+    from refpeft.conformance.targets.lycoris_models import Lycoris
+
+    return Lycoris(layers)

@@ -22,7 +22,8 @@ their letters, with no dot needed), and a string is a regular expression for the
 Where implementations differ:
     * AdapterHub scales what the first matrix of the feed-forward network gives, before the activation: its `ia3` is not
       the paper's. Its merge leaves the bias as it was.
-    * LyCORIS has 1 + w for l, w = 0 at first, and leaves the bias as it was.
+    * LyCORIS has 1 + w for l, w = 0 at first, and leaves the bias as it was, except in its bypass mode; two at once are
+      l₁ + l₂ − 1, merged l₁ l₂. InvokeAI reads its files, and leaves the bias too.
     * HF peft divides by l + 10⁻⁸ when it unmerges: a merged l of 0 cannot be taken out again.
     * HF peft's own feed-forward modules of BERT, 'output.dense', are the outputs of attentions too.
     * In HF peft, whether a layer is feed-forward is settled by the first adapter there; later ones follow it.

@@ -25,7 +25,7 @@ from refpeft.conformance.targets.spec import Spec
 FINDINGS = Path(__file__).parents[2] / "docs" / "findings"
 DECLARES = {  # methods, and the property that shows how much of the layer level there is
     "loralib": ({"lora"}, "unmerge"),
-    "lycoris": ({"lora", "rslora", "dora", "loha", "lokr", "oft"}, "unmerge"),
+    "lycoris": ({"lora", "rslora", "dora", "loha", "lokr", "oft", "ia3"}, "unmerge"),
     "litgpt": ({"lora"}, "merge"),
     "torchtune": ({"lora", "dora"}, "disable"),
     "mlx": ({"lora", "rslora", "dora"}, "merge"),
@@ -33,7 +33,7 @@ DECLARES = {  # methods, and the property that shows how much of the layer level
     "axolotl": ({"lora", "rslora", "dora"}, "sensitive"),
     "flax": ({"lora"}, "param-grads"),
     "bitsandbytes": ({"lora", "rslora"}, "nf4-merged"),
-    "invokeai": ({"lora", "dora"}, "merge"),
+    "invokeai": ({"lora", "dora", "loha", "lokr", "ia3"}, "merge"),
 }
 WITHOUT_GRADIENTS = ("invokeai",)
 EACH = pytest.mark.parametrize("name", [pytest.param(name, marks=getattr(pytest.mark, name)) for name in DECLARES])
@@ -57,6 +57,24 @@ def test_a_library_differs_only_where_it_is_known_to(name: str, tmp_path: Path) 
     assert asked <= {r["property"] for r in found}
     assert [(r["method"], r["property"], r["detail"]) for r in found if r["status"] not in ("pass", "known")] == []
     assert sum(r["status"] == "pass" for r in found) > len(found) / 3
+
+
+@pytest.mark.lycoris
+def test_lycoris_on_whole_models_differs_only_where_it_is_known_to(tmp_path: Path) -> None:
+    asked = ["merge", "param-grads", "switch", "save-load", "saved-keys"]
+    rows = list(
+        engine.check(
+            target("lycoris"), ["lora", "loha", "ln_tuning"], ["model", "lifecycle"], asked, folder=tmp_path, examples=1
+        )
+    )
+    found = {(r["method"], r["property"]): r["status"] for r in rows if r["type"] == "result"}
+    if set(found.values()) == {"undeclared"}:
+        pytest.skip("whole models need transformers beside LyCORIS: refpeft targets --install lycoris")
+    assert set(found.values()) == {"pass", "known"}
+    assert found["loha", "merge"] == "known"
+    assert {("lora", "merge"), ("lora", "saved-keys"), ("ln_tuning", "param-grads")} <= {
+        place for place, status in found.items() if status == "pass"
+    }
 
 
 @EACH

@@ -1,0 +1,364 @@
+"""LyCORIS: whole models of transformers, and the lives of adapters there.
+
+An adapter is a `LycorisNetwork`, which is what `create_lycoris` makes (without `rs_lora`, which it does not know). The
+modules that it adapts are named one by one, `name_algo_map`. A network is put over a model by `apply_to`, and taken off
+by `restore`; so one is active, and others are not. Before `apply_to` a network has no parameters, and a file of it is
+empty: each is applied once, whether it will be active or not. Norms are trained by `train_norm`: `w_norm` is γ′ − γ,
+`b_norm` β′ − β, of LayerNorm and not of RMS norms. LyCORIS's `full` trains the linear layers that are named, and ours
+all tensors of a model: it is not asked.
+
+Its files have the names of kohya's scripts, `lycoris_<path with _ for .>.<parameter>`, and α, but no config: they are
+read by `create_lycoris_from_weights`. What `saved-keys` compares is what they hold, by the specification's names.
+
+Of the settings, `multiplier` and `off` are heeded: the rest is asked of layers.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from lycoris import LycorisNetwork, create_lycoris_from_weights  # type: ignore[import-not-found, unused-ignore]
+from safetensors.torch import load_file
+
+from refpeft.conformance.case import Case
+from refpeft.conformance.targets.base import Arrays, Info, Skip
+from refpeft.conformance.targets.layers import HONOURED, Layers, Place
+from refpeft.conformance.targets.lycoris import FIELDS, SUMS, Settings, blocks, places
+from refpeft.conformance.targets.models import Driver, base_model, decoder_of, output, values_of
+from refpeft.conformance.targets.spec import arguments, mask_of, real
+from refpeft.conformance.targets.tensors import array, tensor
+from refpeft.conformance.targets.torch_layers import gradient
+from refpeft.method import Targets, matches, targeted
+from refpeft.methods import METHODS
+from refpeft.ops import Array
+
+ALGOS = {
+    "lora": "lora", "rslora": "lora", "dora": "lora", "loha": "loha", "lokr": "lokr", "ia3": "ia3", "oft": "diag-oft",
+    "ln_tuning": "lora",
+}  # fmt: skip
+NORMS = ("ln_tuning",)
+FAMILIES = ("llama", "bert", "bart")
+READ = {*HONOURED, *FIELDS, "target_modules"}
+KEPT = ("alpha", "on_input")  # in a file, besides the parameters
+
+
+class Lycoris(Driver):
+    """Layers as they are, and models beside them."""
+
+    def __init__(self, layers: Layers) -> None:
+        self.layers = layers
+        own = layers.info()
+        self.declared: Info = {
+            **own, "levels": ["layer", "model", "lifecycle"], "methods": [*own["methods"], *NORMS],
+            "families": list(FAMILIES), "features": [*own["features"], "several", "together", "delete", "save"],
+                    "versions": {**own["versions"], "transformers": transformers.__version__},
+        }  # fmt: skip
+
+    def run(self, case: Case) -> Arrays:
+        return self.layers.run(case) if case.level == "layer" else super().run(case)
+
+    def close(self) -> None:
+        self.layers.close()
+
+    def of_case(self, case: Case) -> "Whole":
+        return Whole(case)
+
+    def of_life(self, case: Case, folder: Path) -> "Session":
+        return Session(case, folder)
+
+
+# ── one adapter ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Adapter:
+    """A network over a model, and where the parameters of the case are in it."""
+
+    def __init__(self, network: Any, model: Any, method: str, m: float) -> None:
+        self.network, self.model, self.method, self.m = network, model, method, m
+        paths = {id(module): path for path, module in model.named_modules()}
+        self.modules = {paths[id(lora.org_module[0])]: lora for lora in network.loras}
+        self.multiply(1.0)
+
+    def multiply(self, by: float) -> None:
+        """By m, or none of it; a LoKr that does not look at α has 1 for m."""
+        self.network.set_multiplier(by * self.m)
+        for lora in self.network.loras:
+            if getattr(lora, "use_w1", False) and getattr(lora, "use_w2", False):
+                lora.multiplier = by
+
+    def places(self) -> dict[str, Place]:
+        """By the names of the case's tensors."""
+        found: dict[str, Place] = {}
+        for path, lora in self.modules.items():
+            if self.method in NORMS:
+                found |= of_norm(path, lora)
+            else:
+                keys = METHODS[self.method].KEYS
+                found |= {f"{path}.{keys[n][0]}": place for n, place in places(self.method, lora).items()}
+        return found
+
+    def write(self, values: Mapping[str, Array]) -> None:
+        there = self.places()
+        if there.keys() != values.keys():
+            odd = sorted(there.keys() ^ values.keys())[0]
+            raise ValueError(f"the parameters of the adapter are not those of the specification: {odd}")
+        for name, place in there.items():
+            value = tensor(np.ascontiguousarray(place.there(values[name])))
+            if value.shape != place.param.shape:
+                raise ValueError(f"{name}: expected shape {list(place.param.shape)}, found {list(value.shape)}")
+            place.param.data = value.clone()
+
+    def apply(self) -> None:
+        self.network.apply_to()
+
+    def restore(self) -> None:
+        self.network.restore()
+
+    def merge(self, sign: float = 1.0) -> None:
+        for lora in self.network.loras:
+            lora.merge_to(sign * lora.multiplier)
+
+    def filed(self, file: Path) -> Arrays:
+        """What a file of it holds, by the case's names."""
+        self.network.save_weights(str(file), None, {})
+        there, found = load_file(str(file)), {}
+        names = {id(p): name for name, p in self.network.named_parameters()}
+        for name, place in self.places().items():
+            found[in_file(name, self.method)] = place.back(array(there.pop(names[id(place.param)]))) + place.less
+        return found | {name: array(a) for name, a in there.items() if name.rpartition(".")[2] not in KEPT}
+
+
+def in_file(name: str, method: str) -> str:
+    """HF peft keeps a copy of a norm beside it."""
+    path, _, leaf = name.rpartition(".")
+    return f"{path}.ln_tuning_layers.{leaf}" if method in NORMS else name
+
+
+def of_norm(path: str, lora: Any) -> dict[str, Place]:
+    norm = lora.org_module[0]
+    both = {"weight": (lora.w_norm, norm.weight), "bias": (lora.b_norm, norm.bias)}
+    return {f"{path}.{leaf}": beside(p, array(was)) for leaf, (p, was) in both.items()}
+
+
+def beside(param: Any, was: Array) -> Place:
+    """A difference from what was."""
+    return Place(param, lambda a: a - was, less=was)
+
+
+def made(case: Case, model: Any, name: str) -> Adapter:
+    about = case.meta["adapters"][name]
+    method, config = about["method"], about["config"]
+    for field in config:
+        if field not in READ:
+            raise Skip(f"there is no field {field!r} here")
+    how = Settings(case, config)
+    own = {
+        path: {"algo": ALGOS[method], **options(case, name, path, module)}
+        for path, module in chosen(method, config, model).items()
+    }
+    LycorisNetwork.apply_preset(
+        {
+            "enable_conv": False, "target_module": [], "target_name": [], "exclude_name": [], "module_algo_map": {},
+            "name_algo_map": {re.escape(path) + "$": more for path, more in own.items()},
+        }
+    )  # fmt: skip
+    network = LycorisNetwork(model, **arguments_of(method, how))
+    if not network.loras:
+        raise ValueError(f"target_modules: no module is called {config['target_modules']}")
+    adapter = Adapter(network, model, method, how.m)
+    for lora in network.loras:
+        lora.to(model.dtype)
+    adapter.write(values_of(case, name + "/"))
+    adapter.apply()
+    adapter.restore()
+    return adapter
+
+
+def arguments_of(method: str, how: Settings) -> dict[str, Any]:
+    if method in NORMS:
+        return {"lora_dim": 0, "train_norm": True}
+    if method in ("ia3", "oft"):
+        return {}
+    return {
+        "lora_dim": how["r"], "alpha": how.alpha, "rs_lora": how.get("use_rslora"),
+        "weight_decompose": how.get("use_dora"), "wd_on_out": True, "decompose_both": how.get("decompose_both"),
+        "factor": how.get("decompose_factor", -1),
+    }  # fmt: skip
+
+
+def chosen(method: str, config: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """The modules by their paths."""
+    if method in NORMS:
+        norms = {path: m for path, m in model.named_modules() if matches(config["target_modules"], path)}
+        if not all(isinstance(m, torch.nn.LayerNorm) for m in norms.values()):
+            raise Skip("RMS norms are not supported")
+        return norms
+    cfg = Targets(target_modules=config["target_modules"])
+    return {path: m for path, m in model.named_modules() if isinstance(m, torch.nn.Linear) and targeted(cfg, path)}
+
+
+def options(case: Case, name: str, path: str, module: Any) -> dict[str, Any]:
+    """What one module has that others may not have."""
+    about = case.meta["adapters"][name]
+    if about["method"] == "ia3":
+        return {"train_on_input": METHODS["ia3"].Config(**about["config"]).at(path).takes}
+    if about["method"] == "oft":
+        return {"dim": blocks(len(case.arrays[f"{name}/{path}.{METHODS['oft'].KEYS['u'][0]}"]), module)}
+    return {}
+
+
+# ── a whole model ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Whole:
+    def __init__(self, case: Case) -> None:
+        self.case, self.ids = case, case.arrays["ids"]
+        self.model, self.is_merged = base_model(case), False
+        self.adapters = {name: made(case, self.model, name) for name in case.meta["active"]}
+        for adapter in self.adapters.values():
+            adapter.apply()
+
+    def said(self) -> Any:
+        return output(self.model, self.ids, self.case.arrays.get("attention_mask"), **decoder_of(self.case))
+
+    def real(self, y: Any) -> Array:
+        return real(array(y), mask_of(self.case))
+
+    def logits(self) -> Arrays:
+        return {"logits": self.real(self.said())}
+
+    def other_logits(self) -> Arrays:
+        ids, more = self.case.arrays.get("other_ids", self.ids), decoder_of(self.case, other=True)
+        return {"other_logits": array(output(self.model, ids, **more))}
+
+    def grads(self) -> Arrays:
+        self.said().backward(tensor(self.case.arrays["dout"]))
+        return {
+            f"grad/{name}/{k}": place.back(gradient(place.param))
+            for name, adapter in self.adapters.items()
+            for k, place in adapter.places().items()
+        }
+
+    def merge(self) -> None:
+        if not self.is_merged:
+            for adapter in self.adapters.values():
+                adapter.restore()
+                adapter.merge()
+        self.is_merged = True
+
+    def merged(self) -> Arrays:
+        self.merge()
+        own = self.model.state_dict()
+        asked = {n: a.shape for n, a in values_of(self.case, "model/").items()}
+        return {f"merged/{n}": array(own[n]).reshape(shape) for n, shape in asked.items()}
+
+    def merged_logits(self) -> Arrays:
+        self.merge()
+        return {"merged_logits": self.real(self.said())}
+
+
+# ── a life ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Session:
+    def __init__(self, case: Case, folder: Path) -> None:
+        self.case, self.folder = case, folder
+        self.off = case.meta["settings"]["off"]
+        self.model = base_model(case)
+        self.adapters: dict[str, Adapter] = {}
+        self.active: list[str] = []
+        self.is_merged = False
+
+    def run(self, steps: Sequence[Mapping[str, Any]]) -> Arrays:
+        found: Arrays = {}
+        for k, step in enumerate(steps):
+            said = getattr(self, step["do"])(**arguments(step)) or {}
+            found |= {f"{k}/{name}": a for name, a in said.items()} | {f"{k}/logits": self.logits()}
+        return found
+
+    def logits(self) -> Array:
+        return array(output(self.model, self.case.arrays["ids"], **decoder_of(self.case)))
+
+    def now(self) -> list[Adapter]:
+        return [self.adapters[name] for name in self.active]
+
+    def add(self, adapter: str) -> None:
+        self.adapters[adapter] = made(self.case, self.model, adapter)
+        if not self.active:
+            self.activate([adapter])
+
+    def activate(self, adapters: Sequence[str]) -> None:
+        self.taken_off()
+        self.active = list(adapters)
+        self.put_on()
+
+    def put_on(self) -> None:
+        for adapter in self.now():
+            adapter.apply()
+
+    def taken_off(self) -> None:
+        for adapter in reversed(self.now()):
+            adapter.restore()
+
+    def merge(self, safe: bool = False) -> None:
+        if safe:
+            raise Skip("merge_to does not look for nan")
+        if self.is_merged:
+            raise Skip("merge_to adds what it is told to, and does not know what was merged")
+        self.taken_off()
+        for adapter in self.now():
+            adapter.merge()
+        self.is_merged = True
+
+    def refused_merge(self, adapter: str) -> Arrays:
+        raise Skip("merge_to does not look for nan")
+
+    def unmerge(self) -> None:
+        if self.case.method not in SUMS:
+            raise Skip(f"merge_to(-1) is the inverse of a sum, which {self.case.method} is not")
+        for adapter in self.now():
+            adapter.merge(-1.0)
+        self.is_merged = False
+        self.put_on()
+
+    def disable(self) -> None:
+        if self.off == "restore":
+            self.taken_off()
+        else:
+            for adapter in self.now():
+                adapter.multiply(0.0)
+
+    def enable(self) -> None:
+        if self.off == "restore":
+            self.put_on()
+        else:
+            for adapter in self.now():
+                adapter.multiply(1.0)
+
+    def delete(self, adapter: str) -> None:
+        self.taken_off()
+        del self.adapters[adapter]
+        self.active = [name for name in self.active if name != adapter] or list(self.adapters)[:1]
+        self.put_on()
+
+    def save(self, adapter: str) -> Arrays:
+        found = self.adapters[adapter].filed(self.folder / f"{adapter}.safetensors")
+        return {f"file/{name}": a for name, a in found.items()}
+
+    def load(self, adapters: Sequence[str]) -> None:
+        """From the files alone: into a new model."""
+        m = {name: self.adapters[name].m for name in adapters}
+        self.model, self.adapters, self.active = base_model(self.case), {}, []
+        for name in adapters:
+            network, _ = create_lycoris_from_weights(m[name], str(self.folder / f"{name}.safetensors"), self.model)
+            for lora in network.loras:
+                lora.to(self.model.dtype)
+            self.adapters[name] = Adapter(network, self.model, self.case.method, m[name])
+        self.activate(adapters[:1])
+
+    def change(self, adapter: str) -> None:
+        self.adapters[adapter].write(values_of(self.case, f"new-{adapter}/"))
