@@ -19,13 +19,14 @@ say = printf '\n%s ...\n' $(1)
 verdict = && echo $(1) || { echo $(2); exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help test demo check bench history docs install clean
+.PHONY: help test demo check bench gpu-check history docs install clean
 
 help:
 	@echo "make test     install into .venv, then run all tests"
 	@echo "make demo     install into .venv, then the main job on a real pretrained sentence encoder (a few minutes)"
 	@echo "make check    lint, format and types"
 	@echo "make bench    the spec against torch and peft, the exporter against torch.onnx: measured here, now"
+	@echo "make gpu-check  every form of export on CUDA: verified there, and timed (an NVIDIA GPU and refpeft[gpu])"
 	@echo "make history  the suite against bugs that shipped: each is found in the release that had it (half an hour)"
 	@echo "make docs     draw the pictures in docs/ again"
 	@echo "make clean    remove .venv and everything else that was made here"
@@ -47,6 +48,12 @@ check: $(INSTALLED)
 bench: $(INSTALLED)
 	@$(call say,"Measuring (both sides take turns; ratios are medians)")
 	@$(RUN) -m bench
+
+gpu-check: $(INSTALLED)
+	@$(call say,"Every form of export on the GPU")
+	@$(RUN) -m pip uninstall --quiet --yes onnxruntime; $(PIP) --editable '.[gpu]'
+	@$(RUN) -m bench.gpu \
+	  $(call verdict,"All is well: every export is verified on the GPU.","Not well: see above.")
 
 history: $(INSTALLED)
 	@$(call say,"Looking for bugs that shipped in the releases that had them")

@@ -84,6 +84,7 @@ def export(
     link: bool = False,
     blocks: Mapping[str, Any] | None = None,
     graph: str = "portable",
+    device: str | None = None,
 ) -> Exported:
     """Write the model with its adapters as an ONNX folder at `out`, which must not exist.
 
@@ -94,13 +95,13 @@ def export(
     `last_logits`: with the logits of the last position only. `options`: of the form, if it has any. `link`: what no
     adapter changes stays in the files of `source`, which are linked into the folder. `blocks`: of the dtype int4, its
     size, zero_points, accuracy_level and head. `graph`: portable, or fast, which is rewritten for speed on CPUs
-    (`refpeft.export.fast`).
+    (`refpeft.export.fast`). `device`: cpu or cuda, where it is verified (default: cuda where there is one).
     """
     chosen(form, FORMS, "form")
     chosen(graph, GRAPHS, "graph")
     chosen(dtype, DTYPES, "dtype")
     if verify:
-        verification.ready()
+        verification.ready(device)
     elif hasattr(FORMS[form], "values"):
         runtime.require()  # which writes the adapter's file
     adapters = adapter_list(adapter)
@@ -134,7 +135,7 @@ def export(
         genai.write(folder, form, subject, made)
         if verify:
             report("running it on onnxruntime")
-        provider, cases = proven(folder, subject, FORMS[form], protos, verify)
+        provider, cases = proven(folder, subject, FORMS[form], protos, verify, device)
         result = described(folder, Path(out), form, subject, made, protos, provider, cases)
         write_card(folder, made, subject, result)
     return result
@@ -194,18 +195,18 @@ def outside(subject: Subject, external: bool | None) -> bool:
 
 
 def proven(
-    folder: Path, subject: Subject, form: Form, protos: Mapping[str, ModelProto], verify: bool
+    folder: Path, subject: Subject, form: Form, protos: Mapping[str, ModelProto], verify: bool, device: str | None
 ) -> tuple[str | None, Sequence[Mapping[str, Any]]]:
     """The device and the cases. Graphs whose accuracy level lets activations be rounded too are verified without."""
     p = subject.precision
-    provider, cases = verification.verify(folder, subject, form) if verify else (None, [])
+    provider, cases = verification.verify(folder, subject, form, device) if verify else (None, [])
     if p.blocks and p.blocks.accuracy_level != 1:
         for name, proto in protos.items():
             relevel(proto, p.blocks.accuracy_level)
             save(proto, folder / name)
     if p.exact or not verify:
         return provider, cases
-    far = verification.rounding(folder, subject, form)
+    far = verification.rounding(folder, subject, form, device)
     return provider, [{**case, "rounding": r} for case, r in zip(cases, far, strict=True)]
 
 

@@ -11,7 +11,7 @@ onnxruntime itself does not object when
 * two active adapters have tensors of the same names, or one has what is also fed: one of them wins;
 * inputs and outputs are bound (`run_with_iobinding`): adapters are left out.
 
-A `Runner` holds on to what it loaded, refuses the second, and does not bind.
+A `Runner` holds on to what it loaded, refuses the second, and binds only where no adapter is active.
 """
 
 import importlib
@@ -66,11 +66,7 @@ def session(path: Path, device: str | None = None) -> Any:
     onnxruntime falls back to the CPU without a word, so what it really took is looked up. TF32 is off: float32 means
     float32.
     """
-    ort = require()
-    offered = CUDA in ort.get_available_providers()
-    if device == "cuda" and not offered:
-        raise ValueError("CUDA was asked for, which this onnxruntime does not offer: pip install 'refpeft[gpu]'")
-    cuda = offered and device != "cpu"
+    cuda, ort = offered(device) and device != "cpu", require()
     if cuda and hasattr(ort, "preload_dlls"):
         ort.preload_dlls()  # CUDA's libraries from the nvidia wheels, where those are installed
     options = ort.SessionOptions()
@@ -82,6 +78,16 @@ def session(path: Path, device: str | None = None) -> Any:
     if device == "cuda" and provider(made) != CUDA:
         raise ValueError(f"CUDA was asked for, and onnxruntime fell back to {provider(made)}")
     return made
+
+
+def offered(device: str | None = None) -> bool:
+    """Does onnxruntime offer CUDA? If that is asked for and it does not, one sentence says what is missing."""
+    if device not in (None, "cpu", "cuda"):
+        raise ValueError(f"device must be cpu or cuda, found {device!r}")
+    there = CUDA in require().get_available_providers()
+    if device == "cuda" and not there:
+        raise ValueError("CUDA was asked for, which this onnxruntime does not offer: pip install 'refpeft[gpu]'")
+    return there
 
 
 def provider(made: Any) -> str:
@@ -152,15 +158,29 @@ class Runner:
         return self.encoder.run(feeds)
 
     def run_values(self, feeds: Mapping[str, Any], wanted: Sequence[str]) -> list[Any]:
-        """The same with values that stay where they are, on the device too."""
+        """The same with values that stay where they are: on a GPU inputs and outputs are bound to it, but not with an
+        adapter file, of which bound runs take no notice."""
         fixed = {name: require().OrtValue.ortvalue_from_numpy(a) for name, a in self.fixed.items()}
         values = {**fixed, **feeds}
         options = self.options(feeds)
         try:
+            if provider(self.session) == CUDA and not self.active:
+                return self.bound(values, wanted, "cuda")
             found: list[Any] = self.session.run_with_ort_values(list(wanted), values, options)
         except Exception as error:  # of types of its own
             words = " ".join(str(error).split())
             raise ValueError(f"{self.folder}: onnxruntime cannot run it: {words[:300]}") from None
+        return found
+
+    def bound(self, values: Mapping[str, Any], wanted: Sequence[str], device: str) -> list[Any]:
+        """A run whose outputs are left on the device, but for the first that is wanted, which is looked at."""
+        binding = self.session.io_binding()
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
+        for n, name in enumerate(wanted):
+            binding.bind_output(name, device if n else "cpu")
+        self.session.run_with_iobinding(binding)
+        found: list[Any] = binding.get_outputs()
         return found
 
     def options(self, feeds: Mapping[str, Any]) -> Any:

@@ -36,22 +36,22 @@ class MismatchError(ArithmeticError):
     """The exported graph does not compute what the specification says."""
 
 
-def ready() -> None:
-    """Can verification run here? Asked before anything is written."""
+def ready(device: str | None = None) -> None:
+    """Can verification run here, and on this device? Asked before anything is written."""
     try:
-        runtime.require()
+        runtime.offered(device)
     except ImportError as error:
         raise ImportError(f"{error} (verification runs the export; --no-verify leaves it out)") from error
 
 
-def verify(folder: Path, subject: Subject, form: Form) -> tuple[str, list[dict[str, Any]]]:
+def verify(folder: Path, subject: Subject, form: Form, device: str | None = None) -> tuple[str, list[dict[str, Any]]]:
     """onnxruntime's device and the ratio of each check. One of the three is in memory at a time."""
     checks = form.checks(subject)
     model, adapters = rounded(subject, form.FOLDS)
     specs = [check.spec(model, adapters) for check in checks]
     model, adapters = cast(model, np.float64), [in_dtype(a, np.float64) for a in adapters]
     refs = [check.spec(model, adapters) for check in checks]
-    runner = runtime.open_graph(folder)
+    runner = runtime.open_graph(folder, device)
     cases: list[dict[str, Any]] = []
     for check, ref, spec in zip(checks, refs, specs, strict=True):
         got, moved = named_answer(check.ask(runner)), amplified(check, model, adapters)
@@ -67,10 +67,10 @@ def verify(folder: Path, subject: Subject, form: Form) -> tuple[str, list[dict[s
     return runtime.provider(runner.session), cases
 
 
-def rounding(folder: Path, subject: Subject, form: Form) -> list[float]:
+def rounding(folder: Path, subject: Subject, form: Form, device: str | None = None) -> list[float]:
     """Of each check, how far the graph is from the specification on weights that were not rounded:
     ‖got − ref‖/‖ref‖. This says what the precision costs, not whether the graph is right."""
-    runner = runtime.open_graph(folder)
+    runner = runtime.open_graph(folder, device)
     model, adapters = cast(subject.model, np.float64), [in_dtype(a, np.float64) for a in subject.adapters]
     found: list[float] = []
     for check in form.checks(subject):

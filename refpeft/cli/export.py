@@ -99,6 +99,9 @@ def export(
         ),
     ] = None,
     verify: Annotated[bool, typer.Option(help="Run the result on onnxruntime against the specification.")] = True,
+    device: Annotated[
+        str | None, typer.Option(help="Where it is verified: [b]cpu[/] or [b]cuda[/].", show_default="cuda, else cpu")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")] = None,
 ) -> None:
     """Export a model, with or without adapters, as an [b]ONNX[/] folder that is proven equal to what was trained.
@@ -143,7 +146,7 @@ def export(
         options = given(optimizer, set_ or [])
         result = export_model(
             model, adapter or [], out, form, dtype, external_data, verify, decode, last_logits, options,
-            linked(weights), blocks(block_size, zero_points, accuracy_level, int4_head), graph,
+            linked(weights), blocks(block_size, zero_points, accuracy_level, int4_head), graph, device,
         )  # fmt: skip
         show(result, Console())
         content = result.as_json()

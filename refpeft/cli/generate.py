@@ -48,8 +48,6 @@ def generate(
     words = tokenizer(folder)
     ends = [identified(words, token) for token in stop or ()]
     options = Options(max_new_tokens, temperature, top_k, top_p, seed, ends)
-    if device not in (None, "cpu", "cuda"):
-        raise ValueError(f"device must be cpu or cuda, found {device!r}")
     if adapter is not None and bare:
         raise ValueError("--adapter and --bare exclude each other")
     writer = open_writer(folder, adapter, bare, device, adapter_id or None)

@@ -80,7 +80,7 @@ def test_a_wrong_graph_ends_with_exit_code_1(checkpoint: Path, monkeypatch: pyte
     def different(*args: object) -> None:
         raise verification.MismatchError("the exported graph differs")
 
-    monkeypatch.setattr(verification, "ready", lambda: None)
+    monkeypatch.setattr(verification, "ready", lambda device: None)
     monkeypatch.setattr(verification, "verify", different)
     result = export(checkpoint)
     assert result.exit_code == 1
