@@ -4,7 +4,7 @@ A patch is made from the tensors of a file, by LyCORIS's names: `lora_down.weigh
 and s = α/r; without `alpha` s = 1. DoRA's m is `dora_magnitude`, one for each row of W, as in HF peft (`dora_scale`
 would be one for each column, as in LyCORIS, another function). LoHa and LoKr have HF peft's names; s = 1 where both of
 LoKr's factors are full. (IA)³'s `weight` is l − 1, and `on_input` says that it is of what the layer takes. Patched is
-merged: W + ΔW, and the layer runs on that.
+merged: W + w ΔW, and the layer runs on that; with α/w and a weight w of the patch ΔW is what it is with α, a setting.
 
 The package asks for much that these layers do not use, so it is installed alone, and they are imported without what the
 packages around them import; the one module that is replaced is that which writes its log.
@@ -36,6 +36,8 @@ BARE = (  # packages whose own import is passed over
 )  # fmt: skip
 NAMES = {"A": "lora_down.weight", "B": "lora_up.weight", "m": "dora_magnitude"}
 OPTIONS: Mapping[str, Mapping[str, Any]] = {"lokr": {"scale_full": False}}
+SETTINGS = {"weight": [1.0, 0.5]}
+SUMS = ("lora", "loha", "lokr")
 FIELDS = ("alpha", "decompose_both", "feedforward_modules", *OPTIONS["lokr"])
 
 
@@ -56,13 +58,18 @@ LAYERS = patches()
 class Adapted(Layer):
     def __init__(self, case: Case) -> None:
         super().__init__(case)
-        self.patch = LAYERS.any_lora_layer_from_state_dict(MAKERS.get(case.method, named)(case, self.asked))
+        values = MAKERS.get(case.method, named)(case, self.asked)
+        self.patch = LAYERS.any_lora_layer_from_state_dict(values)
+        self.weight = 1.0
+        if case.method in SUMS and self.patch._rank() is not None:  # else α is not looked at
+            self.weight = case.meta.get("settings", {}).get("weight", 1.0)
+            self.patch = LAYERS.any_lora_layer_from_state_dict({**values, "alpha": values["alpha"] / self.weight})
         own = {"weight": case.arrays["W"], "bias": case.arrays.get("b")}
         self.base = {n: tensor(a) for n, a in own.items() if a is not None}
         self.patched: dict[str, Any] = {}
 
     def merge(self) -> None:
-        found = self.patch.get_parameters(dict(self.base), weight=1.0)
+        found = self.patch.get_parameters(dict(self.base), weight=self.weight)
         self.patched = {n: p + found[n] if n in found else p for n, p in self.base.items()}
 
     def y(self, x: Array) -> Array:
@@ -106,5 +113,5 @@ def loaded() -> Layers:
     quietly()
     return Layers(
         Adapted, FIELDS, name="invokeai", version=version("invokeai"), methods=["lora", "dora", *MAKERS],
-        features=["forward", "merge"], options=OPTIONS, versions={"torch": torch.__version__},
+        features=["forward", "merge"], options=OPTIONS, settings=SETTINGS, versions={"torch": torch.__version__},
     )  # fmt: skip

@@ -23,9 +23,9 @@ Where implementations differ:
       follow these, so that files mean what they say.
     * The scale s of outputs is the authors' code's and HF peft's; as there, the bias is not scaled.
     * HF peft needs a CUDA extension for m > 1. Without it, m is 1 whatever `boft_n_butterfly_factor` says.
-    * LyCORIS turns outputs, W′ = diag(s) M W, which is this on Wᵀ with A = −2 P B Pᵀ; B are its blocks, P has entry j
-      of half g of a block at place 2 j + g. It has as many factors as there can be, computes in float32, and in its
-      bypass mode turns the bias too.
+    * LyCORIS turns outputs, W′ = diag(s) M W, which is this on Wᵀ with A = −2 B, B being its blocks, where row and
+      column 2 j + g of B are those of entry j of half g here. It has as many factors as there can be, computes in
+      float32, and in its bypass mode turns the bias too.
 """
 
 from collections.abc import Sequence
