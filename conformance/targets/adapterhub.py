@@ -81,7 +81,7 @@ def ia3_config(config: Config, model: Any) -> Any:
     """Its vectors are on what layers give, those of the feed-forward network too."""
     if config.get("feedforward_modules") != []:
         raise Skip("AdapterHub scales what layers give, and never what they take: feedforward_modules []")
-    return adapters.IA3Config(**spots(config, model))
+    return adapters.IA3Config(**spots({n: v for n, v in config.items() if n != "feedforward_modules"}, model))
 
 
 def ia3_places(model: Any, adapter: str) -> Iterator[Place]:
