@@ -110,8 +110,10 @@ def adapter_of(method: str, config: Mapping[str, Any], model: Model, seed: int) 
 
 
 def cases(method: str, level: str | None = None, property: str | None = None, seed: int = 0) -> st.SearchStrategy[Case]:
-    """Cases of the suite: what `refpeft check` asks. The arrays of the answer are `expected(case)`."""
-    asked = [p for p in PROPERTIES if p.applies(method) and level in (None, p.level) and property in (None, p.name)]
+    """Cases of the suite: what `refpeft check` asks. The arrays of the answer are `expected(case)`; those that must be
+    refused have none, and are left out."""
+    possible = [p for p in PROPERTIES if p.applies(method) and p.name != "rejects"]
+    asked = [p for p in possible if level in (None, p.level) and property in (None, p.name)]
     asked = [p for p in asked if not p.structure(method, Spec().info()).is_empty]
     if not asked:
         raise ValueError(f"nothing is asked of {method!r} at level {level!r} under the name {property!r}")

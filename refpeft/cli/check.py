@@ -195,7 +195,7 @@ def executor(workers: int, dask: str | None) -> Iterator[Executor | None]:
             from distributed import Client  # type: ignore[import-not-found, unused-ignore]
         except ImportError:
             raise ValueError("--dask needs distributed: pip install 'refpeft[dask]'") from None
-        with Client(dask) as client:
+        with Client(dask) as client:  # type: ignore[no-untyped-call, unused-ignore]
             yield client.get_executor()
     elif workers > 1:
         from concurrent.futures import ProcessPoolExecutor
