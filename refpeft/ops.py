@@ -362,7 +362,7 @@ def cross_entropy(x: Array, labels: Array, ignore_index: int = -100) -> tuple[Ar
     """
     v = x.shape[-1]
     kept = labels != ignore_index
-    count = np.maximum(kept.sum(), 1)
+    count = np.maximum(kept.sum(), 1).astype(np.result_type(x.dtype, np.float32))  # an integer would widen 32 bits
     place = np.where(kept, labels, 0).reshape(-1)  # of each label in x laid out flat
     place = place + np.arange(place.shape[0], like=labels) * v
     top = _top(x)

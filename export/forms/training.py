@@ -78,7 +78,7 @@ def make(subject: Subject, graph: Graph, store: Store) -> Made:
     own = adapter.replace(params=picked(fed, adapter.params), frozen=picked(fed, adapter.frozen))
     out, L, _, grads = answer_and_gradient(model, own, training.loss_for(model), batch)
     state = {n.removeprefix(STATE): x for n, x in fed.items() if n.startswith(STATE)}
-    params, state = o.step(model, own.params, grads, state, rate.astype(np.float64))
+    params, state = o.step(model, own.params, grads, state, rate)
     outputs = {"loss": L, output_name(model): out}
     outputs |= {NEXT + ADAPTER + n: x for n, x in params.items()} | {NEXT + STATE + n: x for n, x in state.items()}
     frozen = [(n, a, types[n]) for n, a in values.items() if n not in start]
