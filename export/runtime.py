@@ -76,7 +76,10 @@ def session(path: Path, device: str | None = None) -> Any:
     except Exception as error:  # of types of its own
         raise ValueError(f"{path}: onnxruntime cannot load it: {' '.join(str(error).split())[:300]}") from None
     if device == "cuda" and provider(made) != CUDA:
-        raise ValueError(f"CUDA was asked for, and onnxruntime fell back to {provider(made)}")
+        raise ValueError(
+            f"CUDA was asked for, and onnxruntime fell back to {provider(made)}: it needs an NVIDIA GPU with its driver, "
+            "and CUDA's libraries, which 'refpeft[gpu]' brings"
+        )
     return made
 
 
@@ -86,7 +89,10 @@ def offered(device: str | None = None) -> bool:
         raise ValueError(f"device must be cpu or cuda, found {device!r}")
     there = CUDA in require().get_available_providers()
     if device == "cuda" and not there:
-        raise ValueError("CUDA was asked for, which this onnxruntime does not offer: pip install 'refpeft[gpu]'")
+        raise ValueError(
+            "CUDA was asked for, which this onnxruntime does not offer: pip uninstall onnxruntime, then "
+            "pip install 'refpeft[gpu]'"
+        )
     return there
 
 
