@@ -77,8 +77,8 @@ def session(path: Path, device: str | None = None) -> Any:
         raise ValueError(f"{path}: onnxruntime cannot load it: {' '.join(str(error).split())[:300]}") from None
     if device == "cuda" and provider(made) != CUDA:
         raise ValueError(
-            f"CUDA was asked for, and onnxruntime fell back to {provider(made)}: it needs an NVIDIA GPU with its driver, "
-            "and CUDA's libraries, which 'refpeft[gpu]' brings"
+            f"CUDA was asked for, and onnxruntime fell back to {provider(made)}: it needs an NVIDIA GPU with its "
+            "driver, and CUDA's libraries, which 'refpeft[gpu]' brings"
         )
     return made
 

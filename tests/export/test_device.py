@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 def test_a_device_that_is_not_there_is_said_before_the_work(tmp_path: Path) -> None:
     model = tiny("gpt2", "LMHeadModel", dtype=np.float32)
     for device, words in (
-        ("cuda", "does not offer: pip install 'refpeft\\[gpu\\]'"),
+        ("cuda", r"does not offer: pip uninstall onnxruntime, then pip install 'refpeft\[gpu\]'"),
         ("tpu", "must be cpu or cuda, found"),
     ):
         with pytest.raises(ValueError, match=words):
