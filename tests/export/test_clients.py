@@ -38,7 +38,7 @@ REFUSALS = {
     ("optimum", "multi"): "adapter_ids is required", ("optimum", "training"): "does not support pkv cache",
     ("genai", "prefix"): "genai_config.json", ("genai", "training"): "genai_config.json",
     ("node", "multi"): "adapter_ids", ("node", "training"): "labels",
-    ("web", "multi"): "adapter_ids", ("web", "training"): "Can't create a session",
+    ("web", "multi"): "adapter_ids", ("web", "training"): "Missing the following inputs",
 }  # fmt: skip
 NODE = [pytest.mark.transformersjs, pytest.mark.node]
 MARKS = {"optimum": [pytest.mark.optimum], "genai": [pytest.mark.genai], "node": NODE, "web": NODE}
