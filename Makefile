@@ -49,10 +49,12 @@ bench: $(INSTALLED)
 	@$(call say,"Measuring (both sides take turns; ratios are medians)")
 	@$(RUN) -m bench
 
-gpu-check: $(INSTALLED)
+# in an environment of its own: onnxruntime and onnxruntime-gpu overwrite each other's files
+gpu-check:
 	@$(call say,"Every form of export on the GPU")
-	@$(RUN) -m pip uninstall --quiet --yes onnxruntime; $(PIP) --editable '.[gpu]'
-	@$(RUN) -m bench.gpu \
+	@test -x out/gpu/bin/python || "$(PYTHON)" -m venv out/gpu
+	@out/gpu/bin/python -m pip install --quiet --disable-pip-version-check '.[gpu]'
+	@out/gpu/bin/python -m bench.gpu \
 	  $(call verdict,"All is well: every export is verified on the GPU.","Not well: see above.")
 
 history: $(INSTALLED)

@@ -73,3 +73,13 @@ def test_the_gpu_check_on_a_cpu(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("gpu-check: CUDA was asked for")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.ort
+def test_the_gpu_check_asks_only_for_what_there_is() -> None:
+    """The whole grid, on the CPU: every row is verified."""
+    from bench.gpu import verified
+
+    rows = list(verified(["gpt2", "llama", "bert", "t5"], ["float32", "float16"], "cpu", lambda what: None))
+    assert len(rows) == 77
+    assert [row for row in rows if row.ratio is None] == []
