@@ -1,6 +1,5 @@
 """Conformance: checks other implementations against the specification."""
 
-from pathlib import Path
 from typing import Any
 
 __all__ = ["suite"]
@@ -18,5 +17,4 @@ def suite(target: Any, **options: Any) -> type:
     """
     from refpeft.conformance.testing import make
 
-    plain: dict[str, Any] = {name: str(v) if isinstance(v, Path) else v for name, v in options.items()}
-    return make(target, **plain)
+    return make(target, **options)

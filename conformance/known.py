@@ -56,7 +56,7 @@ def field(meta: Any, dotted: str) -> Any:
     return meta
 
 
-def load(info: Mapping[str, Any], path: str | None = None) -> Sequence[Entry]:
+def load(info: Mapping[str, Any], path: str | Path | None = None) -> Sequence[Entry]:
     """The entries that apply to this version of the target, beside these versions of what it runs on."""
     file = Path(path) if path else FOLDER / f"{info['name']}.json"
     if not path and not file.is_file():

@@ -6,6 +6,7 @@ what was found, and where the smallest case is stored.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,12 +23,14 @@ def make(
     properties: Sequence[str] | None = None,
     examples: int | None = None,
     seed: int = 0,
-    known: str | None = None,
-    folder: str = engine.CASES,
-    database: str | None = None,
+    known: str | Path | None = None,
+    folder: str | Path = engine.CASES,
+    database: str | Path | None = None,
 ) -> type:
     """See `refpeft.conformance.suite`."""
-    options = engine.Options(seed, examples, None, folder, known=known, database=database)
+    options = engine.Options(
+        seed, examples, None, str(folder), known=engine.text(known), database=engine.text(database)
+    )
     info = dict(engine.here(target).info())
     knowledge.load(info, known)
     units = [u for u in engine.chosen(info, methods, levels, properties) if asked(target, u, options)]

@@ -20,6 +20,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -81,9 +82,13 @@ class Plan:
             raise ValueError(f"momentum and nesterov are options of sgd, not of {self.optimizer}")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs a momentum above 0")
-        own = checked(self.optimizer, self.options)
-        if own.get("relative_step") and self.loraplus_ratio is not None:
+        if self.own.get("relative_step") and self.loraplus_ratio is not None:
             raise ValueError("relative_step makes its own learning rate, which loraplus_ratio cannot divide")
+
+    @cached_property
+    def own(self) -> Mapping[str, Any]:
+        """All options of the optimiser: those that are given, and the defaults of the others."""
+        return checked(self.optimizer, self.options)
 
 
 ELSEWHERE = ("params", "grads", "state", "lr", "weight_decay", "momentum", "nesterov", "decoupled")
@@ -217,9 +222,13 @@ def answer_and_gradient(
     model: Model, adapter: Adapter, loss: Callable[[Array, Batch], Loss], batch: Batch
 ) -> tuple[Array, Array, Any, Mapping[str, Array]]:
     """The same with the model's output first."""
-    out, vjp = model(batch["input_ids"], adapter, **{name: batch[name] for name in INPUTS if name in batch})
+    out, vjp = answer(model, adapter, batch)
     L, dout, n = loss(out, batch)
     return out, L, n, vjp(dout)
+
+
+def answer(model: Model, adapter: Adapter, batch: Batch) -> tuple[Array, Callable[..., Any]]:
+    return model(batch["input_ids"], adapter, **{name: batch[name] for name in INPUTS if name in batch})
 
 
 def evaluate(
@@ -231,7 +240,7 @@ def evaluate(
     terms, right = list[tuple[int, float]](), list[Array]()
     for k in range(0, len(rows), plan.batch):
         batch = objective.batch(rows[k : k + plan.batch], random(plan, k, 2))
-        out, _ = model(batch["input_ids"], adapter, **{name: batch[name] for name in INPUTS if name in batch})
+        out, _ = answer(model, adapter, batch)
         L, _, n = objective.loss(out, batch)
         terms.append((int(n), float(L)))
         scores = objective.scores(out, batch) if objective.scores else None
@@ -253,7 +262,7 @@ def fitting(model: Model) -> list[str]:
 def update(plan: Plan, model: Model, state: State, grads: Mapping[str, Array]) -> optim.Updated:
     """The optimiser's step with this step's learning rate, or rates."""
     turn = OPTIMIZERS[plan.optimizer][1]
-    options = checked(plan.optimizer, plan.options)
+    options = dict(plan.own)
     if plan.optimizer == "sgd":
         options |= {"momentum": plan.momentum, "nesterov": plan.nesterov}
     own = {n: v for n, v in state.moments.items() if not n.startswith(OWN)}

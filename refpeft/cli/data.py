@@ -17,9 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from refpeft import templates
 from refpeft.checkpoint.safetensors import show
 from refpeft.objectives import NEEDS_TARGET, Row
-from refpeft.templates import Compiled, filled
+from refpeft.templates import Compiled
 
 FORMS = {
     "classification": "text and label",
@@ -161,8 +162,8 @@ def shortened(row: Row, r: Reading) -> tuple[Row, bool]:
     if r.longest is None:
         return row, False
     if r.objective == "template":
-        filled(r.template, [row["fields"]], max_length=r.longest)  # it must fit without its fields at least
-        return row, len(filled(r.template, [row["fields"]]).ids[0]) > r.longest
+        whole, cut = (templates.row(r.template, row["fields"], longest) for longest in (None, r.longest))
+        return row, len(cut) < len(whole)  # where a batch is made, it is cut in the same way
     x: Sequence[int] = row["input_ids"]
     y: Sequence[int] = row.get("labels", ())
     room = r.longest if r.encoder_decoder or not y else r.longest - len(x)

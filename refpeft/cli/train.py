@@ -135,12 +135,9 @@ def train(
 
     began = time.monotonic()
     free(out, json_file, resume)
-    options = dict(assigned("--optimizer-set", word) for word in optimizer_set or ())
-    if options.get("relative_step"):
-        schedule = "constant"  # it has its own
     plan = engine.Plan(
         steps, batch, lr, schedule, warmup, optimizer, weight_decay, momentum, nesterov, accumulate, clip,
-        loraplus_ratio, seed=seed, options=options,
+        loraplus_ratio, seed=seed, options=dict(assigned("--optimizer-set", word) for word in optimizer_set or ()),
     )  # fmt: skip
     if dtype not in ("float32", "float64"):
         raise ValueError(f"dtype must be float32 or float64, found {dtype!r}")
