@@ -1,8 +1,6 @@
 """AdapterHub's adapters as a target: all that it answers is explained. In an environment without it, one sentence."""
 
-import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,9 @@ from refpeft.conformance.case import Case
 from refpeft.conformance.properties import PROPERTIES
 from refpeft.conformance.targets import TARGETS, Skip, open_target
 from refpeft.conformance.targets.spec import Spec
+from tests.conformance.findings import FINDINGS, prints_what_it_says
 
 PYTHON = shlex.quote(sys.executable)
-FINDINGS = Path(__file__).parents[2] / "docs" / "findings"
 SERVED = f"program:{PYTHON} -m refpeft.conformance.serve"
 
 
@@ -76,11 +74,7 @@ def test_a_wrong_number_in_an_adapter_is_noticed() -> None:
 @pytest.mark.adapterhub
 @pytest.mark.parametrize("page", sorted(FINDINGS.glob("adapters-*.md")), ids=lambda page: page.stem)
 def test_the_scripts_of_the_findings_print_what_the_pages_say(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
-    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        assert run.stdout.strip()
-        assert [line for line in run.stdout.splitlines() if line not in text] == []
+    prints_what_it_says("adapters", page)
 
 
 # ── without it ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,8 +1,5 @@
 """Engines: whole models in other runtimes, as targets."""
 
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +9,10 @@ from refpeft.cli.check import elsewhere
 from refpeft.conformance import engine
 from refpeft.conformance.case import Case
 from refpeft.conformance.properties import PROPERTIES
-from refpeft.conformance.targets import libraries
+from tests.conformance.findings import pages, prints_what_it_says
 
-FINDINGS = Path(__file__).parents[2] / "docs" / "findings"
 DECLARES = {"llamacpp": {"lora", "rslora"}}  # target → methods
 EACH = pytest.mark.parametrize("name", [pytest.param(name, marks=getattr(pytest.mark, name)) for name in DECLARES])
-PAGES = [(name, page) for name in DECLARES for page in sorted(FINDINGS.glob(f"{name}-*.md"))]
 
 
 @EACH
@@ -39,14 +34,6 @@ def test_a_wrong_number_in_an_adapter_is_noticed(name: str) -> None:
     assert np.abs(there.run(asked)["logits"] - there.run(other)["logits"]).max() > 1e-3
 
 
-@pytest.mark.parametrize(
-    ("name", "page"),
-    [pytest.param(*both, marks=getattr(pytest.mark, both[0]), id=both[1].stem) for both in PAGES],
-)
+@pytest.mark.parametrize(("name", "page"), pages(list(DECLARES)))
 def test_the_scripts_of_the_findings_print_what_the_pages_say(name: str, page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
-    python = libraries.elsewhere(name) or sys.executable
-    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-        run = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
-        assert run.stdout.strip()
-        assert [line for line in run.stdout.splitlines() if line not in text] == []
+    prints_what_it_says(name, page)

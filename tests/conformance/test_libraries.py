@@ -1,7 +1,6 @@
 """Libraries in environments of their own, as targets: listed, made, found; all that they answer is explained."""
 
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,8 +20,8 @@ from refpeft.conformance.targets import TARGETS, libraries
 from refpeft.conformance.targets.fused import MASKS, Fused
 from refpeft.conformance.targets.libraries import LIBRARIES
 from refpeft.conformance.targets.spec import Spec
+from tests.conformance.findings import pages, prints_what_it_says
 
-FINDINGS = Path(__file__).parents[2] / "docs" / "findings"
 DECLARES = {  # methods, and the property that shows how much of the layer level there is
     "loralib": ({"lora"}, "unmerge"),
     "lycoris": ({"lora", "rslora", "dora", "loha", "lokr", "oft", "ia3"}, "unmerge"),
@@ -37,7 +36,6 @@ DECLARES = {  # methods, and the property that shows how much of the layer level
 }
 WITHOUT_GRADIENTS = ("invokeai",)
 EACH = pytest.mark.parametrize("name", [pytest.param(name, marks=getattr(pytest.mark, name)) for name in DECLARES])
-PAGES = [(name, page) for name in DECLARES for page in sorted(FINDINGS.glob(f"{name}-*.md"))]
 
 
 # ── with the libraries ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -86,17 +84,9 @@ def test_a_wrong_number_in_an_adapter_is_noticed(name: str) -> None:
     assert np.abs(there.run(asked)["y"] - there.run(other)["y"]).max() > 1e-3
 
 
-@pytest.mark.parametrize(
-    ("name", "page"),
-    [pytest.param(*both, marks=getattr(pytest.mark, both[0]), id=both[1].stem) for both in PAGES],
-)
+@pytest.mark.parametrize(("name", "page"), pages(list(DECLARES)))
 def test_the_scripts_of_the_findings_print_what_the_pages_say(name: str, page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
-    python = libraries.elsewhere(name) or sys.executable
-    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-        run = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
-        assert run.stdout.strip()
-        assert [line for line in run.stdout.splitlines() if line not in text] == []
+    prints_what_it_says(name, page)
 
 
 # ── without them ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -124,7 +114,7 @@ def test_where_a_library_is_missing_one_sentence_says_what_to_install(name: str,
 
 
 def test_every_library_is_a_target_pinned_and_documented() -> None:
-    page = (FINDINGS.parent / "targets.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "targets.md").read_text(encoding="utf-8")
     for name, library in LIBRARIES.items():
         assert TARGETS[name] == (library.about, library.factory)
         assert library.tried

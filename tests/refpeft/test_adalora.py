@@ -3,7 +3,6 @@
 import itertools
 import json
 import warnings
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +14,12 @@ import refpeft
 from refpeft import Adapter, Model, objectives
 from refpeft import train as engine
 from refpeft.checkpoint.safetensors import read
-from refpeft.method import Phi, weight
 from refpeft.methods import adalora
-from refpeft.part import Part
 from tests.models import ARCHITECTURES, tiny
+from tests.refpeft.equal import EXACT, Array, moved, same, wrap_is_merge
 
-Array = np.ndarray[Any, Any]
-EXACT = 1e-12
 IDS = np.random.default_rng(0).integers(0, 29, (2, 6))
 SMALL = {"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 20, "target_modules": "all-linear"}
-
-
-def moved(adapter: Adapter, seed: int = 1, by: float = 0.3) -> Adapter:
-    """Every parameter moved, as by training."""
-    rng = np.random.default_rng(seed)
-    return adapter.replace(
-        params={n: v + np.asarray(by * rng.normal(size=v.shape), v.dtype) for n, v in adapter.params.items()}
-    )
 
 
 def fresh(model: Model, **config: Any) -> Adapter:
@@ -44,10 +32,6 @@ def some(adapter: Adapter, seed: int = 0) -> dict[str, Array]:
     kept = {n: rng.random(len(v)) < 0.5 for n, v in adapter.params.items() if n.endswith("lora_E")}
     first = next(iter(kept))
     return kept | {first: np.zeros(len(kept[first]), bool)}
-
-
-def same(a: Any, b: Any, tolerance: float = EXACT) -> None:
-    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(np.abs(b).max(initial=0), 1))
 
 
 # ── claims ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -71,21 +55,7 @@ def test_wrap_is_merge(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """AL2: outputs, and the gradients of both forms."""
     model = tiny(family)
     adapter = moved(fresh(model))
-    out, vjp = model(IDS, adapter)
-    same(refpeft.merge(model, adapter)(IDS)[0], out)
-    dout = np.random.default_rng(2).normal(size=out.shape)
-    grads, base = vjp(dout, base=True)
-
-    def by_definition(cfg: Any, φ: Phi, part: Part, mask: Array | None = None) -> Part:
-        return weight(part, φ, partial(adalora.merge, cfg))
-
-    monkeypatch.setattr(adalora, "wrap", by_definition)
-    out2, vjp2 = model(IDS, adapter)
-    grads2, base2 = vjp2(dout, base=True)
-    same(out2, out)
-    assert set(grads2) == set(grads) == set(adapter.params)
-    for name, d in (grads2 | base2).items():
-        same(d, (grads | base)[name])
+    wrap_is_merge(model, adapter, IDS, monkeypatch)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])

@@ -18,7 +18,8 @@ from refpeft.hooks import Block
 from refpeft.method import Phi
 from refpeft.part import BASE, make
 from tests.models import tiny
-from tests.refpeft.necks import EXACT, FAMILIES, IDS, THREE, Array, fresh, moved, same
+from tests.refpeft.equal import EXACT, Array, moved, same
+from tests.refpeft.necks import FAMILIES, IDS, THREE, fresh
 
 rng = np.random.default_rng(1)
 three = pytest.mark.parametrize("method", THREE)

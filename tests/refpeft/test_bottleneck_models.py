@@ -14,7 +14,8 @@ from refpeft.checkpoint.families import describe
 from refpeft.methods import METHODS
 from refpeft.model import Model, Site
 from tests.models import config_json, tiny
-from tests.refpeft.necks import EXACT, FAMILIES, IDS, THREE, fresh, moved, same
+from tests.refpeft.equal import EXACT, moved, same
+from tests.refpeft.necks import FAMILIES, IDS, THREE, fresh
 
 three = pytest.mark.parametrize("method", THREE)
 each_family = pytest.mark.parametrize("family", FAMILIES)

@@ -2,7 +2,6 @@
 
 import json
 import warnings
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,12 @@ import pytest
 import refpeft
 from refpeft import Adapter, Model
 from refpeft.checkpoint.safetensors import read
-from refpeft.method import Phi, weight
+from refpeft.method import Phi
 from refpeft.methods import ia3
-from refpeft.part import BASE, Part, make
+from refpeft.part import BASE, make
 from tests.models import ARCHITECTURES, ENCODER_DECODERS, tiny
+from tests.refpeft.equal import EXACT, moved, same, wrap_is_merge
 
-Array = np.ndarray[Any, Any]
-EXACT = 1e-12
 IDS = np.random.default_rng(0).integers(0, 29, (2, 6))
 SIDES = {  # family → targets, of which these are feed-forward
     "gpt2": (["c_attn", "attn.c_proj", "mlp.c_proj"], ["mlp.c_proj"]),
@@ -28,21 +26,9 @@ SIDES = {  # family → targets, of which these are feed-forward
 }
 
 
-def moved(adapter: Adapter, seed: int = 1, by: float = 0.3) -> Adapter:
-    """Every parameter moved, as by training."""
-    rng = np.random.default_rng(seed)
-    return adapter.replace(
-        params={n: v + np.asarray(by * rng.normal(size=v.shape), v.dtype) for n, v in adapter.params.items()}
-    )
-
-
 def fresh(model: Model, family: str, **config: Any) -> Adapter:
     targets, forward = SIDES[family]
     return refpeft.init("ia3", {"target_modules": targets, "feedforward_modules": forward, **config}, model)
-
-
-def same(a: Any, b: Any, tolerance: float = EXACT) -> None:
-    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(np.abs(b).max(initial=0), 1))
 
 
 # ── claims ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -73,21 +59,7 @@ def test_wrap_is_merge(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """IA2: outputs, and the gradients of both forms, of the bias too."""
     model = tiny(family)
     adapter = moved(fresh(model, family))
-    out, vjp = model(IDS, adapter)
-    same(refpeft.merge(model, adapter)(IDS)[0], out)
-    dout = np.random.default_rng(2).normal(size=out.shape)
-    grads, base = vjp(dout, base=True)
-
-    def by_definition(cfg: Any, φ: Phi, part: Part, mask: Array | None = None) -> Part:
-        return weight(part, φ, partial(ia3.merge, cfg))
-
-    monkeypatch.setattr(ia3, "wrap", by_definition)
-    out2, vjp2 = model(IDS, adapter)
-    grads2, base2 = vjp2(dout, base=True)
-    same(out2, out)
-    assert set(grads2) == set(grads) == set(adapter.params)
-    for name, d in (grads2 | base2).items():
-        same(d, (grads | base)[name])
+    wrap_is_merge(model, adapter, IDS, monkeypatch)
 
 
 @pytest.mark.parametrize("family", SIDES)

@@ -12,21 +12,12 @@ import refpeft
 from refpeft import Adapter, Model
 from refpeft.checkpoint.safetensors import Malformed, read, write
 from tests.models import ARCHITECTURES, tiny
+from tests.refpeft.equal import EXACT, Array, moved
 
-Array = np.ndarray[Any, Any]
 METHODS = ("did", "said")
-EXACT = 1e-12
 IDS = np.random.default_rng(0).integers(0, 29, (2, 6))
 SIZES = {"did": 37, "said": 80}  # two layers have some 28 tensors, and SAID needs more dimensions than that
 both = pytest.mark.parametrize("method", METHODS)
-
-
-def moved(adapter: Adapter, by: float = 0.3, seed: int = 1) -> Adapter:
-    """Every parameter moved, as by training."""
-    rng = np.random.default_rng(seed)
-    return adapter.replace(
-        params={n: v + np.asarray(by * rng.normal(size=v.shape), v.dtype) for n, v in adapter.params.items()}
-    )
 
 
 def fresh(model: Model, method: str, seed: int = 0, **config: Any) -> Adapter:

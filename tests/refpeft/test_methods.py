@@ -2,7 +2,6 @@
 
 import ast
 import re
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,12 @@ import pytest
 
 import refpeft
 from refpeft import METHODS, Adapter, Model
-from refpeft.method import Phi, weight
+from refpeft.method import Phi
 from refpeft.methods import dora, lora
 from refpeft.part import BASE, Part, make
 from tests.models import tiny
+from tests.refpeft.equal import EXACT, Array, moved, same, wrap_is_merge
 
-Array = np.ndarray[Any, Any]
-EXACT = 1e-12
 rng = np.random.default_rng(0)
 START = rng.bit_generator.state
 IDS = rng.integers(0, 29, (2, 6))
@@ -81,16 +79,7 @@ def fresh(model: Model, option: str, layer: str, seed: int = 0, **config: Any) -
 
 
 def trained(adapter: Adapter, seed: int = 0) -> Adapter:
-    """Every parameter moved, as by training."""
-    move = np.random.default_rng(seed + 100)
-    params = {n: v + np.asarray(0.3 * move.normal(size=v.shape), v.dtype) for n, v in adapter.params.items()}
-    return adapter.replace(params=params)
-
-
-def same(a: Any, b: Any, tolerance: float = EXACT) -> None:
-    """Equal up to rounding, on the scale of the largest entry (of 1, where all are small)."""
-    scale = max(np.abs(b).max(initial=0), 1)
-    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale)
+    return moved(adapter, seed + 100)
 
 
 # ── what holds for every method ──────────────────────────────────────────────────────────────────────────────────────
@@ -111,22 +100,7 @@ def test_wrap_is_merge(option: str, layer: str, monkeypatch: pytest.MonkeyPatch)
     """L2, D2: outputs of the run-time form and of the merged model, and gradients of both forms, are the same."""
     model = model_of(layer)
     adapter = trained(fresh(model, option, layer))
-    out, vjp = model(IDS, adapter)
-    same(refpeft.merge(model, adapter)(IDS)[0], out)
-    method = METHODS[adapter.method]
-
-    def by_definition(cfg: Any, φ: Phi, part: Part, mask: Array | None = None) -> Part:
-        return weight(part, φ, partial(method.merge, cfg))
-
-    dout = rng.normal(size=out.shape)
-    grads, base = vjp(dout, base=True)
-    monkeypatch.setattr(method, "wrap", by_definition)
-    out2, vjp2 = model(IDS, adapter)
-    grads2, base2 = vjp2(dout, base=True)
-    same(out2, out)
-    assert set(grads2) == set(grads) == set(adapter.params)
-    for name, d in (grads2 | base2).items():
-        same(d, (grads | base)[name])
+    wrap_is_merge(model, adapter, IDS, monkeypatch)
 
 
 @everywhere

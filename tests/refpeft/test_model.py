@@ -10,9 +10,8 @@ import pytest
 import refpeft
 from refpeft import Adapter, Model, ops
 from tests.models import ARCHITECTURES, tiny
+from tests.refpeft.equal import EXACT, Array, same
 
-Array = np.ndarray[Any, Any]
-EXACT = 1e-12
 DECODERS = ["gpt2", "llama", "qwen2"]
 FAMILIES = [*DECODERS, "bert", "roberta"]
 STATES = [("gpt2", "Model"), ("llama", "Model"), ("qwen2", "Model"), ("bert", "Model"), ("roberta", "Model")]
@@ -27,10 +26,6 @@ def adapter_of(model: Model, method: str, seed: int = 0, **config: Any) -> Adapt
     move = np.random.default_rng(seed)
     fresh = refpeft.init(method, {"r": 2, "target_modules": "all-linear", **config}, model, seed)
     return fresh.replace(params={n: v + 0.2 * move.normal(size=v.shape) for n, v in fresh.params.items()})
-
-
-def same(a: Array, b: Array) -> None:
-    np.testing.assert_allclose(a, b, rtol=0, atol=EXACT * max(np.abs(b).max(initial=0), 1))
 
 
 # ── batches ──────────────────────────────────────────────────────────────────────────────────────────────────────────

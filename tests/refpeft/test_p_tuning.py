@@ -13,9 +13,9 @@ from refpeft.checkpoint.safetensors import read
 from refpeft.methods import p_tuning
 from refpeft.prompts import P, table
 from tests.models import tiny
+from tests.refpeft.equal import EXACT, same
 from tests.refpeft.soft import HF, both, hf, hf_base, hf_load, hf_run
 
-EXACT = 1e-12
 N, V = 3, 29
 rng = np.random.default_rng(0)
 IDS = rng.integers(2, V, (2, 6))
@@ -30,10 +30,6 @@ encoders = pytest.mark.parametrize("config", ENCODERS.values(), ids=list(ENCODER
 
 def fresh(model: Any, seed: int = 0, **config: Any) -> refpeft.Adapter:
     return refpeft.init("p_tuning", {"num_virtual_tokens": N, **config}, model, seed)
-
-
-def same(a: Any, b: Any, tolerance: float = EXACT) -> None:
-    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(np.abs(b).max(initial=0), 1))
 
 
 # ── the encoder ──────────────────────────────────────────────────────────────────────────────────────────────────────

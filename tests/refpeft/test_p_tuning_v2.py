@@ -10,9 +10,9 @@ from refpeft.checkpoint.prefix import from_thudm
 from refpeft.checkpoint.safetensors import Malformed
 from refpeft.methods.prefix_tuning import NAMES, flat
 from tests.models import tiny
+from tests.refpeft.equal import EXACT, same
 from tests.refpeft.soft import both, cache_under_its_old_name, hf_base, hf_load, hf_run
 
-EXACT = 1e-12
 N, P = 3, "prompt_embeddings"
 rng = np.random.default_rng(0)
 IDS = rng.integers(2, 29, (4, 6))
@@ -31,10 +31,6 @@ def fresh(model: Any, seed: int = 0, **config: Any) -> refpeft.Adapter:
     adapter = refpeft.init("p_tuning_v2", {"num_virtual_tokens": N, **config}, model, seed)
     move = np.random.default_rng(seed + 1)
     return adapter.replace(params={n: a + 0.3 * move.normal(size=a.shape) for n, a in adapter.params.items()})
-
-
-def same(a: Any, b: Any, tolerance: float = EXACT) -> None:
-    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(np.abs(b).max(initial=0), 1))
 
 
 @models

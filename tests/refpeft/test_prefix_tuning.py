@@ -13,9 +13,9 @@ from refpeft.checkpoint.safetensors import Malformed, read
 from refpeft.methods import prefix_tuning
 from refpeft.methods.prefix_tuning import flat, of_cache
 from tests.models import tiny
+from tests.refpeft.equal import EXACT, same
 from tests.refpeft.soft import HF, both, hf, hf_base, hf_load, hf_run
 
-EXACT = 1e-12
 N, P = 3, "prompt_embeddings"
 rng = np.random.default_rng(0)
 IDS = rng.integers(2, 29, (2, 6))
@@ -33,10 +33,6 @@ forms = pytest.mark.parametrize("config", FORMS.values(), ids=list(FORMS))
 
 def fresh(model: Any, seed: int = 0, **config: Any) -> refpeft.Adapter:
     return refpeft.init("prefix_tuning", {"num_virtual_tokens": N, **config}, model, seed)
-
-
-def same(a: Any, b: Any, tolerance: float = EXACT) -> None:
-    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(np.abs(b).max(initial=0), 1))
 
 
 # ── gradients, and the claims ────────────────────────────────────────────────────────────────────────────────────────

@@ -1,7 +1,6 @@
 """LoHa, LoKr, OFT and BOFT: the claims of their docstrings, and what they refuse."""
 
 import math
-from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -11,14 +10,12 @@ from scipy.linalg import expm
 
 import refpeft
 from refpeft import METHODS, Adapter, Model
-from refpeft.method import Phi, weight
 from refpeft.methods import boft, lokr, oft
 from refpeft.part import Part
 from refpeft.rotations import cayley, cayley_series, rotate, skew
 from tests.models import tiny
+from tests.refpeft.equal import EXACT, Array, moved, same, wrap_is_merge
 
-Array = np.ndarray[Any, Any]
-EXACT = 1e-12
 IDS = np.random.default_rng(0).integers(0, 29, (2, 6))
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "loha": ("loha", {"r": 2, "alpha": 5}),
@@ -72,18 +69,6 @@ def fresh(model: Model, option: str, layer: str, seed: int = 0, **config: Any) -
     return refpeft.init(method, {**LAYERS[layer][2], **options, **config}, model, seed)
 
 
-def moved(adapter: Adapter, seed: int = 1) -> Adapter:
-    """Every parameter moved, as by training."""
-    rng = np.random.default_rng(seed)
-    return adapter.replace(
-        params={n: v + np.asarray(0.3 * rng.normal(size=v.shape), v.dtype) for n, v in adapter.params.items()}
-    )
-
-
-def same(a: Any, b: Any, tolerance: float = EXACT) -> None:
-    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(np.abs(b).max(initial=0), 1))
-
-
 def values(option: str, o: int = 6, i: int = 12, seed: int = 0, **config: Any) -> tuple[Any, Any, Part, dict[str, Any]]:
     """Method, config, a linear layer [o, i] with a bias, and parameters that were moved."""
     from refpeft.part import BASE, make
@@ -121,22 +106,7 @@ def test_wrap_is_merge(option: str, layer: str, monkeypatch: pytest.MonkeyPatch)
     """LH2, LK2, OF2, BO2: outputs of the run-time form and of the merged model, and gradients of both forms."""
     model = model_of(layer)
     adapter = moved(fresh(model, option, layer))
-    out, vjp = model(IDS, adapter)
-    same(refpeft.merge(model, adapter)(IDS)[0], out)
-    method = METHODS[adapter.method]
-
-    def by_definition(cfg: Any, φ: Phi, part: Part, mask: Array | None = None) -> Part:
-        return weight(part, φ, partial(method.merge, cfg))
-
-    dout = np.random.default_rng(0).normal(size=out.shape)
-    grads, base = vjp(dout, base=True)
-    monkeypatch.setattr(method, "wrap", by_definition)
-    out2, vjp2 = model(IDS, adapter)
-    grads2, base2 = vjp2(dout, base=True)
-    same(out2, out)
-    assert set(grads2) == set(grads) == set(adapter.params)
-    for name, d in (grads2 | base2).items():
-        same(d, (grads | base)[name])
+    wrap_is_merge(model, adapter, IDS, monkeypatch)
 
 
 @everywhere

@@ -13,9 +13,9 @@ from refpeft.checkpoint.safetensors import read
 from refpeft.methods import prompt_tuning
 from refpeft.prompts import P, ensemble, own_grads, table
 from tests.models import tiny
+from tests.refpeft.equal import EXACT, same
 from tests.refpeft.soft import HF, both, hf_base, hf_load, hf_run
 
-EXACT = 1e-12
 N = 3
 rng = np.random.default_rng(0)
 IDS = rng.integers(2, 29, (2, 6))
@@ -30,10 +30,6 @@ models = pytest.mark.parametrize(("family", "architecture"), MODELS)
 
 def fresh(model: Any, seed: int = 0, **config: Any) -> refpeft.Adapter:
     return refpeft.init("prompt_tuning", {"num_virtual_tokens": N, **config}, model, seed)
-
-
-def same(a: Any, b: Any, tolerance: float = EXACT) -> None:
-    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(np.abs(b).max(initial=0), 1))
 
 
 # ── claims ───────────────────────────────────────────────────────────────────────────────────────────────────────────
