@@ -23,9 +23,18 @@ from refpeft.conformance import tiny
 from refpeft.conformance.case import Case, read
 from refpeft.conformance.targets.adapterhub import METHODS, Place, head_places
 from refpeft.conformance.targets.base import Arrays, Skip
-from refpeft.conformance.targets.models import Driver, base_model, buildable, decoder_of, output, values_of
+from refpeft.conformance.targets.models import (
+    Driver,
+    base_model,
+    buildable,
+    decoded,
+    decoder_of,
+    model_buffers,
+    output,
+    values_of,
+)
 from refpeft.conformance.targets.spec import real
-from refpeft.conformance.targets.tensors import array, quietly, tensor
+from refpeft.conformance.targets.tensors import array, fill_all, quietly, tensor
 from refpeft.ops import Array
 
 LINEARS = {  # of the layers that the suite adapts, those at which AdapterHub has a LoRA
@@ -131,15 +140,7 @@ def places(case: Case, model: Any, name: str) -> dict[str, Place]:
 
 def write(case: Case, model: Any, name: str, values: Mapping[str, Array]) -> None:
     """Values into an adapter's parameters, in place; all of them, and no others."""
-    there = places(case, model, name)
-    if there.keys() != values.keys():
-        odd = sorted(there.keys() ^ values.keys())[0]
-        raise ValueError(f"the parameters of the adapter are not those of the specification: {odd}")
-    for n, p in there.items():
-        value = tensor(np.ascontiguousarray(p.there(values[n])))
-        if value.shape != p.param.shape:
-            raise ValueError(f"{n}: expected shape {list(p.param.shape)}, found {list(value.shape)}")
-        p.param.data = value.clone()
+    fill_all(places(case, model, name), values)
 
 
 class Whole:
@@ -182,10 +183,7 @@ class Whole:
         self.model.merge_adapter(self.names[0])
         own = {id(p.param) for p in places(self.case, self.model, self.names[0]).values()}
         tensors = {n: array(p) for n, p in self.model.named_parameters() if id(p) not in own}
-        model = self.case.arrays
-        buffers = {n: array(b) for n, b in self.model.named_buffers() if f"model/{n}" in model}  # BART's bias of words
-        tensors |= {n: b.reshape(model[f"model/{n}"].shape) for n, b in buffers.items()}
-        return {f"merged/{n}": a for n, a in tensors.items()}
+        return {f"merged/{n}": a for n, a in (tensors | model_buffers(self.model, self.case)).items()}
 
     def merged_logits(self) -> Arrays:
         self.model.merge_adapter(self.names[0])
@@ -201,16 +199,7 @@ class Whole:
         return {"dropped": self.said(self.ids, self.mask)}
 
     def decoded(self) -> Arrays:
-        """One token after the other; of an encoder-decoder, the decoder's."""
-        found, cache, more = [], None, decoder_of(self.case)
-        grows = more.get("decoder_input_ids", tensor(self.ids))
-        with torch.no_grad():
-            for one in grows.split(1, dim=1):
-                feeds = {"input_ids": tensor(self.ids), "decoder_input_ids": one} if more else {"input_ids": one}
-                out = self.model(**feeds, past_key_values=cache, use_cache=True)
-                cache = out.past_key_values
-                found.append(array(out.logits))
-        return {"decoded": np.concatenate(found, axis=1)}
+        return {"decoded": decoded(self.model, self.case)}
 
     def count(self) -> Arrays:
         """Without the head of the task, which AdapterHub always trains, unless the adapter has it too."""

@@ -38,7 +38,7 @@ from lycoris.modules.lokr import LokrModule  # type: ignore[import-not-found, un
 from refpeft.conformance.case import Case
 from refpeft.conformance.targets.base import Skip, Target
 from refpeft.conformance.targets.layers import Layers, Place
-from refpeft.conformance.targets.tensors import quietly
+from refpeft.conformance.targets.tensors import fill, quietly
 from refpeft.conformance.targets.torch_layers import TorchLayer
 from refpeft.methods import METHODS
 from refpeft.ops import Array
@@ -96,7 +96,7 @@ class Adapted(TorchLayer):
         dtype = getattr(torch, str(W.dtype))
         self.module = torch.nn.Linear(W.shape[1], W.shape[0], bias=b is not None, dtype=dtype)
         self.base = {"W": Place(self.module.weight), **({} if b is None else {"b": Place(self.module.bias)})}
-        self.fill(self.base, self.case.arrays)  # whose norms m begins with
+        fill(self.base, self.case.arrays)  # whose norms m begins with
         how = Settings(self.case)
         self.lycoris = MAKERS[self.case.method](how, self.module, bypass_mode=self.settings["bypass"])
         self.lycoris.multiplier = self.multiplier = how.multiplier(self.lycoris)

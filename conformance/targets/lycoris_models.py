@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from lycoris import LycorisNetwork, create_lycoris_from_weights  # type: ignore[import-not-found, unused-ignore]
@@ -30,7 +29,7 @@ from refpeft.conformance.targets.layers import HONOURED, Layers, Place
 from refpeft.conformance.targets.lycoris import FIELDS, SUMS, Settings, blocks, places
 from refpeft.conformance.targets.models import Driver, base_model, decoder_of, output, values_of
 from refpeft.conformance.targets.spec import arguments, mask_of, real
-from refpeft.conformance.targets.tensors import array, tensor
+from refpeft.conformance.targets.tensors import array, fill_all, tensor
 from refpeft.conformance.targets.torch_layers import gradient
 from refpeft.method import Targets, matches, targeted
 from refpeft.methods import METHODS
@@ -102,15 +101,7 @@ class Adapter:
         return found
 
     def write(self, values: Mapping[str, Array]) -> None:
-        there = self.places()
-        if there.keys() != values.keys():
-            odd = sorted(there.keys() ^ values.keys())[0]
-            raise ValueError(f"the parameters of the adapter are not those of the specification: {odd}")
-        for name, place in there.items():
-            value = tensor(np.ascontiguousarray(place.there(values[name])))
-            if value.shape != place.param.shape:
-                raise ValueError(f"{name}: expected shape {list(place.param.shape)}, found {list(value.shape)}")
-            place.param.data = value.clone()
+        fill_all(self.places(), values)
 
     def apply(self) -> None:
         self.network.apply_to()

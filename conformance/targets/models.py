@@ -2,10 +2,11 @@
 
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import transformers
 
@@ -13,7 +14,7 @@ from refpeft.conformance import tiny
 from refpeft.conformance.case import Case
 from refpeft.conformance.targets.base import Arrays
 from refpeft.conformance.targets.spec import answers
-from refpeft.conformance.targets.tensors import tensor
+from refpeft.conformance.targets.tensors import array, tensor
 from refpeft.ops import Array
 
 
@@ -53,6 +54,31 @@ def decoder_of(case: Case, other: bool = False) -> dict[str, Any]:
     """What the decoder of such a model is given."""
     name = "decoder_input_ids"
     return {name: tensor(case.arrays["other_" * other + name])} if name in case.arrays else {}
+
+
+def steps_of(case: Case) -> Sequence[Mapping[str, Any]]:
+    """One token after the other; of an encoder-decoder, the decoder's."""
+    ids, more = tensor(case.arrays["ids"]), decoder_of(case)
+    grows = more.get("decoder_input_ids", ids)
+    ones = [grows[:, t : t + 1] for t in range(grows.shape[1])]
+    return [{"input_ids": ids, "decoder_input_ids": one} if more else {"input_ids": one} for one in ones]
+
+
+def decoded(model: Any, case: Case) -> Array:
+    """The logits of one token after the other, each with what is remembered of those before it."""
+    found, cache = [], None
+    with torch.no_grad():
+        for step in steps_of(case):
+            out = model(**step, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            found.append(array(out.logits))
+    return np.concatenate(found, axis=1)
+
+
+def model_buffers(model: Any, case: Case) -> Arrays:
+    """What transformers holds as buffers and the case as parameters, in its shapes: BART's bias of words."""
+    own = {n: b for n, b in model.named_buffers() if f"model/{n}" in case.arrays}
+    return {n: array(b).reshape(case.arrays[f"model/{n}"].shape) for n, b in own.items()}
 
 
 def base_model(case: Case, attention: str = "eager") -> Any:

@@ -28,7 +28,17 @@ from refpeft.conformance import tiny
 from refpeft.conformance.case import DTYPES, Case, read
 from refpeft.conformance.targets import peft_prompts as prompts
 from refpeft.conformance.targets.base import FEATURES, Arrays, Skip
-from refpeft.conformance.targets.models import Driver, base_model, buildable, decoder_of, output, values_of
+from refpeft.conformance.targets.models import (
+    Driver,
+    base_model,
+    buildable,
+    decoded,
+    decoder_of,
+    model_buffers,
+    output,
+    steps_of,
+    values_of,
+)
 from refpeft.conformance.targets.spec import LATIN, arguments, mask_of, real
 from refpeft.conformance.targets.tensors import array, quietly, tensor
 from refpeft.methods import METHODS
@@ -335,13 +345,8 @@ class Whole:
         return self.unloaded
 
     def merged(self) -> Arrays:
-        """Its parameters, and buffers that are of the model: with the shapes that they have in the case."""
-        there = {f"model/{n}": b for n, b in self.plain().named_buffers()}
-        own = {n.removeprefix("model/"): array(b) for n, b in there.items() if n in self.case.arrays}
         found = {n: array(p) for n, p in self.plain().named_parameters()}
-        return {f"merged/{n}": a for n, a in found.items()} | {
-            f"merged/{n}": a.reshape(self.case.arrays[f"model/{n}"].shape) for n, a in own.items()
-        }
+        return {f"merged/{n}": a for n, a in (found | model_buffers(self.plain(), self.case)).items()}
 
     def merged_logits(self) -> Arrays:
         with torch.no_grad():
@@ -358,26 +363,14 @@ class Whole:
             return {"dropped": self.real(array(self.said(plain)))}
 
     def decoded(self) -> Arrays:
-        found, cache, steps = [], None, steps_of(self.case)
+        if not prompts.prompted(self.model, self.names[0]):
+            return {"decoded": decoded(self.model, self.case)}
         with torch.no_grad():
-            if prompts.prompted(self.model, self.names[0]):
-                return {"decoded": np.concatenate([array(y) for y in prompts.decoded(self.model, steps)], 1)}
-            for step in steps:
-                out = self.model(**step, past_key_values=cache, use_cache=True)
-                cache = out.past_key_values
-                found.append(array(out.logits))
-        return {"decoded": np.concatenate(found, axis=1)}
+            said = prompts.decoded(self.model, steps_of(self.case))
+            return {"decoded": np.concatenate([array(y) for y in said], axis=1)}
 
     def count(self) -> Arrays:
         return {"count": np.array(sum(p.numel() for p in self.model.parameters() if p.requires_grad))}
-
-
-def steps_of(case: Case) -> Sequence[Mapping[str, Any]]:
-    """One token after the other; of an encoder-decoder, the decoder's."""
-    ids, more = tensor(case.arrays["ids"]), decoder_of(case)
-    grows = more.get("decoder_input_ids", ids)
-    ones = [grows[:, t : t + 1] for t in range(grows.shape[1])]
-    return [{"input_ids": ids, "decoder_input_ids": one} if more else {"input_ids": one} for one in ones]
 
 
 # ── a life ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,7 +1,8 @@
 """Numbers from NumPy to torch and back."""
 
 import logging
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -29,3 +30,29 @@ def array(t: Any) -> Array:
     if t.dtype == torch.bfloat16:
         return np.array(t.contiguous().view(torch.int16).numpy()).view(DTYPES["bfloat16"])
     return np.array(t.numpy())
+
+
+class Place(Protocol):
+    """Where a tensor of ours lies in a library: its parameter there, and how to get there."""
+
+    @property
+    def param(self) -> Any: ...
+    @property
+    def there(self) -> Callable[[Array], Array]: ...
+
+
+def fill(places: Mapping[str, Place], values: Mapping[str, Array]) -> None:
+    """Values into parameters, in place."""
+    for name, place in places.items():
+        value = tensor(np.ascontiguousarray(place.there(values[name])))
+        if value.shape != place.param.shape:
+            raise ValueError(f"{name}: expected shape {list(place.param.shape)}, found {list(value.shape)}")
+        place.param.data = value.clone()
+
+
+def fill_all(places: Mapping[str, Place], values: Mapping[str, Array]) -> None:
+    """The same, where there must be a place for each value, and a value for each place."""
+    if places.keys() != values.keys():
+        odd = sorted(places.keys() ^ values.keys())[0]
+        raise ValueError(f"the parameters of the adapter are not those of the specification: {odd}")
+    fill(places, values)

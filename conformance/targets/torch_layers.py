@@ -9,7 +9,7 @@ from refpeft.conformance.case import Case
 from refpeft.conformance.targets.base import Arrays
 from refpeft.conformance.targets.fused import Fused
 from refpeft.conformance.targets.layers import Layer, Place
-from refpeft.conformance.targets.tensors import array, tensor
+from refpeft.conformance.targets.tensors import array, fill, tensor
 from refpeft.ops import Array
 
 
@@ -23,22 +23,15 @@ class TorchLayer(Layer):
     def __init__(self, case: Case) -> None:
         super().__init__(case)
         self.make()
-        self.fill(self.base, case.arrays)
+        fill(self.base, case.arrays)
         if not self.is_fresh:
             self.write(self.asked)
 
     def make(self) -> None:
         raise NotImplementedError
 
-    def fill(self, places: Mapping[str, Place], values: Mapping[str, Array]) -> None:
-        for name, place in places.items():
-            value = tensor(np.ascontiguousarray(place.there(values[name])))
-            if value.shape != place.param.shape:
-                raise ValueError(f"{name}: expected shape {list(place.param.shape)}, found {list(value.shape)}")
-            place.param.data = value.clone()
-
     def write(self, values: Mapping[str, Array]) -> None:
-        self.fill(self.places, values)
+        fill(self.places, values)
 
     def y(self, x: Array) -> Array:
         return array(self.run(tensor(x)))

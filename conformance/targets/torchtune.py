@@ -11,7 +11,7 @@ import torch
 from torchtune.modules import peft  # type: ignore[import-not-found, unused-ignore]
 
 from refpeft.conformance.targets.layers import Layers, Place
-from refpeft.conformance.targets.tensors import quietly
+from refpeft.conformance.targets.tensors import fill, quietly
 from refpeft.conformance.targets.torch_layers import TorchLayer
 
 
@@ -25,7 +25,7 @@ class Adapted(TorchLayer):
         self.base = {"W": Place(self.module.weight), **({} if b is None else {"b": Place(self.module.bias)})}
         self.places = {"A": Place(self.module.lora_a.weight), "B": Place(self.module.lora_b.weight)}
         if self.config.get("use_dora"):
-            self.fill(self.base, self.case.arrays)  # whose norms m begins with
+            fill(self.base, self.case.arrays)  # whose norms m begins with
             self.module.initialize_dora_magnitude()
             self.places["m"] = Place(self.module.magnitude)
 
