@@ -46,7 +46,7 @@ import numpy as np
 
 from refpeft import bottleneck
 from refpeft.adapter import Adapter, each, substitutes, wrapped
-from refpeft.checkpoint.adapters import tensor_of
+from refpeft.checkpoint.wrapper import tensor_of
 from refpeft.export.form import Array, own, prefixes, trained
 from refpeft.hooks import Block, Hooks, Prompt, compose
 from refpeft.method import Phi, Values, as_dtype, branch

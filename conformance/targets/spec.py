@@ -14,8 +14,9 @@ import refpeft
 from refpeft import bottleneck, quantisation
 from refpeft.adapter import Adapter
 from refpeft.adapter import found as adapted
-from refpeft.checkpoint.adapters import PREFIX, contents
+from refpeft.checkpoint.adapters import contents
 from refpeft.checkpoint.families import describe
+from refpeft.checkpoint.wrapper import PREFIX
 from refpeft.conformance import chain
 from refpeft.conformance.case import DTYPES, Case
 from refpeft.conformance.targets.base import FEATURES, Arrays

@@ -36,14 +36,13 @@ from refpeft.checkpoint import (
 )
 from refpeft.checkpoint.format import Format
 from refpeft.checkpoint.safetensors import Malformed, fitting, show
+from refpeft.checkpoint.wrapper import CONFIG, FILE, PREFIX, check_rest, elsewhere, module_names, stored_name
 from refpeft.methods import METHODS, lora, vera
 from refpeft.model import Model
 from refpeft.ops import Array, is_half
 from refpeft.part import Part
 
-PREFIX = "base_model.model."
 SHARED = "base_model."  # before what belongs to no module
-CONFIG, FILE = "adapter_config.json", "adapter_model.safetensors"
 IGNORED = {  # without influence on the function
     "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version",
     "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core",
@@ -51,7 +50,6 @@ IGNORED = {  # without influence on the function
 }  # fmt: skip
 NO_BASE = {"task_type": None, "base_model_name_or_path": None, "inference_mode": True}
 PLAIN_INITS = ("eva", "mica")  # they leave the base alone: A and B in the file are all there is
-TWINS = {twin: name for name, twin in models.TWINS.items()}
 # of the methods that are not of LoRA's kind, each in a module of its own
 FORMATS = cast(Sequence[Format], (selection, prompts, prefix, intrinsic, bottleneck, products))
 HEADS = ("classifier", "score")
@@ -139,14 +137,6 @@ def meant(fields: dict[str, Any], raw: Mapping[str, Any], model: Model) -> dict[
     return fields
 
 
-def module_names(tensors: Mapping[str, Array]) -> dict[str, Array]:
-    """The file's tensors without the prefix of HF peft's wrapper."""
-    for name in tensors:
-        if not name.startswith(PREFIX):
-            raise Malformed(f"{FILE}: tensor names must begin with {PREFIX!r}, found {show(name)}")
-    return {name.removeprefix(PREFIX): a for name, a in tensors.items()}
-
-
 Spec = tuple[tuple[int, ...], Any]  # shape, dtype
 
 
@@ -163,44 +153,6 @@ def take(found: dict[str, Array], aliases: list[str], name: str, shape: tuple[in
     if at is None:
         raise Malformed(f"{FILE}: tensor {PREFIX + aliases[0]!r} is missing{elsewhere(found, m)}")
     return fitting(FILE, {PREFIX + at: found.pop(at)}, PREFIX + at, shape, dtype)
-
-
-def elsewhere(found: Mapping[str, Array], m: Model) -> str:
-    """What to add about a missing tensor if none of the file's belongs to a module of this model."""
-    paths = {site.path for site in m.sites.values()}
-    if not found or any(name.startswith(tuple(p + "." for p in paths)) for name in found):
-        return ""
-    return f": this is an adapter of another base, its tensors are named like {show(PREFIX + min(found))}"
-
-
-def check_rest(found: Mapping[str, Array], cfg: Any, model: Model, whole: Mapping[str, str]) -> None:
-    """What is left in the file may only repeat the base model (as HF peft does for targeted embeddings)."""
-    for name, a in found.items():
-        parts = name.split(".")
-        bare = ".".join(p for p in parts if p not in ("base_layer", "original_module"))
-        if getattr(cfg, "bias", "none") == "all" and parts[-2:] == ["modules_to_save", "bias"]:
-            continue  # a second copy of what is stored without 'modules_to_save'
-        if TWINS.get(bare) in whole:
-            continue  # the other name of a bias that has been read
-        tensor = tensor_of(model, bare)
-        if tensor is None:
-            raise Malformed(
-                f"{FILE}: tensor {show(PREFIX + name)} is not one that this adapter has{elsewhere(found, model)}"
-            )
-        like = model.params[tensor]
-        if a.shape != like.shape or not np.array_equal(a.astype(like.dtype, copy=False), like):
-            raise Malformed(
-                f"{FILE}: tensor {show(PREFIX + name)} differs from the model's, so the adapter belongs to another base"
-            )
-
-
-def tensor_of(model: Model, name: str) -> str | None:
-    """The model's tensor behind a name of a module's weight or bias."""
-    for site in model.sites.values():
-        for tensor, leaf in ((site.weight, ".weight"), (site.bias, ".bias")):
-            if site.path + leaf == name and tensor in model.params:
-                return tensor
-    return None
 
 
 def projection(cfg: vera.Config, chosen: Mapping[str, Part], tensors: dict[str, Array]) -> dict[str, Array]:
@@ -305,10 +257,3 @@ def plain_params(adapter: Adapter) -> dict[str, Array]:
             full = name.replace(".lora_B0.", ".lora_B.")
             params[full] = np.concatenate([params[full], -start0], axis=1)
     return params | {twin: params[name] for name, twin in models.TWINS.items() if name in params}
-
-
-def stored_name(adapter: Adapter, name: str) -> str:
-    """HF peft keeps an adapted layer's own tensors below 'base_layer'."""
-    path, _, leaf = name.rpartition(".")
-    own, whole = adapter.by_module.get(path, ({}, {}))
-    return f"{path}.base_layer.{leaf}" if own and leaf in whole else name

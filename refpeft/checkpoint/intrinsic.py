@@ -14,6 +14,7 @@ import numpy as np
 from refpeft import tune
 from refpeft.adapter import Adapter
 from refpeft.checkpoint.safetensors import Malformed, show
+from refpeft.checkpoint.wrapper import CONFIG, FILE, PREFIX
 from refpeft.fastfood import length
 from refpeft.methods import METHODS as ALL
 from refpeft.methods import did
@@ -22,8 +23,6 @@ from refpeft.ops import Array, is_half
 
 METHODS: Collection[str] = ("did", "said")
 PEFT_TYPES: Collection[str] = ("DID", "SAID")
-PREFIX = "base_model.model."
-CONFIG, FILE = "adapter_config.json", "adapter_model.safetensors"
 IGNORED = {
     "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version",
 }  # fmt: skip

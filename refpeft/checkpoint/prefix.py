@@ -16,6 +16,7 @@ import numpy as np
 from refpeft import tune
 from refpeft.adapter import Adapter
 from refpeft.checkpoint.safetensors import Malformed, show, take
+from refpeft.checkpoint.wrapper import CONFIG, FILE
 from refpeft.methods import METHODS as ALL
 from refpeft.methods import prefix_tuning
 from refpeft.model import Model
@@ -24,7 +25,6 @@ from refpeft.ops import Array, is_half
 METHODS: Collection[str] = ("prefix_tuning", "p_tuning_v2")
 PEFT_TYPES: Collection[str] = ("PREFIX_TUNING",)
 PREFIX, P = "base_model.", "prompt_embeddings"
-CONFIG, FILE = "adapter_config.json", "adapter_model.safetensors"
 FIELDS = (
     "num_virtual_tokens", "encoder_hidden_size", "token_dim", "num_layers", "num_attention_heads", "init_weights",
     "modules_to_save", "task_type",

@@ -18,6 +18,7 @@ from typing import Any
 from refpeft import tune
 from refpeft.adapter import Adapter
 from refpeft.checkpoint.safetensors import Malformed, fitting, show
+from refpeft.checkpoint.wrapper import CONFIG, FILE, PREFIX, check_rest, module_names, stored_name
 from refpeft.count import outline
 from refpeft.methods import METHODS as ALL
 from refpeft.model import Model
@@ -25,7 +26,6 @@ from refpeft.ops import Array
 
 METHODS = ("loha", "lokr", "oft", "boft")
 PEFT_TYPES = tuple(method.upper() for method in METHODS)
-PREFIX, FILE, CONFIG = "base_model.model.", "adapter_model.safetensors", "adapter_config.json"
 OWN = ("scale_full", "side")  # fields that HF peft does not have: written where they are not as it means them
 IGNORED = {  # without influence on the function
     "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version",
@@ -36,8 +36,6 @@ IGNORED = {  # without influence on the function
 
 def read(raw: Mapping[str, Any], tensors: Mapping[str, Array], model: Model) -> Adapter:
     """The adapter of a folder, all of its tensors of the names and shapes that the config makes for this model."""
-    from refpeft.checkpoint import adapters  # which imports this module
-
     method = str(raw["peft_type"]).lower()
     known = {f.name for f in dataclasses.fields(ALL[method].Config)}
     for name, value in raw.items():
@@ -53,11 +51,11 @@ def read(raw: Mapping[str, Any], tensors: Mapping[str, Array], model: Model) -> 
         raise Malformed(f"{CONFIG}: {e}") from None
     params = {}
     for name, like in start.params.items():
-        stored = PREFIX + beside(start, name)
+        stored = PREFIX + stored_name(start, name)
         at = stored if stored in tensors else PREFIX + name
         params[name] = fitting(FILE, tensors, at, like.shape, like.dtype)
-    theirs = {PREFIX + name for name in params} | {PREFIX + beside(start, name) for name in params}
-    adapters.check_rest(adapters.module_names({n: a for n, a in tensors.items() if n not in theirs}), cfg, model, {})
+    theirs = {PREFIX + name for name in params} | {PREFIX + stored_name(start, name) for name in params}
+    check_rest(module_names({n: a for n, a in tensors.items() if n not in theirs}), cfg, model, {})
     return turned(Adapter(method, cfg, params))
 
 
@@ -69,7 +67,7 @@ def write(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Array]]:
         fields |= {"scale_full": True, "alpha_pattern": {**unit(adapter), **cfg.alpha_pattern}}
     fields = {n: v for n, v in fields.items() if n not in OWN or v != getattr(default, n)}
     fields |= {"peft_type": adapter.method.upper(), "task_type": None, "base_model_name_or_path": None}
-    named = {PREFIX + beside(adapter, name): a for name, a in turned(adapter).params.items()}
+    named = {PREFIX + stored_name(adapter, name): a for name, a in turned(adapter).params.items()}
     return fields | {"inference_mode": True}, named
 
 
@@ -85,10 +83,3 @@ def turned(adapter: Adapter) -> Adapter:
         return adapter
     own = {name for φ, _ in adapter.by_module.values() for name in φ.values()}
     return adapter.replace(params={n: -a if n in own else a for n, a in adapter.params.items()})
-
-
-def beside(adapter: Adapter, name: str) -> str:
-    """HF peft keeps an adapted layer's own tensors below 'base_layer'."""
-    path, _, leaf = name.rpartition(".")
-    own, whole = adapter.by_module.get(path, ({}, {}))
-    return f"{path}.base_layer.{leaf}" if own and leaf in whole else name

@@ -14,6 +14,7 @@ from refpeft import tune
 from refpeft.adapter import Adapter
 from refpeft.checkpoint import models, tokens
 from refpeft.checkpoint.safetensors import Malformed, fitting, show
+from refpeft.checkpoint.wrapper import CONFIG, FILE
 from refpeft.methods import METHODS as ALL
 from refpeft.methods import p_tuning
 from refpeft.model import Model
@@ -23,7 +24,6 @@ from refpeft.prompts import P, dtype_of
 TYPES = {"prompt_tuning": "PROMPT_TUNING", "p_tuning": "P_TUNING"}
 METHODS: Collection[str] = TYPES.keys()
 PEFT_TYPES: Collection[str] = TYPES.values()
-CONFIG, FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model."
 IGNORED = {  # without influence on the function
     "peft_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version",

@@ -15,6 +15,7 @@ from refpeft import tune
 from refpeft.adapter import Adapter
 from refpeft.checkpoint.families import plan
 from refpeft.checkpoint.safetensors import Malformed, fitting, show
+from refpeft.checkpoint.wrapper import FILE, PREFIX
 from refpeft.count import outline
 from refpeft.methods import METHODS as ALL
 from refpeft.model import Model
@@ -22,7 +23,7 @@ from refpeft.ops import Array
 
 METHODS = ("full", "partial", "bitfit", "ln_tuning", "trainable_tokens")
 PEFT_TYPES = tuple(method.upper() for method in METHODS)
-PREFIX, FILE, NORM = "base_model.model.", "adapter_model.safetensors", ".ln_tuning_layers."
+NORM = ".ln_tuning_layers."
 IGNORED = {"peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
            "peft_version", "runtime_config"}  # fmt: skip
 
