@@ -113,7 +113,7 @@ def check(
 
     `database`: a folder in which Hypothesis keeps what failed, to be tried first by the next run; what is drawn then is
     new in every run."""
-    info = dict(here(target).info())
+    info = dict(executor.submit(info_of, target).result() if executor else info_of(target))
     options = Options(seed, examples, text(model), str(folder), known=text(known), database=text(database))
     units = chosen(info, methods, ["model"] if model else levels, properties)
     units = [u for u in units if not model or find(u).fits(u.method, about(str(model)))][shard[0] - 1 :: shard[1]]
@@ -195,6 +195,10 @@ def results(
 def here(target: str | Target) -> Target:
     """The target, or the one of this name."""
     return opened(target) if isinstance(target, str) else target
+
+
+def info_of(target: str | Target) -> Mapping[str, Any]:
+    return here(target).info()
 
 
 def named(target: str | Target) -> str:

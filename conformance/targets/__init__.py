@@ -1,7 +1,7 @@
 """Targets: the implementations under test, one file each, opened by name."""
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from refpeft.conformance.targets.base import FEATURES, Skip, Target
 from refpeft.conformance.targets.libraries import LIBRARIES
@@ -21,6 +21,18 @@ TARGETS: Mapping[str, tuple[str, str]] = {  # name → what it is, module:factor
 
 def open_target(name: str) -> Target:
     """The target of this name: one of TARGETS, with what its colon asks for: 'peft', 'program:CMD', 'mutant:NAME', …"""
+    module, factory, rest = place(name)
+    try:
+        make: Callable[..., Target] = getattr(importlib.import_module(module), factory)
+    except ModuleNotFoundError as error:
+        if name in LIBRARIES and error.name:
+            raise ValueError(LIBRARIES[name].lacks(name, error.name)) from None
+        raise
+    return make(*rest)
+
+
+def place(name: str) -> tuple[str, str, Sequence[str]]:
+    """The module of a target, what in it makes one, and what of its name that is given."""
     head, colon, rest = name.partition(":")
     known = TARGETS.get(head + colon)
     if known is None or (colon and not rest):
@@ -28,10 +40,4 @@ def open_target(name: str) -> Target:
             f"unknown target {name!r}: expected one of {', '.join(t + ('…' * t.endswith(':')) for t in TARGETS)}"
         )
     module, _, factory = known[1].partition(":")
-    try:
-        make: Callable[..., Target] = getattr(importlib.import_module(module), factory)
-    except ModuleNotFoundError as error:
-        if name in LIBRARIES and error.name:
-            raise ValueError(LIBRARIES[name].lacks(name, error.name)) from None
-        raise
-    return make(rest) if colon else make()
+    return module, factory, (rest,) if colon else ()

@@ -132,7 +132,7 @@ def check(
         options["model"] = model
     seen: list[Event] = []
     with (
-        executor(workers, dask) as pool,
+        executor(workers, dask, elsewhere(target, python)) as pool,
         progress() as step,
         writer(json_file) as write,
         interrupts() as unless_interrupted,
@@ -189,7 +189,8 @@ def part(shard: str) -> tuple[int, int]:
 
 
 @contextmanager
-def executor(workers: int, dask: str | None) -> Iterator[Executor | None]:
+def executor(workers: int, dask: str | None, target: str | None = None) -> Iterator[Executor | None]:
+    """Who does the work. Processes of this machine begin as copies of one that has imported the target already."""
     if dask:
         try:
             from distributed import Client  # type: ignore[import-not-found, unused-ignore]
@@ -199,9 +200,13 @@ def executor(workers: int, dask: str | None) -> Iterator[Executor | None]:
             yield client.get_executor()
     elif workers > 1:
         from concurrent.futures import ProcessPoolExecutor
-        from multiprocessing import active_children, get_context
+        from multiprocessing import active_children, get_all_start_methods, get_context
 
-        pool = ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_DFL))
+        from refpeft.conformance.targets import place
+
+        context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
+        context.set_forkserver_preload(["refpeft.conformance.engine", *([place(target)[0]] if target else [])])
+        pool = ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_DFL))
         try:
             yield pool
         except BaseException:
