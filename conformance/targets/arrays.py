@@ -1,4 +1,4 @@
-"""What targets share whose layer is a function of its parameters, as in JAX: arrays by the names A, B, W and b."""
+"""What targets share that are in JAX, whose gradients are those of functions of arrays."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import jax  # type: ignore[import-not-found, unused-ignore]
 import jax.numpy as jnp  # type: ignore[import-not-found, unused-ignore]
 import numpy as np
+from flax import nnx  # type: ignore[import-not-found, unused-ignore]
 
 from refpeft.ops import Array
 
@@ -18,3 +19,11 @@ def gradients(f: Function, φ: Mapping[str, Any], x: Array, dy: Array) -> dict[s
     found = jax.grad(lambda φ, x: (f(φ, x) * jnp.asarray(dy)).sum(), argnums=wanted)(dict(φ), jnp.asarray(x))
     own = {f"d{n}": np.asarray(g) for n, g in found[0].items()}
     return {**own, "dx": np.asarray(found[1])} if len(found) > 1 else own
+
+
+def module_gradients(module: nnx.Module, x: Array, dy: Array) -> dict[str, Array]:
+    """Of a module of Flax's with one A and one B, as they lie there."""
+    graph, own, rest = nnx.split(module, nnx.LoRAParam, ...)
+    leaves, tree = jax.tree.flatten(own)  # in the order of their names, which end with a and b
+    φ = dict(zip("AB", leaves, strict=True))
+    return gradients(lambda φ, x: nnx.merge(graph, jax.tree.unflatten(tree, [φ["A"], φ["B"]]), rest)(x), φ, x, dy)

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx  # type: ignore[import-not-found, unused-ignore]
 
 from refpeft.conformance.case import Case
-from refpeft.conformance.targets.arrays import gradients
+from refpeft.conformance.targets.arrays import module_gradients
 from refpeft.conformance.targets.base import Arrays
 from refpeft.conformance.targets.layers import Layer, Layers
 from refpeft.ops import Array
@@ -48,10 +48,7 @@ class Adapted(Layer):
         return np.asarray(self.module(jnp.asarray(x)))
 
     def gradients(self, x: Array, dy: Array) -> Arrays:
-        graph, own, rest = nnx.split(self.module, nnx.LoRAParam, ...)
-        leaves, tree = jax.tree.flatten(own)  # lora_a, lora_b: in the order of their names
-        φ = dict(zip("AB", leaves, strict=True))
-        found = gradients(lambda φ, x: nnx.merge(graph, jax.tree.unflatten(tree, [φ["A"], φ["B"]]), rest)(x), φ, x, dy)
+        found = module_gradients(self.module, x, dy)
         return {"dx": found["dx"], "dA": found["dA"].T, "dB": self.scale * found["dB"].T}
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:

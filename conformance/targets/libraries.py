@@ -88,6 +88,7 @@ LIBRARIES: Mapping[str, Library] = {
         alone=True,
     ),
     "flax": Library("Flax NNX, layers", "flax", ("flax==0.12.8",), HERE + "flax:loaded"),
+    "qwix": Library("Google's qwix, Flax's layers", "qwix", ("qwix==0.1.8", "flax==0.12.8"), HERE + "qwix:loaded"),
     "bitsandbytes": Library(
         "bitsandbytes' NF4, layers, with HF peft",
         "bitsandbytes",

@@ -31,6 +31,7 @@ DECLARES = {  # methods, and the property that shows how much of the layer level
     "keras": ({"lora"}, "merge"),
     "axolotl": ({"lora", "rslora", "dora"}, "sensitive"),
     "flax": ({"lora"}, "param-grads"),
+    "qwix": ({"lora"}, "param-grads"),
     "bitsandbytes": ({"lora", "rslora"}, "nf4-merged"),
     "invokeai": ({"lora", "dora", "loha", "lokr", "ia3"}, "merge"),
 }
