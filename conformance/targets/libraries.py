@@ -89,6 +89,13 @@ LIBRARIES: Mapping[str, Library] = {
     ),
     "flax": Library("Flax NNX, layers", "flax", ("flax==0.12.8",), HERE + "flax:loaded"),
     "qwix": Library("Google's qwix, Flax's layers", "qwix", ("qwix==0.1.8", "flax==0.12.8"), HERE + "qwix:loaded"),
+    "paddle": Library(
+        "Baidu's PaddleFormers, layers",
+        "paddleformers",
+        ("paddleformers==1.2.0", "paddlepaddle==3.3.1", "transformers>=5,<5.4", "colorlog", "setuptools"),
+        HERE + "paddle:loaded",
+        alone=True,
+    ),
     "bitsandbytes": Library(
         "bitsandbytes' NF4, layers, with HF peft",
         "bitsandbytes",

@@ -32,6 +32,7 @@ DECLARES = {  # methods, and the property that shows how much of the layer level
     "axolotl": ({"lora", "rslora", "dora"}, "sensitive"),
     "flax": ({"lora"}, "param-grads"),
     "qwix": ({"lora"}, "param-grads"),
+    "paddle": ({"lora", "rslora"}, "unmerge"),
     "bitsandbytes": ({"lora", "rslora"}, "nf4-merged"),
     "invokeai": ({"lora", "dora", "loha", "lokr", "ia3"}, "merge"),
 }
