@@ -166,12 +166,17 @@ def norms(m: str) -> list[Question]:
 
 
 def tokens(m: str) -> list[Question]:
+    """Of tokens that the encoder is given, the decoder, or both."""
+
+    def new(*ids: int) -> Fields:
+        return {"config": {"token_indices": list(ids)}}
+
     return [
         model("t5", "New rows for the encoder, and old ones for the decoder or for the head, which share them.", RUN, m,
-              "t5"),
-        model("t5-untied", "New rows in a head that has a matrix of its own.", RUN, m, "t5", more=V1_1),
+              "t5", **new(10, 7)),
+        model("t5-untied", "New rows in a head that has a matrix of its own.", RUN, m, "t5", more=V1_1, **new(2, 4)),
         model("bart", "A head that loses its bias; rows that are not scaled, or scaled in the head too.", RUN, m,
-              "bart"),
+              "bart", **new(7, 12)),
     ]  # fmt: skip
 
 

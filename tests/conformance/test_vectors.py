@@ -163,7 +163,7 @@ DIFFERS = {  # it will not merge a bias of B into a layer without one; the other
     "ia3/layer/unmerged": "value",
     "loha/layer/float64": "value",
     **{f"oft/{name}": "value" for name in ("layer/exact", "layer/exact-square", "model/two")},
-    **{f"trainable_tokens/model/{name}": "value" for name in ("bert", "padding")},
+    **{f"trainable_tokens/model/{name}": "value" for name in ("bert", "padding", "t5-untied")},
 }
 
 
