@@ -82,8 +82,19 @@ def prompts(m: str) -> list[Question]:
               "bart"),
         model("bart-padding", "Attention to the encoder with the mask of its tokens, which is shorter by the prompt.",
               ["padding"], m, "bart", padded=True),
+        *labels(m),
     ]  # fmt: skip
     return [*found, *placed(m)] if m == "prompt_tuning" else found
+
+
+def labels(m: str) -> list[Question]:
+    """A start token that is neither padding nor the family's usual one."""
+    return [
+        model("t5-loss", "Labels that are shifted twice, so that the first is not predicted; padding that counts.",
+              ["loss"], m, "t5"),
+        model("bart-loss", "Labels that get ignored places for a prompt that the decoder has not; the usual start "
+              "token, where the config has another.", ["loss"], m, "bart"),
+    ]  # fmt: skip
 
 
 def placed(m: str) -> list[Question]:
@@ -111,6 +122,7 @@ def prefixes(m: str) -> list[Question]:
               config=projected),
         model("bart-padding", "The encoder's mask put over the prefix where the decoder attends to the encoder.",
               ["padding"], m, "bart", padded=True),
+        *labels(m),
     ]  # fmt: skip
 
 

@@ -28,7 +28,15 @@ from refpeft.conformance import tiny
 from refpeft.conformance.case import DTYPES, Case, read
 from refpeft.conformance.targets import peft_prompts as prompts
 from refpeft.conformance.targets.base import FEATURES, Arrays, Skip
-from refpeft.conformance.targets.models import Driver, base_model, buildable, decoder_of, output, values_of
+from refpeft.conformance.targets.models import (
+    Driver,
+    base_model,
+    buildable,
+    decoder_of,
+    loss,
+    output,
+    values_of,
+)
 from refpeft.conformance.targets.spec import LATIN, arguments, mask_of, real
 from refpeft.conformance.targets.tensors import array, quietly, tensor
 from refpeft.methods import METHODS
@@ -349,8 +357,7 @@ class Whole:
 
     def loss(self) -> Arrays:
         with torch.no_grad():
-            out = self.model(input_ids=tensor(self.ids), labels=tensor(self.case.arrays["labels"]))
-        return {"loss": array(out.loss)}
+            return {"loss": array(loss(self.model, self.case))}
 
     def dropped(self) -> Arrays:
         with torch.no_grad(), tempfile.TemporaryDirectory() as folder:

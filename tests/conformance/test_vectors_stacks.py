@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from refpeft import bottleneck, prompts
@@ -134,6 +135,19 @@ def encoder_only(adapter: Any, k: int, model: Any) -> Any:
     return replace(found, part=part)
 
 
+def behind_ignored(case: Case) -> Whole:
+    """Labels get ignored places at their front, as many as the prompt has, before they are shifted."""
+    labels = case.arrays["labels"]
+    n = case.meta["adapters"]["default"]["config"]["num_virtual_tokens"]
+    front = np.full((len(labels), n), -100)
+    return Whole(Case(case.meta, {**case.arrays, "labels": np.concatenate([front, labels], axis=1)}))
+
+
+def usual_start(case: Case) -> Whole:
+    """The config's own start token is not read."""
+    return Whole(Case({**case.meta, "model": {**case.meta["model"], "decoder_start_token_id": 2}}, case.arrays))
+
+
 def mutant(of_model: Any = Whole, patches: Any = lambda: ()) -> Mutant:
     return Mutant(LOGITS, patches, of_model=of_model)
 
@@ -143,6 +157,7 @@ def of_self_attention(name: str) -> str:
 
 
 PREFIX, NECKS, SOFT = "prefix_tuning/model/", ("houlsby", "pfeiffer", "parallel"), ("prompt_tuning", "p_tuning")
+LABELLED = (*SOFT, "prefix_tuning")
 HUNTED: dict[str, tuple[Sequence[str], Mutant]] = {
     "one prefix for all": ([PREFIX + n for n in ("t5", "bart", "bart-projected")], mutant(params(one_for_all))),
     "prefixes exchanged": ([PREFIX + n for n in ("t5", "bart")], mutant(params(exchanged))),
@@ -189,6 +204,10 @@ HUNTED: dict[str, tuple[Sequence[str], Mutant]] = {
         [f"trainable_tokens/model/{n}" for n in ("t5", "t5-untied", "bart")],
         mutant(patches=mp.instead(trainable_tokens, hooks=encoder_only)),
     ),
+    "labels shifted twice": ([f"{m}/model/t5-loss" for m in LABELLED], MUTANTS["prefix-tuning-labels-shifted-twice"]),
+    "padding that counts": ([f"{m}/model/t5-loss" for m in LABELLED], MUTANTS["prefix-tuning-padding-counts"]),
+    "places of labels for a prompt": ([f"{m}/model/bart-loss" for m in LABELLED], mutant(behind_ignored)),
+    "the usual start": ([f"{m}/model/bart-loss" for m in LABELLED], mutant(usual_start)),
     "magnitudes of another attention": (
         ["dora/model/t5", "dora/model/bart"],
         mutant(params(of_self_attention)),
