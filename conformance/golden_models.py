@@ -110,6 +110,8 @@ def projected(m: str) -> list[Question]:
               "qwen2"),
         model("two", "Two adapters, of which one runs with the other's vectors.", ["order"], m, "llama", swap=True),
         model("two-merged", "Two adapters, of which one is merged.", ["two-merged"], m, "gpt2"),
+        model("exact-one", "What exact-rank-one hunts, where two of the vectors are zero: here they are not.",
+              ["merge"], m, "bert", config={"r": 1}, **wants),
     ]  # fmt: skip
 
 
