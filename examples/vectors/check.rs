@@ -263,7 +263,13 @@ fn half(bits: u16) -> f64 {
     let (e, f, sign) = ((bits >> 10 & 31) as i32, (bits & 1023) as f64, if bits >> 15 == 1 { -1.0 } else { 1.0 });
     sign * match e {
         0 => f * 2f64.powi(-24),
-        31 => if f == 0.0 { f64::INFINITY } else { f64::NAN },
+        31 => {
+            if f == 0.0 {
+                f64::INFINITY
+            } else {
+                f64::NAN
+            }
+        }
         _ => (1024.0 + f) * 2f64.powi(e - 25),
     }
 }
@@ -285,13 +291,25 @@ impl Json {
         self.get(name).ok_or(format!("a field is missing: {name}"))
     }
     fn object(&self) -> Result<&[(String, Json)]> {
-        if let Json::Object(o) = self { Ok(o) } else { Err("expected an object".into()) }
+        if let Json::Object(o) = self {
+            Ok(o)
+        } else {
+            Err("expected an object".into())
+        }
     }
     fn list(&self) -> Result<&[Json]> {
-        if let Json::List(l) = self { Ok(l) } else { Err("expected a list".into()) }
+        if let Json::List(l) = self {
+            Ok(l)
+        } else {
+            Err("expected a list".into())
+        }
     }
     fn as_text(&self) -> Result<&str> {
-        if let Json::Text(s) = self { Ok(s) } else { Err("expected a string".into()) }
+        if let Json::Text(s) = self {
+            Ok(s)
+        } else {
+            Err("expected a string".into())
+        }
     }
     fn as_index(&self) -> Result<usize> {
         let Json::Word(w) = self else { return Err("expected a number".into()) };
@@ -332,8 +350,13 @@ fn value(at: &mut Letters) -> Result<Json> {
             Ok((name, value(at)?))
         })?)),
         _ => {
-            let word: String = std::iter::from_fn(|| at.next_if(|c| !c.is_whitespace() && !",]}".contains(*c))).collect();
-            if word.is_empty() { Err("JSON: a value is missing".into()) } else { Ok(Json::Word(word)) }
+            let word: String =
+                std::iter::from_fn(|| at.next_if(|c| !c.is_whitespace() && !",]}".contains(*c))).collect();
+            if word.is_empty() {
+                Err("JSON: a value is missing".into())
+            } else {
+                Ok(Json::Word(word))
+            }
         }
     }
 }

@@ -3,7 +3,6 @@
 import filecmp
 import json
 import shutil
-import subprocess
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -381,82 +380,3 @@ def test_what_is_no_index_is_said_in_a_sentence(text: str, said: str, folder: Pa
     assert result.exit_code == 2
     assert said in result.stderr
     assert result.stderr.count("\n") == 1
-
-
-# ── read in other languages ──────────────────────────────────────────────────────────────────────────────────────────
-
-EXAMPLES = ROOT / "examples" / "vectors"
-READERS = [pytest.param("node", marks=pytest.mark.node), pytest.param("cc", marks=pytest.mark.cc)]
-
-
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The command of one of the two examples, compiled once."""
-
-    @cache
-    def command(language: str) -> list[str]:
-        if language == "node":
-            return ["node", str(EXAMPLES / "check.mjs")]
-        made = str(tmp_path_factory.mktemp("cc") / "check")
-        flags = ["-std=c11", "-O1", "-Wall", "-Wextra", "-Werror"]
-        subprocess.run(["cc", *flags, str(EXAMPLES / "check.c"), "-o", made, "-lm"], check=True)
-        return [made]
-
-    return command
-
-
-def verdicts(program: Any, language: str, *words: str) -> tuple[int, dict[str, str]]:
-    """Exit code, and id → verdict from the table."""
-    done = subprocess.run([*program(language), *words], capture_output=True, text=True, timeout=60)
-    rows = [line.split() for line in done.stdout.splitlines()[1:-1]]
-    return done.returncode, {row[0]: row[3] for row in rows}
-
-
-@pytest.mark.parametrize("language", READERS)
-def test_another_language_reads_them_and_agrees(language: str, program: Any) -> None:
-    code, said = verdicts(program, language, str(STORED))
-    asked = {"output", "first_row", "grads", "merged", "changed"}
-    mine = [
-        e["id"] for e in ENTRIES if e["method"] in (*LORA, "ia3") and e["level"] == "layer" and set(e["want"]) <= asked
-    ]
-    assert said == dict.fromkeys(mine, "ok")
-    assert len(mine) == 73
-    assert code == 0
-
-
-@pytest.mark.parametrize("language", READERS)
-@pytest.mark.parametrize(
-    ("wrong", "finds", "passes"),
-    [
-        ("scale", {"lora/layer/linear", "rslora/layer/float64", "dora/layer/magnitude", "ia3/layer/linear"},
-         "lora/layer/rank-one"),
-        ("gradient", {"lora/layer/conv1d", "rslora/layer/bias", "dora/layer/linear", "ia3/layer/linear"},
-         "ia3/layer/linear-takes"),
-        ("merge", {f"{m}/layer/{kind}-square" for m in LORA for kind in ("linear", "conv1d", "embedding")},
-         "lora/layer/linear"),
-        ("norm", {"dora/layer/linear-square", "dora/layer/zero-row"}, "rslora/layer/linear"),
-    ],
-)  # fmt: skip
-def test_another_language_fails_when_its_formula_is_broken(
-    language: str, wrong: str, finds: set[str], passes: str, program: Any
-) -> None:
-    code, said = verdicts(program, language, str(STORED), "--wrong", wrong)
-    assert code == 1
-    assert {said[id] for id in finds} == {"WRONG:"}
-    assert said[passes] == "ok"
-
-
-@pytest.mark.parametrize("language", READERS)
-def test_another_language_finds_an_answer_that_was_changed(language: str, program: Any, folder: Path) -> None:
-    change(folder, "linear", EXPECT + "dB", next_up)
-    code, said = verdicts(program, language, str(folder))
-    assert code == 1
-    assert [id for id, verdict in said.items() if verdict != "ok"] == ["rslora/layer/linear"]
-
-
-@pytest.mark.parametrize("language", READERS)
-def test_another_language_says_when_it_cannot_run(language: str, program: Any, folder: Path) -> None:
-    assert verdicts(program, language, str(folder / "nowhere"))[0] == 2
-    assert verdicts(program, language, str(folder), "--wrong", "everything")[0] == 2
-    (folder / "rslora" / "layer-rows.safetensors").write_bytes(b"junk")
-    assert verdicts(program, language, str(folder))[0] == 2
