@@ -21,17 +21,10 @@ import transformers
 
 from refpeft.conformance import tiny
 from refpeft.conformance.case import Case, read
+from refpeft.conformance.targets import models
 from refpeft.conformance.targets.adapterhub import METHODS, Place, head_places
 from refpeft.conformance.targets.base import Arrays, Skip
-from refpeft.conformance.targets.models import (
-    Driver,
-    base_model,
-    buildable,
-    decoder_of,
-    loss,
-    output,
-    values_of,
-)
+from refpeft.conformance.targets.models import Driver, base_model, buildable, decoder_of, output, values_of
 from refpeft.conformance.targets.spec import real
 from refpeft.conformance.targets.tensors import array, quietly, tensor
 from refpeft.ops import Array
@@ -201,7 +194,7 @@ class Whole:
 
     def loss(self) -> Arrays:
         with torch.no_grad():
-            return {"loss": array(loss(self.model, self.case))}
+            return {"loss": array(models.loss(self.model, self.case))}
 
     def dropped(self) -> Arrays:
         self.model.eject_prefix_tuning(self.names[0])

@@ -26,17 +26,10 @@ from transformers.pytorch_utils import Conv1D
 
 from refpeft.conformance import tiny
 from refpeft.conformance.case import DTYPES, Case, read
+from refpeft.conformance.targets import models
 from refpeft.conformance.targets import peft_prompts as prompts
 from refpeft.conformance.targets.base import FEATURES, Arrays, Skip
-from refpeft.conformance.targets.models import (
-    Driver,
-    base_model,
-    buildable,
-    decoder_of,
-    loss,
-    output,
-    values_of,
-)
+from refpeft.conformance.targets.models import Driver, base_model, buildable, decoder_of, output, values_of
 from refpeft.conformance.targets.spec import LATIN, arguments, mask_of, real
 from refpeft.conformance.targets.tensors import array, quietly, tensor
 from refpeft.methods import METHODS
@@ -357,7 +350,7 @@ class Whole:
 
     def loss(self) -> Arrays:
         with torch.no_grad():
-            return {"loss": array(loss(self.model, self.case))}
+            return {"loss": array(models.loss(self.model, self.case))}
 
     def dropped(self) -> Arrays:
         with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
