@@ -153,9 +153,9 @@ def model(
     if "pulled" in fields.get("want", ()):
         arrays |= {f"g/{n}": normal(seed, "g/" + n, v.shape).astype(v.dtype) for n, v in base.params.items()}
     if "loss" in fields.get("want", ()):
-        arrays["labels"] = np.where(integers(seed, "ignored", ids.shape, 0, 3) > 0, ids, -100)
-        arrays["labels"][:, 0] = ids[:, 0]
-    if base.config.encoder_decoder:
+        arrays |= labelled(base, ids, seed)
+        source = started(source)
+    elif base.config.encoder_decoder:
         arrays["decoder_input_ids"] = decoded(ids, seed, vocab)
     if "rows" in s:
         arrays["rows"] = np.array(s["rows"])
@@ -217,6 +217,32 @@ def decoded(ids: Array, seed: int, vocab: int) -> Array:
     t = max(min(s, 2), s - 1)
     found: Array = 2 + (ids[:, :t] - 2 + integers(seed, "decoder_input_ids", (b, t), 1, vocab - 3)) % (vocab - 2)
     return found
+
+
+def labelled(base: Model, ids: Array, seed: int) -> dict[str, Array]:
+    """Labels, of which some are ignored: of a decoder, which are to be shifted, the last of each row too, as those of a
+    batch are whose rows are not equally long; then what its encoder is given has padding."""
+    if not base.config.encoder_decoder:
+        return {"labels": ignored(ids, seed)}
+    if (pad := base.config.pad_token_id) is None:
+        raise ValueError("config.json: pad_token_id is missing, which a decoder reads where a label is ignored")
+    b, s = ids.shape
+    written = ignored(integers(seed, "labels", (b, s + 2), 2, base.source["vocab_size"] - 1), seed)
+    there = np.arange(s + 2) < np.maximum(s + 1 - np.arange(b), 1)[:, None]
+    return {"labels": np.where(there, written, -100), **padded({}, ids, pad)}
+
+
+def ignored(ids: Array, seed: int) -> Array:
+    """About a quarter of them, but never the first."""
+    found: Array = np.where(integers(seed, "ignored", ids.shape, 0, 3) > 0, ids, -100)
+    found[:, 0] = ids[:, 0]
+    return found
+
+
+def started(source: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of a model, which says with which token its decoder starts, if it has an encoder and a decoder."""
+    family, name = source["model_type"], "decoder_start_token_id"
+    return source if family not in tiny.START or source.get(name) is not None else {**source, name: tiny.START[family]}
 
 
 def another_end(ids: Array, vocab: int) -> Array:

@@ -87,13 +87,10 @@ def short(a: Array) -> Array:
 
 
 def chosen(method: str) -> Sequence[Question]:
-    from refpeft.conformance import golden_layers, golden_models, golden_products
+    from refpeft.conformance import golden_layers, golden_models, golden_products, golden_stacks
 
-    return [
-        *golden_layers.questions(method),
-        *golden_models.questions(method),
-        *golden_products.questions(method),
-    ]
+    tables = (golden_layers, golden_models, golden_products, golden_stacks)
+    return [question for table in tables for question in table.questions(method)]
 
 
 # ── answers ──────────────────────────────────────────────────────────────────────────────────────────────────────────

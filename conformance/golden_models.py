@@ -68,21 +68,6 @@ def matrices(m: str) -> list[Question]:
               m, "gpt2", which="lm_head"),
         model("tied-embedding", "An embedding tied to the head, which is adapted alone: the head must stay.", ["tied"],
               m, "gpt2", which="wte"),
-        *(stacks(m) if m == "lora" else ()),
-    ]  # fmt: skip
-
-
-def stacks(m: str) -> list[Question]:
-    """Models of an encoder and a decoder."""
-    return [
-        model("t5", "Attention to the encoder that sees something else, has no adapter, or takes no gradient back.",
-              RUN, m, "t5"),
-        model("t5-decoding", "A decoder that takes its relative positions for an encoder's, or forgets what it read.",
-              ["causal", "incremental"], m, "t5", batch=[2, 5]),
-        model("bart", "Names that are matched in one of the two stacks; embeddings that are not scaled.", RUN, m,
-              "bart"),
-        model("bart-padding", "A decoder that sees what is padding to the encoder, or is masked like it.", ["padding"],
-              m, "bart", padded=True),
     ]  # fmt: skip
 
 
@@ -125,6 +110,8 @@ def projected(m: str) -> list[Question]:
               "qwen2"),
         model("two", "Two adapters, of which one runs with the other's vectors.", ["order"], m, "llama", swap=True),
         model("two-merged", "Two adapters, of which one is merged.", ["two-merged"], m, "gpt2"),
+        model("exact-one", "What exact-rank-one hunts, where two of the vectors are zero: here they are not.",
+              ["merge"], m, "bert", config={"r": 1}, **wants),
     ]  # fmt: skip
 
 

@@ -44,6 +44,7 @@ def sums(m: str) -> list[Question]:
             layer("factor", "decompose_factor not used, or for D in place of C.", ALL, m,
                   config={"decompose_factor": 2}, o=8, i=12, **exact),
             layer("primes", "A side that is a prime, where C is one number.", ALL, m, o=5, i=7, **exact),
+            layer("product", "What linear hunts, where B is zero: here it is not.", ALL, m, **exact),
         ],
     }  # fmt: skip
     return [

@@ -8,9 +8,10 @@ import numpy as np
 
 from refpeft import layers, relative
 from refpeft.conformance.case import Case
+from refpeft.conformance.targets.base import Arrays
 from refpeft.conformance.targets.spec import Whole
 from refpeft.layers import Encoded, Pair, Parts
-from refpeft.ops import Array
+from refpeft.ops import Array, cross_entropy
 from refpeft.part import Grads, Lazy, Once, Run, Want
 
 attend_across, encoded_pair, buckets = layers.attend_across, layers.encoded_pair, relative.buckets
@@ -68,6 +69,43 @@ class LeavesOutCross(Whole):
             a.replace(params={n: v * (not any(c in n for c in CROSS)) for n, v in a.params.items()})
             for a in self.active
         ]
+
+
+class OfLabels(Whole):
+    """The decoder reads what it should, and the loss is of other labels."""
+
+    def loss(self) -> Arrays:
+        if not self.base.config.encoder_decoder:
+            return super().loss()
+        given = {**self.inputs, **self.shifted()}
+        y = self.base(self.case.arrays["ids"], self.active, **given)[0]
+        return {"loss": cross_entropy(*self.compared(y, self.case.arrays["labels"]))[0]}
+
+    def compared(self, y: Array, labels: Array) -> tuple[Array, Array]:
+        return y, labels
+
+
+class ShiftsTwice(OfLabels):
+    """As of a decoder alone, each place predicts the next one, and none the first."""
+
+    def compared(self, y: Array, labels: Array) -> tuple[Array, Array]:
+        return y[:, :-1], labels[:, 1:]
+
+
+class PaddingCounts(OfLabels):
+    """What is ignored is to be predicted as padding."""
+
+    def compared(self, y: Array, labels: Array) -> tuple[Array, Array]:
+        return y, np.where(labels < 0, self.base.config.pad_token_id, labels)
+
+
+class StartsWithPadding(OfLabels):
+    """The decoder starts with padding, as T5's usually does, whatever the config says."""
+
+    def shifted(self) -> Arrays:
+        read = super().shifted()["decoder_input_ids"].copy()
+        read[:, 0] = self.base.config.pad_token_id
+        return {"decoder_input_ids": read}
 
 
 CROSS = ("EncDecAttention", "encoder_attn")

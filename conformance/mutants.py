@@ -239,6 +239,7 @@ OWN: Mapping[str, Mutant] = {
 
 # ── an encoder and a decoder ─────────────────────────────────────────────────────────────────────────────────────────
 
+LOSS, LABELLED = ("model", "loss"), (*SOFT, "prefix_tuning")
 STACKS: Mapping[str, Mutant] = {  # which no other model reveals
     "cross-attends-to-the-decoder": Mutant(LOGITS, mp.instead(layers, attend_across=mt.of_the_decoder), methods=ONE),
     "cross-sees-padding": Mutant(("model", "padding"), mp.instead(layers, attend_across=mt.sees_padding), methods=ONE),
@@ -247,6 +248,9 @@ STACKS: Mapping[str, Mutant] = {  # which no other model reveals
     "decoder-bias-in-both-directions": Mutant(
         ("model", "causal"), mp.instead(layers, buckets=mt.both_ways), methods=ONE
     ),
+    **each(LABELLED, "labels-shifted-twice", LOSS, of_model=mt.ShiftsTwice),
+    **each(LABELLED, "padding-counts", LOSS, of_model=mt.PaddingCounts),
+    **each(LABELLED, "decoder-starts-with-padding", LOSS, of_model=mt.StartsWithPadding),
 }
 
 # ── vectors ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from refpeft.conformance import tiny
 from refpeft.conformance.property import PADDED, Property, two, whole
 
-CAUSAL = tiny.CAUSAL
+CAUSAL, DECODING = tiny.CAUSAL, tiny.DECODING
 SOFT = ("prompt_tuning", "p_tuning", "prefix_tuning")
 BUTTERFLIES = {"boft_block_size": 2, "boft_n_butterfly_factor": 3}
 PREFIX = ("prefix_tuning", "p_tuning_v2")
@@ -23,11 +23,13 @@ OWN: Sequence[Property] = [
     ),
     whole(
         "loss",
-        "The loss of a language model is that of the tokens, the first of which the end of a prompt predicts.",
+        "The loss of a language model is that of the tokens, the first of which the end of a prompt predicts, or the "
+        "start token of a decoder that has an encoder; what is ignored and what is padding does not count.",
         ["loss"],
         ["forward", "loss"],
-        families=CAUSAL,
+        families=DECODING,
         architectures=("",),
+        across=True,
         also={"dtype": ["float32"], "batch": [[2, 3], [1, 4]]},
         methods=SOFT,
     ),

@@ -49,6 +49,7 @@ CLASSIFIER = "ForSequenceClassification"
 CAUSAL = ("gpt2", "llama", "qwen2")
 ENCODER_DECODERS = ("t5", "bart")
 DECODING = (*CAUSAL, *ENCODER_DECODERS)
+START = {"t5": 1, "bart": 0}  # what a decoder reads first, where labels are given: no padding, and nobody's default
 ROUNDED = ("llama", "qwen2", "t5")  # families whose norms transformers computes in float32, whatever the weights are
 DEPTH = {
     "gpt2": ("n_layer",),

@@ -22,10 +22,11 @@ NEEDS = {  # marker → its libraries or programs, and what brings them
     "ort": (("onnxruntime",), "the extra [cpu] or [gpu]"),
     "node": (("node",), "node.js"),
     "cc": (("cc",), "a C compiler"),
+    "rustc": (("rustc",), "a Rust compiler"),
     "jsonschema": (("jsonschema",), "the extra [dev]"),
     "dask": (("distributed",), "the extra [dask]"),
 }
-PROGRAMS = ("node", "cc")
+PROGRAMS = ("node", "cc", "rustc")
 MISSING = {
     marker: [name for name in names if not (which(name) if marker in PROGRAMS else find_spec(name))]
     for marker, (names, _) in NEEDS.items()

@@ -21,6 +21,7 @@ import transformers
 
 from refpeft.conformance import tiny
 from refpeft.conformance.case import Case, read
+from refpeft.conformance.targets import models
 from refpeft.conformance.targets.adapterhub import METHODS, Place, head_places
 from refpeft.conformance.targets.base import Arrays, Skip
 from refpeft.conformance.targets.models import (
@@ -191,8 +192,7 @@ class Whole:
 
     def loss(self) -> Arrays:
         with torch.no_grad():
-            out = self.model(input_ids=tensor(self.ids), labels=tensor(self.case.arrays["labels"]))
-        return {"loss": array(out.loss)}
+            return {"loss": array(models.loss(self.model, self.case))}
 
     def dropped(self) -> Arrays:
         self.model.eject_prefix_tuning(self.names[0])

@@ -105,6 +105,12 @@ def fit(model: Any, weights: dict[str, Any]) -> None:
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
 
 
+def loss(model: Any, case: Case) -> Any:
+    """Of the case's labels, which the model shifts itself."""
+    given = {n: tensor(case.arrays[n]) for n in ("attention_mask", "labels") if n in case.arrays}
+    return model(input_ids=tensor(case.arrays["ids"]), **given).loss
+
+
 def values_of(case: Case, prefix: str) -> Arrays:
     return {n.removeprefix(prefix): a for n, a in case.arrays.items() if n.startswith(prefix)}
 

@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from refpeft.conformance import tiny
 from refpeft.conformance.case import DTYPES, Case, read
+from refpeft.conformance.targets import models
 from refpeft.conformance.targets import peft_prompts as prompts
 from refpeft.conformance.targets.base import FEATURES, Arrays, Skip
 from refpeft.conformance.targets.models import (
@@ -354,8 +355,7 @@ class Whole:
 
     def loss(self) -> Arrays:
         with torch.no_grad():
-            out = self.model(input_ids=tensor(self.ids), labels=tensor(self.case.arrays["labels"]))
-        return {"loss": array(out.loss)}
+            return {"loss": array(models.loss(self.model, self.case))}
 
     def dropped(self) -> Arrays:
         with torch.no_grad(), tempfile.TemporaryDirectory() as folder:

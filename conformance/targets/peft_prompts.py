@@ -36,7 +36,7 @@ def prompted(model: Any, adapter: str) -> bool:
 def config(case: Case, name: str) -> Any:
     """HF peft's config, told what the model's head is for."""
     about = case.meta["adapters"][name]
-    if "decoder_input_ids" in case.arrays and CLASSES[about["method"]] == "PrefixTuningConfig":
+    if task_type(case.meta["model"]) == "SEQ_2_SEQ_LM" and CLASSES[about["method"]] == "PrefixTuningConfig":
         raise Skip("HF peft's prefixes of encoder-decoders are not laid out as the paper describes")
     fields = dict(about["config"])
     for field, value in OPTIONS[about["method"]].items():

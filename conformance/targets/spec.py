@@ -21,6 +21,7 @@ from refpeft.conformance import chain
 from refpeft.conformance.case import DTYPES, Case
 from refpeft.conformance.targets.base import FEATURES, Arrays
 from refpeft.conformance.traits import known
+from refpeft.inputs import shift_right
 from refpeft.method import Phi
 from refpeft.methods import METHODS, prefix_tuning
 from refpeft.model import Model
@@ -190,10 +191,21 @@ class Whole:
         }
 
     def loss(self) -> Arrays:
-        """Of a language model: each row predicts the next token, and the last row of a prompt the first."""
-        y, labels = self.base(self.case.arrays["ids"], self.active)[0], self.case.arrays["labels"]
+        """Of a language model: each row predicts the next token, and the last row of a prompt the first. A decoder with
+        an encoder predicts each label from those before, and the first from its start."""
+        ids, labels = (self.case.arrays[name] for name in ("ids", "labels"))
+        if self.base.config.encoder_decoder:
+            return {"loss": cross_entropy(self.base(ids, self.active, **self.inputs, **self.shifted())[0], labels)[0]}
+        y = self.base(ids, self.active)[0]
         front = np.full((len(labels), y.shape[1] - labels.shape[1]), -100)
         return {"loss": cross_entropy(y[:, :-1], np.concatenate([front, labels], axis=1)[:, 1:])[0]}
+
+    def shifted(self) -> Arrays:
+        """What the decoder reads to predict the labels."""
+        c = self.base.config
+        assert c.decoder_start_token_id is not None
+        assert c.pad_token_id is not None
+        return {"decoder_input_ids": shift_right(self.case.arrays["labels"], c.decoder_start_token_id, c.pad_token_id)}
 
     def dropped(self) -> Arrays:
         plain = [refpeft.drop_encoder(a) for a in self.active]

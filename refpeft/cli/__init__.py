@@ -12,7 +12,10 @@ from typer.core import TyperGroup
 from refpeft.cli.errors import sentence
 
 COMMANDS = {  # in the order of `refpeft --help`
-    "check": ("check", "replay", "targets", "mutants", "report"),
+    "check": ("check", "replay"),
+    "targets": ("targets",),
+    "mutants": ("mutants",),
+    "report": ("report",),
     "engines": ("engines",),
     "history": ("history",),
     "methods": ("methods",),

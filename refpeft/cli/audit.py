@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from refpeft.cli.check import writable
+from refpeft.cli.output import writable
 
 if TYPE_CHECKING:
     from refpeft.conformance.audit import Finding, Found

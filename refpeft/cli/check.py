@@ -1,25 +1,21 @@
-"""`refpeft check`, `replay`, `report`, `targets`, `mutants`: the conformance suite from the command line."""
+"""`refpeft check` and `replay`: the conformance suite from the command line, and who does the work."""
 
-import json
-import shlex
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from refpeft.cli.errors import missing
+from refpeft.cli.output import Json, progress, save, writable
+from refpeft.cli.report import Html, Junit, Svg, finish
 
 if TYPE_CHECKING:
     from refpeft.conformance.case import Case
     from refpeft.conformance.engine import Outcome
-    from refpeft.conformance.report import Event, Report
-    from refpeft.conformance.site import Site
+    from refpeft.conformance.report import Event
 
 Target = Annotated[str, typer.Argument(metavar="TARGET", help="What to check; see [bold]refpeft targets[/bold].")]
 Names = list[str] | None
@@ -52,12 +48,6 @@ Database = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="Try first what failed before, as Hypothesis keeps it here; draw anew each time."),
 ]
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results as JSON lines.")]
-Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one HTML page.")]
-Junit = Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Write the report as JUnit XML.")]
-Svg = Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Write the matrix as a picture.")]
-Badge = Annotated[Path | None, typer.Option("--badge", metavar="FILE", help="Write a badge (SVG).")]
-Reports = Annotated[list[Path], typer.Argument(metavar="REPORT...", help="What check --json wrote.")]
 CaseFile = Annotated[Path, typer.Argument(metavar="CASE", help="A case that a check stored (.safetensors).")]
 
 
@@ -157,30 +147,6 @@ def elsewhere(target: str, python: str | None) -> str:
     return libraries.served(target, python) if python else target
 
 
-def finish(report: "Report", views: dict[str, Path | None]) -> None:
-    """Show a report, write its views, exit 0 or 1."""
-    from rich.console import Console
-
-    from refpeft.conformance import render, terminal
-
-    console = Console(highlight=False)
-    terminal.show(report, console)
-    for name, path in views.items():
-        if path:
-            path.write_text(getattr(render, name)(report), encoding="utf-8")
-            console.print(f"[dim]{name:5}  {path}[/dim]", soft_wrap=True)
-    raise typer.Exit(0 if report.ok else 1)
-
-
-def writable(*paths: Path | None) -> None:
-    """Better to hear it before the work than after."""
-    for path in paths:
-        if path and not path.parent.is_dir():
-            raise ValueError(f"{path}: there is no folder {path.parent}")
-        if path and path.is_dir():
-            raise ValueError(f"{path}: expected a file to write, found a folder")
-
-
 def part(shard: str) -> tuple[int, int]:
     i, _, n = shard.partition("/")
     if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
@@ -240,64 +206,6 @@ def interrupts() -> Iterator[Callable[[], None]]:
         signal.signal(signal.SIGINT, before)
 
 
-@contextmanager
-def progress(total: int | None = None) -> Iterator[Callable[["Event | str"], None]]:
-    """What is being done, on stderr, if someone is looking."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description:36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("starting", total=total)
-
-        def step(event: "Event | str") -> None:
-            if isinstance(event, str):
-                bar.update(task, advance=1, description=event)
-            elif event["type"] == "header":
-                bar.update(task, total=event.get("units"), description=f"checking {event['target']['name']}")
-            elif event["type"] == "result":
-                place = f"{event['level']} {event['method']} {event['property']}"
-                bar.update(task, advance=1, description=place)
-
-        yield step
-
-
-def report(files: Reports, html: Html = None, junit: Junit = None, svg: Svg = None, badge: Badge = None) -> None:
-    """Show a report again, join the shards of one run, or see several implementations side by side.
-
-    [cyan]refpeft report run.jsonl --html report.html[/cyan]
-    [cyan]refpeft report part*.jsonl[/cyan]
-    [cyan]refpeft report peft.jsonl adapters.jsonl lycoris.jsonl --html who.html --svg who.svg[/cyan]
-
-    Older runs of an implementation, given too, are its history.
-    """
-    from refpeft.conformance.site import gathered, read_runs
-
-    writable(html, junit, svg, badge)
-    runs = read_runs(files)
-    if len(runs) == 1:
-        finish(runs[0], {"html": html, "junit": junit, "svg": svg, "badge": badge})
-    if junit or badge:
-        raise ValueError(f"--{'junit' if junit else 'badge'} is of one run, and these are {len(runs)}")
-    side_by_side(gathered(runs), html, svg)
-
-
-def side_by_side(site: "Site", html: Path | None, svg: Path | None) -> None:
-    """Several implementations: a table, a page, a picture."""
-    from rich.console import Console
-
-    from refpeft.conformance import render, terminal
-
-    console = Console(highlight=False)
-    terminal.show_site(site, console)
-    for name, path, make in (("html", html, render.site_html), ("svg", svg, render.site_svg)):
-        if path:
-            path.write_text(make(site), encoding="utf-8")
-            console.print(f"[dim]{name:5}  {path}[/dim]", soft_wrap=True)
-    raise typer.Exit(0 if site.ok else 1)
-
-
 Script = Annotated[
     Path | None,
     typer.Option("--script", metavar="FILE", help="Write the story as a script that needs the library alone."),
@@ -350,107 +258,3 @@ def answered(case: "Case", path: str, outcome: "Outcome") -> "Event":
         "detail": outcome.skipped or verdict.detail, "case": path, "replay": None,
         "claims": case.meta.get("claims", []),
     }  # fmt: skip
-
-
-def save(path: Path | None, rows: Sequence[Any]) -> None:
-    if path:
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-
-
-NEEDS = {"peft": "peft", "onnxruntime": "onnxruntime"}  # target → the package that it drives
-
-
-Install = Annotated[
-    Names,
-    typer.Option("--install", metavar="NAME", help="Make the environment of this library, with pip (repeatable)."),
-]
-Where = Annotated[
-    Path | None,
-    typer.Option("--dir", metavar="DIR", help="Make it in this folder.", show_default="~/.cache/refpeft/targets"),
-]
-
-
-def targets(install: Install = None, where: Where = None, json_file: Json = None) -> None:
-    """List what can be checked, and whether it is installed; then tools that our tests run.
-
-    Libraries that are no part of refpeft get environments of their own:
-    [cyan]refpeft targets --install loralib[/cyan]
-    [cyan]refpeft check loralib[/cyan]
-    """
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    from refpeft.conformance.targets import TARGETS, libraries
-
-    if where and not install:
-        raise ValueError("--dir needs --install NAME, what to make there")
-    for name in install or ():
-        python = libraries.install(name, where)
-        if name in libraries.TOOLS:
-            typer.echo(f"{(where or libraries.folder()) / name}: {libraries.TOOLS[name].requires[0]}", err=True)
-            continue
-        there = f" --python {shlex.quote(str(python))}" if where else ""
-        typer.echo(f"{python.parents[1]}: refpeft check {name}{there}", err=True)
-    if install:
-        return
-    about = {name: about for name, (about, _) in TARGETS.items()}
-    about |= {name: tool.about for name, tool in libraries.TOOLS.items()}
-    rows = [{"name": name, "about": text, **installed(name)} for name, text in about.items()]
-    table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False, header_style="bold")
-    table.add_column("target", style="bold cyan", no_wrap=True)
-    table.add_column("what it is")
-    table.add_column("here", style="dim")
-    for row in rows:
-        table.add_row(row["name"] + "…" * row["name"].endswith(":"), row["about"], escape(row["here"]))
-    Console(highlight=False).print(table)
-    save(json_file, rows)
-
-
-def installed(target: str) -> dict[str, Any]:
-    """Is what the target drives there, in which version, and if not, which extra brings it?"""
-    from refpeft.conformance.targets import libraries
-
-    if target in libraries.EVERY:
-        version = libraries.version(target)
-        return {"ready": version is not None, "here": version or f"refpeft targets --install {target}"}
-    package = NEEDS.get(target)
-    if package is None:
-        return {"ready": True, "here": "ready"}
-    try:
-        return {"ready": True, "here": f"{package} {metadata.version(package)}"}
-    except metadata.PackageNotFoundError:
-        return {"ready": False, "here": missing(package)}
-
-
-Mutant = Annotated[Names, typer.Argument(metavar="[NAME...]", help="Only these mutants.", show_default=False)]
-Seeds = Annotated[int, typer.Option(min=1, metavar="N", help="Try each with N seeds.")]
-
-
-def mutants(
-    names: Mutant = None, seeds: Seeds = 20, workers: Workers = 1, dask: Dask = None, json_file: Json = None
-) -> None:
-    """Check the checker: every deliberately wrong implementation must be found out.
-
-    Each mutant is the specification with one mistake, named after the kind of real
-    bug that it imitates. Exit code 1: one of them survived.
-
-    [cyan]refpeft mutants --seeds 3 --workers 2[/cyan]
-    """
-    from rich.console import Console
-
-    from refpeft.conformance import mutants as bench
-    from refpeft.conformance import terminal
-
-    for name in names or ():
-        bench.target(name)
-    writable(json_file)
-    kills: dict[str, list[bench.Kill]] = {name: [] for name in names or bench.MUTANTS}
-    with executor(workers, dask) as pool, progress(len(kills) * seeds) as step, interrupts() as unless_interrupted:
-        for kill in bench.mutants(seeds, names, pool):
-            kills[kill.mutant].append(kill)
-            step(kill.mutant)
-            unless_interrupted()
-    save(json_file, [asdict(kill) for found in kills.values() for kill in found])
-    terminal.show_mutants(kills, Console(highlight=False))
-    raise typer.Exit(0 if all(kill.by for found in kills.values() for kill in found) else 1)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from refpeft.cli.check import Json, progress, save, writable
+from refpeft.cli.output import Json, progress, save, writable
 
 Names = Annotated[list[str] | None, typer.Argument(metavar="[ENGINE...]", help="Only these.", show_default=False)]
 Keep = Annotated[

@@ -59,7 +59,7 @@ def extend(
     import refpeft
     from refpeft.checkpoint import folder, models
     from refpeft.checkpoint import tokens as words
-    from refpeft.cli.check import writable
+    from refpeft.cli.output import writable
 
     writable(json_file)
     folder.check_free(out.absolute())

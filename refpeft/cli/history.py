@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from refpeft.cli.check import Json, progress, save, writable
+from refpeft.cli.output import Json, progress, save, writable
 
 if TYPE_CHECKING:
     from refpeft.conformance.history import Bug, Result

@@ -53,7 +53,7 @@ def merge(
     """
     import refpeft
     from refpeft.checkpoint import folder, models, tokens
-    from refpeft.cli.check import writable
+    from refpeft.cli.output import writable
 
     writable(json_file)
     folder.check_free(out.absolute())

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from refpeft.cli.check import Methods, progress
+from refpeft.cli.check import Methods
+from refpeft.cli.output import progress
 
 if TYPE_CHECKING:
     from refpeft.conformance.golden import Checked

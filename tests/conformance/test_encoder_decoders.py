@@ -82,6 +82,55 @@ def test_decoding_step_by_step_is_what_the_yardstick_takes_for_the_whole(family:
     np.testing.assert_allclose(found, Whole(case).logits()["logits"], rtol=0, atol=1e-12 * np.abs(found).max())
 
 
+LABELLED = ("prompt_tuning", "p_tuning", "prefix_tuning")
+
+
+def labelled(method: str, family: str, **fields: Any) -> Case:
+    (s,) = [s for s in prop("loss").corners(method, Spec().info()) if s["family"] == family]
+    return prop("loss").case(method, {**s, **fields}, 1)
+
+
+@pytest.mark.parametrize("method", LABELLED)
+@pytest.mark.parametrize("family", tiny.ENCODER_DECODERS)
+@pytest.mark.parametrize("batch", [[1, 4], [2, 3]])
+def test_labels_are_given_in_place_of_what_the_decoder_reads(batch: list[int], family: str, method: str) -> None:
+    case = labelled(method, family, batch=batch)
+    labels, mask = case.arrays["labels"], case.arrays["attention_mask"]
+    assert not {"decoder_input_ids", "dout"} & case.arrays.keys()
+    assert labels.shape == (batch[0], batch[1] + 2)
+    assert (labels[:, 0] >= 2).all()
+    assert (labels[:, -1] == -100).all()
+    assert (labels != -100).sum() > batch[0]
+    assert (mask[-1] == 0).any() or batch[0] == 1
+    source = case.meta["model"]
+    assert source["decoder_start_token_id"] not in (source["pad_token_id"], 2)
+
+
+@pytest.mark.parametrize("method", LABELLED)
+@pytest.mark.parametrize("family", tiny.ENCODER_DECODERS)
+def test_the_loss_is_the_mean_of_what_each_label_has_for_itself(family: str, method: str) -> None:
+    """Row by row and label by label, written out: −log p(yₜ | x, y<t), each from a decoder that reads no more."""
+    case = labelled(method, family, dtype="float64")
+    whole, start = Whole(case), case.meta["model"]["decoder_start_token_id"]
+    found = []
+    for ids, mask, labels in zip(*(case.arrays[n] for n in ("ids", "attention_mask", "labels")), strict=True):
+        for t in np.flatnonzero(labels != -100):
+            read = [start, *(case.meta["model"]["pad_token_id"] if y == -100 else y for y in labels[:t])]
+            y, _ = whole.base(ids[None, mask > 0], whole.active, decoder_input_ids=np.array([read]))
+            p = np.exp(y[0, -1])
+            found.append(-np.log(p[labels[t]] / p.sum()))
+    assert len(found) > 2
+    np.testing.assert_allclose(whole.loss()["loss"], np.mean(found), rtol=1e-12)
+
+
+@pytest.mark.parametrize("family", tiny.CAUSAL)
+def test_models_of_one_stack_are_asked_as_ever(family: str) -> None:
+    case = labelled("prompt_tuning", family)
+    assert "attention_mask" not in case.arrays
+    assert case.arrays["labels"].shape == case.arrays["ids"].shape
+    assert "decoder_start_token_id" not in case.meta["model"]
+
+
 def test_of_t5_both_versions_are_drawn_and_their_layers_found() -> None:
     drawn = strategies.model("lora", Spec().info(), families=("t5",))
     new = find(drawn, lambda s: "more" in s and "wi" in s["config"]["target_modules"], settings=QUIET)
@@ -130,7 +179,8 @@ def test_no_other_family_would_reveal_what_these_mutants_do(name: str, monkeypat
 @pytest.mark.parametrize("method", ["lora", "dora", "ln_tuning", "trainable_tokens", "prompt_tuning", "p_tuning"])
 def test_hf_peft_agrees(method: str, family: str) -> None:
     target = open_target("peft")
-    for name in ("logits", "param-grads", "padding", "causal", "incremental"):
+    loss = ["loss"] if prop("loss").applies(method) else []
+    for name in ("logits", "param-grads", "padding", "causal", "incremental", *loss):
         p = prop(name)
         (s,) = [s for s in p.corners(method, target.info()) if s["family"] == family]
         verdict = engine.examine(target, p.case(method, s, 3))

@@ -3,7 +3,6 @@
 import filecmp
 import json
 import shutil
-import subprocess
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -101,6 +100,22 @@ def test_the_specification_is_as_expected_and_exact_ones_do_not_depend_on_roundi
             assert all((wide[n] == a).all() for n, a in case.expected.items()), case.meta["id"]
 
 
+DEAD = {  # by chance, whatever the mistake: the first two have a neighbour that is not, `product` and `exact-one`
+    "lokr/layer/linear", "vera/model/exact-rank-one", "houlsby/model/gate", "houlsby/model/channel-scale-norm-after",
+}  # fmt: skip
+
+
+def test_none_is_dead() -> None:
+    """An adapter that is zero, or a gradient, would forgive a wrong scale; it is where that is asked for."""
+    dead = set()
+    for id in IDS:
+        case = stored(id)
+        own = [a for n, a in case.arrays.items() if not n.startswith("model/") and a.dtype.kind == "f"]
+        if case.meta["edge"] not in ("zeros", "empty-batch") and not all(a.any() for a in own):
+            dead.add(id)
+    assert dead == DEAD
+
+
 def killed(name: str, method: str) -> str | None:
     """The first vector that finds the mutant out, by its answer and not because it broke down."""
     for case in sorted(of(method), key=lambda c: c.level != MUTANTS[name].first[0]):
@@ -163,7 +178,7 @@ DIFFERS = {  # it will not merge a bias of B into a layer without one; the other
     "ia3/layer/unmerged": "value",
     "loha/layer/float64": "value",
     **{f"oft/{name}": "value" for name in ("layer/exact", "layer/exact-square", "model/two")},
-    **{f"trainable_tokens/model/{name}": "value" for name in ("bert", "padding")},
+    **{f"trainable_tokens/model/{name}": "value" for name in ("bert", "padding", "t5-untied")},
 }
 
 
@@ -365,82 +380,3 @@ def test_what_is_no_index_is_said_in_a_sentence(text: str, said: str, folder: Pa
     assert result.exit_code == 2
     assert said in result.stderr
     assert result.stderr.count("\n") == 1
-
-
-# ── read in other languages ──────────────────────────────────────────────────────────────────────────────────────────
-
-EXAMPLES = ROOT / "examples" / "vectors"
-READERS = [pytest.param("node", marks=pytest.mark.node), pytest.param("cc", marks=pytest.mark.cc)]
-
-
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The command of one of the two examples, compiled once."""
-
-    @cache
-    def command(language: str) -> list[str]:
-        if language == "node":
-            return ["node", str(EXAMPLES / "check.mjs")]
-        made = str(tmp_path_factory.mktemp("cc") / "check")
-        flags = ["-std=c11", "-O1", "-Wall", "-Wextra", "-Werror"]
-        subprocess.run(["cc", *flags, str(EXAMPLES / "check.c"), "-o", made, "-lm"], check=True)
-        return [made]
-
-    return command
-
-
-def verdicts(program: Any, language: str, *words: str) -> tuple[int, dict[str, str]]:
-    """Exit code, and id → verdict from the table."""
-    done = subprocess.run([*program(language), *words], capture_output=True, text=True, timeout=60)
-    rows = [line.split() for line in done.stdout.splitlines()[1:-1]]
-    return done.returncode, {row[0]: row[3] for row in rows}
-
-
-@pytest.mark.parametrize("language", READERS)
-def test_another_language_reads_them_and_agrees(language: str, program: Any) -> None:
-    code, said = verdicts(program, language, str(STORED))
-    asked = {"output", "first_row", "grads", "merged", "changed"}
-    mine = [
-        e["id"] for e in ENTRIES if e["method"] in (*LORA, "ia3") and e["level"] == "layer" and set(e["want"]) <= asked
-    ]
-    assert said == dict.fromkeys(mine, "ok")
-    assert len(mine) == 73
-    assert code == 0
-
-
-@pytest.mark.parametrize("language", READERS)
-@pytest.mark.parametrize(
-    ("wrong", "finds", "passes"),
-    [
-        ("scale", {"lora/layer/linear", "rslora/layer/float64", "dora/layer/magnitude", "ia3/layer/linear"},
-         "lora/layer/rank-one"),
-        ("gradient", {"lora/layer/conv1d", "rslora/layer/bias", "dora/layer/linear", "ia3/layer/linear"},
-         "ia3/layer/linear-takes"),
-        ("merge", {f"{m}/layer/{kind}-square" for m in LORA for kind in ("linear", "conv1d", "embedding")},
-         "lora/layer/linear"),
-        ("norm", {"dora/layer/linear-square", "dora/layer/zero-row"}, "rslora/layer/linear"),
-    ],
-)  # fmt: skip
-def test_another_language_fails_when_its_formula_is_broken(
-    language: str, wrong: str, finds: set[str], passes: str, program: Any
-) -> None:
-    code, said = verdicts(program, language, str(STORED), "--wrong", wrong)
-    assert code == 1
-    assert {said[id] for id in finds} == {"WRONG:"}
-    assert said[passes] == "ok"
-
-
-@pytest.mark.parametrize("language", READERS)
-def test_another_language_finds_an_answer_that_was_changed(language: str, program: Any, folder: Path) -> None:
-    change(folder, "linear", EXPECT + "dB", next_up)
-    code, said = verdicts(program, language, str(folder))
-    assert code == 1
-    assert [id for id, verdict in said.items() if verdict != "ok"] == ["rslora/layer/linear"]
-
-
-@pytest.mark.parametrize("language", READERS)
-def test_another_language_says_when_it_cannot_run(language: str, program: Any, folder: Path) -> None:
-    assert verdicts(program, language, str(folder / "nowhere"))[0] == 2
-    assert verdicts(program, language, str(folder), "--wrong", "everything")[0] == 2
-    (folder / "rslora" / "layer-rows.safetensors").write_bytes(b"junk")
-    assert verdicts(program, language, str(folder))[0] == 2
