@@ -108,7 +108,8 @@ ENCODER: Mapping[str, Sequence[Any]] = {
     "encoder_reparameterization_type": ["MLP", "LSTM"],
     "encoder_hidden_size": [5, 3],
 }
-SOFT = (*RUNS, *TOKENS, "model/left-padding", "model/loss", *LIVES)
+WITH_HEAD = ("lifecycle/modules-to-save", "lifecycle/saved-modules")
+SOFT = (*RUNS, *TOKENS, "model/left-padding", "model/loss", *LIVES, *WITH_HEAD)
 DROPS = ("model/dropped",)
 LAYERS = ("model/layers", "model/rows")
 INTRINSIC = (*SELECTION, "model/transpose", "model/two-merged", "lifecycle/two-active", "lifecycle/two-merged")
@@ -116,7 +117,7 @@ INTRINSIC = (*SELECTION, "model/transpose", "model/two-merged", "lifecycle/two-a
 
 ALONE = ("forward", "input-grad", "param-grads", "frozen", "init", "sensitive", "merge", "unmerge", "disable", "batch")
 ONE_LAYER = tuple("layer/" + name for name in (*ALONE, "dtype"))
-WHOLE_TOO = tuple("lifecycle/" + name for name in ("modules-to-save", "saved-modules", "refused-merge"))
+WHOLE_TOO = (*WITH_HEAD, "lifecycle/refused-merge")
 PAIRS = ("model/order", "model/two-merged", "lifecycle/two-active", "lifecycle/two-merged", "export/onnx-two")
 MATRICES = (*SELECTION, *PAIRS, *WHOLE_TOO)
 

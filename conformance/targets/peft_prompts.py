@@ -4,6 +4,7 @@ The prompt belongs to the PeftModel and not to a layer, `task_type` decides how 
 choice only where the specification has several.
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {  # what HF peft has chosen
 
 
 def prompted(model: Any, adapter: str) -> bool:
-    return bool(model.peft_config[adapter].is_prompt_learning)
+    about = model.peft_config[adapter]
+    return bool(getattr(about, "is_prompt_learning", hasattr(about, "num_virtual_tokens")))  # it came with 0.5
 
 
 def config(case: Case, name: str) -> Any:
@@ -42,8 +44,11 @@ def config(case: Case, name: str) -> Any:
     for field, value in OPTIONS[about["method"]].items():
         if fields.pop(field, value) != value:
             raise Skip(f"HF peft has no {field} other than {value!r}")
+    make = getattr(peft, CLASSES[about["method"]])
     fields["modules_to_save"] = list(fields.get("modules_to_save") or ()) or None  # which HF peft appends to
-    return getattr(peft, CLASSES[about["method"]])(task_type=task_type(case.meta["model"]), **fields)
+    if "modules_to_save" not in inspect.signature(make).parameters:  # before 0.11 a classifier was, unasked
+        del fields["modules_to_save"]
+    return make(task_type=task_type(case.meta["model"]), **fields)
 
 
 def task_type(source: Mapping[str, Any]) -> str:
