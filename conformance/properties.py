@@ -31,7 +31,7 @@ LAYER = [
         "The gradient with respect to the layer's input is that of the formula.",
         ["grads"],
         ["grads"],
-        ["L2", "D2", "IA2", "LH2", "LK2", "OF2", "BO2"],
+        ["L2", "D2", "IA2", "LH2", "LK2", "OF2", "BO2", "AL2"],
         kind=["linear", "conv1d"],
     ),
     layer(
@@ -39,7 +39,7 @@ LAYER = [
         "The gradients of the adapter's parameters are those of the formula.",
         ["grads"],
         ["grads"],
-        ["L2", "R1", "D2", "IA2", "LH2", "LK2", "OF2", "BO2"],
+        ["L2", "R1", "D2", "IA2", "LH2", "LK2", "OF2", "BO2", "AL2"],
     ),
     layer("frozen", "The adapter's parameters are trained, the layer's own are not.", ["trained"], ["frozen"]),
     layer(
@@ -47,7 +47,7 @@ LAYER = [
         "A fresh adapter changes nothing.",
         ["fresh"],
         ["init"],
-        ["L1", "D1", "IA1", "LH1", "LK1", "OF1", "BO1"],
+        ["L1", "D1", "IA1", "LH1", "LK1", "OF1", "BO1", "AL1"],
         regime=["float"],
     ),
     layer(
@@ -62,7 +62,7 @@ LAYER = [
         "Merged weights are W′ and b′ of the method, stored as the layer stores W, and give the same output.",
         ["merged"],
         ["merge"],
-        ["L2", "L5", "D2", "IA2", "LH2", "LK2", "OF2", "BO2"],
+        ["L2", "L5", "D2", "IA2", "LH2", "LK2", "OF2", "BO2", "AL2"],
     ),
     layer(
         "unmerge", "Unmerging restores W and b, and the adapter goes on as before.", ["unmerged"], ["merge", "unmerge"]

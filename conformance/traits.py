@@ -203,7 +203,16 @@ TRAITS: Mapping[str, Traits] = {
         layer={"feedforward_modules": [[], ["layer"]]},
         lacks=("embedding",),
     ),
-    "adalora": Traits("AL", MATRICES, BUDGET, fixed=linears, second=more_triplets),
+    "adalora": Traits(
+        "AL",
+        (*ONE_LAYER, *MATRICES),
+        BUDGET,
+        fixed=linears,
+        second=more_triplets,
+        layer={"init_r": [2, 1, 3], "target_r": [1], "lora_alpha": [3.0], "total_step": [10]},
+        lacks=("embedding",),
+        exact=False,
+    ),
     "vera": Traits("VE", MATRICES, {"r": [2, 1, 3], "d_initial": [0.1, 0.5]}, fixed=linears, second=other_start),
     "loha": Traits(
         "LH",
