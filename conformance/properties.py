@@ -192,6 +192,15 @@ MODEL = [
     ),
     whole("count", "The number of trained parameters.", ["count"], ["frozen"]),
     whole(
+        "modules-to-save",
+        "A module trained whole runs in the place of the model's own, and is trained; the model's own is not.",
+        ["logits", "grads", "count"],
+        ["forward", "grads", "frozen", "modules_to_save"],
+        families=tuple(tiny.HEAD),
+        architectures=(tiny.CLASSIFIER,),
+        configs=lambda s: head(s),
+    ),
+    whole(
         "options",
         "Scales, gates and norms that the adapter has of its own are those of the formula, and so are their gradients.",
         ["logits", "grads"],
@@ -248,6 +257,11 @@ def head(s: Structure) -> Structure:
     return {"modules_to_save": [tiny.HEAD[s["family"]]]}
 
 
+def parts_of_paths(s: Structure) -> Structure:
+    """Modules of T5, one of whose names is a part of the other's, and of what their paths have in common."""
+    return {"target_modules": ["q", "wi"], "modules_to_save": ["wo", "o"]}
+
+
 def prefixes(s: Structure) -> Mapping[str, Any]:
     return {"foo": two(s)["first"], "foobar": two(s)["second"]}
 
@@ -291,6 +305,14 @@ LIFE = [
         ["disable", "modules_to_save"],
         configs=head,
         architectures=(tiny.CLASSIFIER,),
+    ),
+    life(
+        "language-head",
+        "The head of a language model, trained whole, is used while its adapter is active, and only then.",
+        [[*FIRST, do("disable"), do("enable")]],
+        ["disable", "modules_to_save"],
+        configs=lambda s: {"modules_to_save": ["lm_head"]},
+        families=tiny.UNTIED,
     ),
     life(
         "switch",
@@ -376,6 +398,15 @@ LIFE = [
         adapters=prefixes,
         configs=head,
         architectures=(tiny.CLASSIFIER,),
+    ),
+    life(
+        "saved-names",
+        "Modules trained whole are loaded into their places, whatever their names are a part of.",
+        [[*FIRST, do("save", adapter="first"), do("load", adapters=["first"])]],
+        ["save", "modules_to_save"],
+        adapters=lambda s: {"first": s["config"]},
+        configs=parts_of_paths,
+        families=("t5",),
     ),
     life(
         "saved-patterns",

@@ -108,8 +108,8 @@ ENCODER: Mapping[str, Sequence[Any]] = {
     "encoder_reparameterization_type": ["MLP", "LSTM"],
     "encoder_hidden_size": [5, 3],
 }
-WITH_HEAD = ("lifecycle/modules-to-save", "lifecycle/saved-modules")
-SOFT = (*RUNS, *TOKENS, "model/left-padding", "model/loss", *LIVES, *WITH_HEAD)
+WITH_HEAD = ("model/modules-to-save", "lifecycle/modules-to-save", "lifecycle/saved-modules")
+SOFT = (*RUNS, *TOKENS, "model/left-padding", "model/loss", "lifecycle/language-head", *LIVES)
 DROPS = ("model/dropped",)
 LAYERS = ("model/layers", "model/rows")
 INTRINSIC = (*SELECTION, "model/transpose", "model/two-merged", "lifecycle/two-active", "lifecycle/two-merged")
@@ -117,7 +117,7 @@ INTRINSIC = (*SELECTION, "model/transpose", "model/two-merged", "lifecycle/two-a
 
 ALONE = ("forward", "input-grad", "param-grads", "frozen", "init", "sensitive", "merge", "unmerge", "disable", "batch")
 ONE_LAYER = tuple("layer/" + name for name in (*ALONE, "dtype"))
-WHOLE_TOO = (*WITH_HEAD, "lifecycle/refused-merge")
+WHOLE_TOO = (*WITH_HEAD, "lifecycle/language-head", "lifecycle/saved-names", "lifecycle/refused-merge")
 PAIRS = ("model/order", "model/two-merged", "lifecycle/two-active", "lifecycle/two-merged", "export/onnx-two")
 MATRICES = (*SELECTION, *PAIRS, *WHOLE_TOO)
 
@@ -261,12 +261,12 @@ TRAITS: Mapping[str, Traits] = {
     "houlsby": Traits("H", BOTTLENECKS, {**BOTTLENECK, "train_norms": [True, False]}, OPTIONS, second=wider),
     "pfeiffer": Traits("PF", BOTTLENECKS, PFEIFFER, OPTIONS, second=wider),
     "parallel": Traits("PA", BOTTLENECKS, BOTTLENECK, OPTIONS, second=wider),
-    "prompt_tuning": Traits("PT", SOFT, PROMPT, fixed=placed, second=longer),
-    "p_tuning": Traits("PU", (*SOFT, *DROPS, "model/recurrent"), ENCODER, fixed=prompted, second=longer),
+    "prompt_tuning": Traits("PT", (*SOFT, *WITH_HEAD), PROMPT, fixed=placed, second=longer),
+    "p_tuning": Traits("PU", (*SOFT, *WITH_HEAD, *DROPS, "model/recurrent"), ENCODER, fixed=prompted, second=longer),
     "prefix_tuning": Traits("PX", (*SOFT, *DROPS, *LAYERS, *TOGETHER), PREFIX, second=longer, architectures=("",)),
     "p_tuning_v2": Traits(
         "PV",
-        (*RUNS, "model/padding", *LAYERS, *LIVES),
+        (*RUNS, "model/padding", *LAYERS, *LIVES, *WITH_HEAD),
         {"num_virtual_tokens": [2, 1, 3]},
         fixed=head,
         second=longer,
