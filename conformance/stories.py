@@ -201,7 +201,7 @@ class Teller:
 
 SUMS = ("cat", "linear", "svd", "magnitude_prune", "ties", "dare_linear", "dare_ties", "magnitude_prune_svd",
         "ties_svd", "dare_linear_svd", "dare_ties_svd")  # fmt: skip
-DARE = tuple(how for how in SUMS if how.startswith("dare"))
+DARE = ("dare_linear", "dare_ties")  # of A and B; of ΔW, they are among the others
 PRUNING = ("magnitude_prune", "ties", "dare_linear", "dare_ties")
 NEEDED: Mapping[str, Sequence[str]] = {  # moves → the features that they are about
     "merge": ("merge",), "unmerge": ("merge", "unmerge"), "disable": ("disable",), "enable": ("disable",),
@@ -483,7 +483,7 @@ STORIES: Sequence[Property] = [
         "dare",
         "What DARE leaves of an adapter is the original over the density.",
         ["add", "activate", "train", "thin"],
-        [[*BOTH, ("thin", 0, n), ("activate", 2, 0)] for n in (0, 2, 1, 3)],
+        [[*BOTH, ("thin", 0, n), ("activate", 2, 0)] for n in range(len(DARE))],
         ["several", "combine"],
         heads=[{}],
         dtypes=["float32"],
