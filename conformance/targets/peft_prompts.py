@@ -45,10 +45,12 @@ def config(case: Case, name: str) -> Any:
         if fields.pop(field, value) != value:
             raise Skip(f"HF peft has no {field} other than {value!r}")
     make = getattr(peft, CLASSES[about["method"]])
-    fields["modules_to_save"] = list(fields.get("modules_to_save") or ()) or None  # which HF peft appends to
-    if "modules_to_save" not in inspect.signature(make).parameters:  # before 0.11 a classifier was, unasked
-        del fields["modules_to_save"]
-    return make(task_type=task_type(case.meta["model"]), **fields)
+    task, saved = task_type(case.meta["model"]), list(fields.pop("modules_to_save", None) or ()) or None
+    if "modules_to_save" in inspect.signature(make).parameters:
+        fields["modules_to_save"] = saved  # a list of its own, which HF peft appends to
+    elif saved and task != "SEQ_CLS":  # whose heads are trained whole without being named
+        raise Skip(f"peft {peft.__version__} has no modules_to_save for prompts")
+    return make(task_type=task, **fields)
 
 
 def task_type(source: Mapping[str, Any]) -> str:

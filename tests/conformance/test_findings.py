@@ -25,6 +25,7 @@ SHOWN: dict[str, Callable[[Lines], bool]] = {  # what the script of a page print
     "peft-delete-active": lambda said: said == ["['bar'] foo", "KeyError: 'foo'"],
     "peft-delete-modules-to-save": lambda said: said[0] == "['foo']" and number(said[1]) > 0.1 and number(said[2]) == 0,
     "peft-disable-prompt": lambda said: said[-1].startswith("UnboundLocalError: cannot access local variable"),
+    "peft-disable-prompt-head": lambda said: abs(number(said[0]) - 2) < 1e-4,
     "peft-hotswap": lambda said: said == ["tensor(True)", "tensor(False)"],
     "peft-ia3-defaults": lambda said: (
         said == ["ValueError: `feedforward_modules` should be a subset of `target_modules`"]
