@@ -192,6 +192,13 @@ MODEL = [
     ),
     whole("count", "The number of trained parameters.", ["count"], ["frozen"]),
     whole(
+        "trained",
+        "Whatever the dtype of the model, the adapter's parameters are trained, and nothing besides.",
+        ["count"],
+        ["frozen"],
+        also={"dtype": ["float64", "float32", "bfloat16"]},
+    ),
+    whole(
         "modules-to-save",
         "A module trained whole runs in the place of the model's own, and is trained; the model's own is not.",
         ["logits", "grads", "count"],

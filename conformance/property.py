@@ -124,12 +124,13 @@ def whole(
 
     def draw(method: str, info: Info) -> Strategy:
         base = strategies.model(method, info, families, **fixed)
-        extra = st.fixed_dictionaries({k: st.sampled_from(v) for k, v in (also or {}).items()})
+        extra = st.fixed_dictionaries({k: st.sampled_from(v) for k, v in possible(also or {}, info).items()})
         return st.builds(lambda s, own: {**s, **own}, base, extra)
 
     def corners(method: str, info: Info) -> Sequence[Structure]:
         plain = strategies.model_corners(method, info, always, fixed.get("architectures", ("",)))
-        return [{**s, **{k: v[n % len(v)] for k, v in (also or {}).items()}} for n, s in enumerate(plain)]
+        own = possible(also or {}, info)
+        return [{**s, **{k: v[n % len(v)] for k, v in own.items()}} for n, s in enumerate(plain)]
 
     def make(method: str, s: Structure, seed: int) -> Case:
         s = {**s, "config": {**s["config"], **settled(s), **configs(s)}}

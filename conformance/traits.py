@@ -119,7 +119,7 @@ ALONE = ("forward", "input-grad", "param-grads", "frozen", "init", "sensitive", 
 ONE_LAYER = tuple("layer/" + name for name in (*ALONE, "dtype"))
 WHOLE_TOO = (*WITH_HEAD, "lifecycle/language-head", "lifecycle/saved-names", "lifecycle/refused-merge")
 PAIRS = ("model/order", "model/two-merged", "lifecycle/two-active", "lifecycle/two-merged", "export/onnx-two")
-MATRICES = (*SELECTION, *PAIRS, *WHOLE_TOO)
+MATRICES = (*SELECTION, *PAIRS, *WHOLE_TOO, "model/trained")
 
 
 # the last of each family's layers: vectors on what two kinds of layers give, and on what a third takes
