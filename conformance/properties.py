@@ -9,7 +9,8 @@ from typing import Any
 from refpeft.conformance import strategies, tiny
 from refpeft.conformance.properties_own import OWN
 from refpeft.conformance.properties_stored import STORED
-from refpeft.conformance.property import PADDED, Property, Steps, do, layer, life, two, whole
+from refpeft.conformance.properties_whole import WHOLE
+from refpeft.conformance.property import FIRST, FOO, PADDED, Property, Steps, do, layer, life, prefixes, two, whole
 from refpeft.conformance.refusals import REJECTS
 from refpeft.conformance.stories import STORIES
 from refpeft.conformance.strategies import Structure
@@ -199,15 +200,6 @@ MODEL = [
         also={"dtype": ["float64", "float32", "bfloat16"]},
     ),
     whole(
-        "modules-to-save",
-        "A module trained whole runs in the place of the model's own, and is trained; the model's own is not.",
-        ["logits", "grads", "count"],
-        ["forward", "grads", "frozen", "modules_to_save"],
-        families=tuple(tiny.HEAD),
-        architectures=(tiny.CLASSIFIER,),
-        configs=lambda s: head(s),
-    ),
-    whole(
         "options",
         "Scales, gates and norms that the adapter has of its own are those of the formula, and so are their gradients.",
         ["logits", "grads"],
@@ -260,27 +252,13 @@ def weighted(how: str, *weights: list[float]) -> Steps:
     return [do("weighted", adapter=f"{how}{n}", of=both[: len(w)], weights=w, how=how) for n, w in enumerate(weights)]
 
 
-def head(s: Structure) -> Structure:
-    return {"modules_to_save": [tiny.HEAD[s["family"]]]}
-
-
-def parts_of_paths(s: Structure) -> Structure:
-    """Modules of T5, one of whose names is a part of the other's, and of what their paths have in common."""
-    return {"target_modules": ["q", "wi"], "modules_to_save": ["wo", "o"]}
-
-
-def prefixes(s: Structure) -> Mapping[str, Any]:
-    return {"foo": two(s)["first"], "foobar": two(s)["second"]}
-
-
 def overlapping(s: Structure) -> Structure:
     """One layer named before a pattern for all: the first that matches wins, so their order is part of the meaning."""
     names = s["config"]["target_modules"]
     return {"alpha_pattern": {names[0]: 12.0, f"({'|'.join(names)})": 3.0}}
 
 
-FIRST, BOTH = [do("add", adapter="first")], [do("add", adapter="first"), do("add", adapter="second")]
-FOO = [do("add", adapter="foo"), do("add", adapter="foobar")]
+BOTH = [*FIRST, do("add", adapter="second")]
 LIFE = [
     life("merge-twice", "Merging twice merges once.", [[*FIRST, do("merge"), do("merge")]], ["merge"]),
     life("safe-merge", "A merge with a check for nan merges the same.", [[*FIRST, do("merge", safe=True)]], ["merge"]),
@@ -304,22 +282,6 @@ LIFE = [
             [*BOTH, do("activate", adapters=["second"]), do("disable"), do("enable")],
         ],
         ["disable"],
-    ),
-    life(
-        "modules-to-save",
-        "A module trained whole is used while its adapter is active, and only then.",
-        [[*FIRST, do("disable"), do("enable")]],
-        ["disable", "modules_to_save"],
-        configs=head,
-        architectures=(tiny.CLASSIFIER,),
-    ),
-    life(
-        "language-head",
-        "The head of a language model, trained whole, is used while its adapter is active, and only then.",
-        [[*FIRST, do("disable"), do("enable")]],
-        ["disable", "modules_to_save"],
-        configs=lambda s: {"modules_to_save": ["lm_head"]},
-        families=tiny.UNTIED,
     ),
     life(
         "switch",
@@ -398,24 +360,6 @@ LIFE = [
         adapters=prefixes,
     ),
     life(
-        "saved-modules",
-        "Modules trained whole are saved and loaded with the adapter they belong to.",
-        [[*FOO, do("save", adapter="foo"), do("save", adapter="foobar"), do("load", adapters=["foobar", "foo"])]],
-        ["several", "save", "modules_to_save"],
-        adapters=prefixes,
-        configs=head,
-        architectures=(tiny.CLASSIFIER,),
-    ),
-    life(
-        "saved-names",
-        "Modules trained whole are loaded into their places, whatever their names are a part of.",
-        [[*FIRST, do("save", adapter="first"), do("load", adapters=["first"])]],
-        ["save", "modules_to_save"],
-        adapters=lambda s: {"first": s["config"]},
-        configs=parts_of_paths,
-        families=("t5",),
-    ),
-    life(
         "saved-patterns",
         "Patterns that match the same layer mean the same after saving and loading: the first still wins.",
         [[*FIRST, do("save", adapter="first"), do("load", adapters=["first"])]],
@@ -468,4 +412,4 @@ EXPORT = [
     ),
 ]
 
-PROPERTIES: Sequence[Property] = (*LAYER, *STORED, *MODEL, *OWN, *REJECTS, *LIFE, *STORIES, *EXPORT)
+PROPERTIES: Sequence[Property] = (*LAYER, *STORED, *MODEL, *OWN, *REJECTS, *LIFE, *WHOLE, *STORIES, *EXPORT)

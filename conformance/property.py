@@ -187,3 +187,11 @@ def life(
 
 def do(what: str, **arguments: Any) -> Mapping[str, Any]:
     return {"do": what, **arguments}
+
+
+FIRST: Steps = [do("add", adapter="first")]
+FOO: Steps = [do("add", adapter="foo"), do("add", adapter="foobar")]
+
+
+def prefixes(s: Structure) -> Mapping[str, Any]:
+    return {"foo": two(s)["first"], "foobar": two(s)["second"]}
