@@ -83,7 +83,8 @@ def is_float(a: Array) -> bool:
 def write(path: Path, arrays: Mapping[str, Array], header: Mapping[str, str] | None = None) -> None:
     """A safetensors file of arrays, each laid out row by row whatever its strides."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: np.array(a, order="C") for name, a in arrays.items()}, str(path), dict(header or {}))
+    about = dict(header) if header else None  # of no arrays and {} safetensors 0.8 makes a file that it cannot read
+    save_file({name: np.array(a, order="C") for name, a in arrays.items()}, str(path), about)
 
 
 def read(path: Path) -> tuple[dict[str, Array], dict[str, str]]:

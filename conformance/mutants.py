@@ -24,6 +24,7 @@ from refpeft.conformance import mistakes_selection as ms
 from refpeft.conformance import mistakes_stacks as mt
 from refpeft.conformance import mistakes_stories as mh
 from refpeft.conformance import mistakes_vectors as mv
+from refpeft.conformance import mistakes_whole as mw
 from refpeft.conformance.case import Case
 from refpeft.conformance.mistakes_bottleneck import BOTTLENECK
 from refpeft.conformance.targets.base import Arrays
@@ -133,6 +134,8 @@ MATRIX: Mapping[str, Mutant] = {  # of LoRA and its kin
     "count-includes-frozen": Mutant(("model", "count"), of_model=m.CountsFrozen),
     "merged-keeps-adapter-tensors": Mutant(("model", "merge"), of_model=m.KeepsAdapterTensors),
     "only-first-merged": Mutant(("model", "two-merged"), of_model=m.MergesFirstOnly),
+    "original-of-a-head-trained": Mutant(("model", "modules-to-save"), of_model=mw.TrainsTheOriginalToo),
+    "rank-trained-in-other-dtypes": Mutant(("model", "trained"), of_model=mw.TrainsItsRank),
     "tied-weights-merged-both": Mutant(
         ("model", "tied"), lambda: [patch.object(refpeft.tune, "untied", lambda sites, params, role: sites)]
     ),
@@ -151,6 +154,7 @@ MATRIX: Mapping[str, Mutant] = {  # of LoRA and its kin
     ),
     "save-foo-writes-foobar": Mutant(("lifecycle", "saved-keys"), of_session=m.SavesNeighbour),
     "prefix-names-lose-tensors": Mutant(("lifecycle", "saved-modules"), of_session=m.LosesByName),
+    "names-in-paths-lose-tensors": Mutant(("lifecycle", "saved-names"), of_session=mw.LosesNamesInPaths),
     "saved-patterns-sorted": Mutant(("lifecycle", "saved-patterns"), of_session=m.SortsPatterns),
     "changed-parameters-unseen": Mutant(("lifecycle", "change"), of_session=m.StaleSession),
     **{name: Mutant(("model", prop), patches, methods=which) for name, (prop, patches, which) in BOTTLENECK.items()},
@@ -201,6 +205,8 @@ PROMPTS: Mapping[str, Mutant] = {
     **each(PREFIX, "first-task-for-all", ("model", "rows"), of_model=mp.FirstTaskForAll),
     **each(("p_tuning_v2",), "head-frozen", PARAMS, of_model=mp.frozen("score", "classifier")),
     **each(("p_tuning_v2",), "head-not-counted", ("model", "count"), of_model=mp.ForgetsTheHead),
+    **each((*SOFT, "prefix_tuning"), "disabled-keeps-head", ("lifecycle", "language-head"),
+           of_session=mw.DisabledKeepsHead),
     **each((*SOFT, *PREFIX), "stays-enabled", ("lifecycle", "disable"), of_session=ms.StaysEnabled),
 }  # fmt: skip
 
@@ -266,6 +272,7 @@ VECTORS: Mapping[str, Mutant] = {
     **each(("ia3",), "stale-cache-after-param-change", ("layer", "sensitive"), of_layer=m.Stale),
     **each(("ia3",), "base-trained-too", ("layer", "frozen"), of_layer=m.BaseTrained),
     **each(("ia3",), "stays-disabled", ("layer", "disable"), of_layer=m.StaysDisabled),
+    **each(("adalora",), "not-zero-at-init", ("layer", "init"), of_layer=m.NotZeroAtInit),
     **each(("adalora",), "scale-not-divided", LOGITS,
            patches=lambda: [patch.object(adalora.Config, "scale", property(lambda c: c.lora_alpha))]),
     **each(("adalora",), "singular-values-forgotten-in-merge", ("model", "merge"),
@@ -337,7 +344,7 @@ STORIES: Mapping[str, Mutant] = {  # which only show after something else was do
     "combined-as-they-were-added": Mutant(COMBINED, of_story=mh.CombinedSeesLater, methods=SUMS),
     "pruned-the-largest": Mutant(COMBINED, mp.instead(combine, top=mh.smallest), methods=SUMS),
     "pruned-by-rows": Mutant(COMBINED, mp.instead(combine, top=mh.by_rows), methods=SUMS),
-    "dare-not-rescaled": Mutant(COMBINED, mp.instead(combine, summing=mh.not_rescaled), methods=SUMS),
+    "dare-not-rescaled": Mutant(("story", "dare"), mp.instead(combine, summing=mh.not_rescaled), methods=SUMS),
     "ties-against-the-majority": Mutant(COMBINED, mp.instead(combine, elected=mh.against), methods=SUMS),
     "ties-elects-by-the-other-count": Mutant(COMBINED, mp.instead(combine, elected=mh.by_frequency), methods=SUMS),
     "ties-mean-of-all": Mutant(COMBINED, mp.instead(combine, summing=mh.mean_of_all), methods=SUMS),

@@ -11,6 +11,7 @@ from refpeft.conformance import strategies, tiny
 from refpeft.conformance.properties_lives import LIFE
 from refpeft.conformance.properties_own import OWN
 from refpeft.conformance.properties_stored import STORED
+from refpeft.conformance.properties_whole import WHOLE
 from refpeft.conformance.property import PADDED, Property, layer, two, whole
 from refpeft.conformance.refusals import REJECTS
 from refpeft.conformance.stories import STORIES
@@ -33,7 +34,7 @@ LAYER = [
         "The gradient with respect to the layer's input is that of the formula.",
         ["grads"],
         ["grads"],
-        ["L2", "D2", "IA2", "LH2", "LK2", "OF2", "BO2"],
+        ["L2", "D2", "IA2", "LH2", "LK2", "OF2", "BO2", "AL2"],
         kind=["linear", "conv1d"],
     ),
     layer(
@@ -41,7 +42,7 @@ LAYER = [
         "The gradients of the adapter's parameters are those of the formula.",
         ["grads"],
         ["grads"],
-        ["L2", "R1", "D2", "IA2", "LH2", "LK2", "OF2", "BO2"],
+        ["L2", "R1", "D2", "IA2", "LH2", "LK2", "OF2", "BO2", "AL2"],
     ),
     layer("frozen", "The adapter's parameters are trained, the layer's own are not.", ["trained"], ["frozen"]),
     layer(
@@ -49,7 +50,7 @@ LAYER = [
         "A fresh adapter changes nothing.",
         ["fresh"],
         ["init"],
-        ["L1", "D1", "IA1", "LH1", "LK1", "OF1", "BO1"],
+        ["L1", "D1", "IA1", "LH1", "LK1", "OF1", "BO1", "AL1"],
         regime=["float"],
     ),
     layer(
@@ -64,7 +65,7 @@ LAYER = [
         "Merged weights are W′ and b′ of the method, stored as the layer stores W, and give the same output.",
         ["merged"],
         ["merge"],
-        ["L2", "L5", "D2", "IA2", "LH2", "LK2", "OF2", "BO2"],
+        ["L2", "L5", "D2", "IA2", "LH2", "LK2", "OF2", "BO2", "AL2"],
     ),
     layer(
         "unmerge", "Unmerging restores W and b, and the adapter goes on as before.", ["unmerged"], ["merge", "unmerge"]
@@ -194,6 +195,13 @@ MODEL = [
     ),
     whole("count", "The number of trained parameters.", ["count"], ["frozen"]),
     whole(
+        "trained",
+        "Whatever the dtype of the model, the adapter's parameters are trained, and nothing besides.",
+        ["count"],
+        ["frozen"],
+        also={"dtype": ["float64", "float32", "bfloat16"]},
+    ),
+    whole(
         "options",
         "Scales, gates and norms that the adapter has of its own are those of the formula, and so are their gradients.",
         ["logits", "grads"],
@@ -273,4 +281,4 @@ EXPORT = [
     ),
 ]
 
-PROPERTIES: Sequence[Property] = (*LAYER, *STORED, *MODEL, *OWN, *REJECTS, *LIFE, *STORIES, *EXPORT)
+PROPERTIES: Sequence[Property] = (*LAYER, *STORED, *MODEL, *OWN, *REJECTS, *LIFE, *WHOLE, *STORIES, *EXPORT)

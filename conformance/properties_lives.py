@@ -1,10 +1,8 @@
 """Properties of an adapter's life: merging, switching, weighting, saving and loading, a program of steps each."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from refpeft.conformance import tiny
-from refpeft.conformance.property import Property, Steps, do, life, two
+from refpeft.conformance.property import FIRST, FOO, Property, Steps, do, life, prefixes
 from refpeft.conformance.strategies import Structure
 
 
@@ -14,22 +12,13 @@ def weighted(how: str, *weights: list[float]) -> Steps:
     return [do("weighted", adapter=f"{how}{n}", of=both[: len(w)], weights=w, how=how) for n, w in enumerate(weights)]
 
 
-def head(s: Structure) -> Structure:
-    return {"modules_to_save": [tiny.HEAD[s["family"]]]}
-
-
-def prefixes(s: Structure) -> Mapping[str, Any]:
-    return {"foo": two(s)["first"], "foobar": two(s)["second"]}
-
-
 def overlapping(s: Structure) -> Structure:
     """One layer named before a pattern for all: the first that matches wins, so their order is part of the meaning."""
     names = s["config"]["target_modules"]
     return {"alpha_pattern": {names[0]: 12.0, f"({'|'.join(names)})": 3.0}}
 
 
-FIRST, BOTH = [do("add", adapter="first")], [do("add", adapter="first"), do("add", adapter="second")]
-FOO = [do("add", adapter="foo"), do("add", adapter="foobar")]
+BOTH = [*FIRST, do("add", adapter="second")]
 LIFE: Sequence[Property] = [
     life("merge-twice", "Merging twice merges once.", [[*FIRST, do("merge"), do("merge")]], ["merge"]),
     life("safe-merge", "A merge with a check for nan merges the same.", [[*FIRST, do("merge", safe=True)]], ["merge"]),
@@ -53,14 +42,6 @@ LIFE: Sequence[Property] = [
             [*BOTH, do("activate", adapters=["second"]), do("disable"), do("enable")],
         ],
         ["disable"],
-    ),
-    life(
-        "modules-to-save",
-        "A module trained whole is used while its adapter is active, and only then.",
-        [[*FIRST, do("disable"), do("enable")]],
-        ["disable", "modules_to_save"],
-        configs=head,
-        architectures=(tiny.CLASSIFIER,),
     ),
     life(
         "switch",
@@ -137,15 +118,6 @@ LIFE: Sequence[Property] = [
         [[*FOO, do("save", adapter="foo")]],
         ["several", "save"],
         adapters=prefixes,
-    ),
-    life(
-        "saved-modules",
-        "Modules trained whole are saved and loaded with the adapter they belong to.",
-        [[*FOO, do("save", adapter="foo"), do("save", adapter="foobar"), do("load", adapters=["foobar", "foo"])]],
-        ["several", "save", "modules_to_save"],
-        adapters=prefixes,
-        configs=head,
-        architectures=(tiny.CLASSIFIER,),
     ),
     life(
         "saved-patterns",

@@ -124,12 +124,13 @@ def whole(
 
     def draw(method: str, info: Info) -> Strategy:
         base = strategies.model(method, info, families, **fixed)
-        extra = st.fixed_dictionaries({k: st.sampled_from(v) for k, v in (also or {}).items()})
+        extra = st.fixed_dictionaries({k: st.sampled_from(v) for k, v in possible(also or {}, info).items()})
         return st.builds(lambda s, own: {**s, **own}, base, extra)
 
     def corners(method: str, info: Info) -> Sequence[Structure]:
         plain = strategies.model_corners(method, info, always, fixed.get("architectures", ("",)))
-        return [{**s, **{k: v[n % len(v)] for k, v in (also or {}).items()}} for n, s in enumerate(plain)]
+        own = possible(also or {}, info)
+        return [{**s, **{k: v[n % len(v)] for k, v in own.items()}} for n, s in enumerate(plain)]
 
     def make(method: str, s: Structure, seed: int) -> Case:
         s = {**s, "config": {**s["config"], **settled(s), **configs(s)}}
@@ -164,24 +165,33 @@ def life(
     changed: Sequence[str] = (),
     configs: Callable[[Structure], Mapping[str, Any]] = lambda s: {},
     architectures: tuple[str, ...] = ("",),
+    families: tuple[str, ...] | None = None,
     **more: Any,
 ) -> Property:
     """Programs of steps; after each, the model says what the formula says of the adapters active then."""
 
     def draw(method: str, info: Info) -> Strategy:
-        base = strategies.model(method, info, architectures=architectures, layers=1)
+        base = strategies.model(method, info, families or tuple(tiny.FAMILIES), architectures, layers=1)
         return st.builds(lambda s, n: {**s, "program": n}, base, st.integers(0, len(programs) - 1))
 
     def corners(method: str, info: Info) -> Sequence[Structure]:
-        plain = strategies.model_corners(method, info, ("gpt2", "bert"), architectures)
+        plain = strategies.model_corners(method, info, families or ("gpt2", "bert"), architectures)
         return [{**s, "program": n} for n in range(len(programs)) for s in plain[: 1 if len(programs) > 1 else 2]]
 
     def make(method: str, s: Structure, seed: int) -> Case:
         s = {**s, "config": {**s["config"], **settled(s), **configs(s)}}
         return build.model(method, "lifecycle", name, s, seed, adapters(s), changed, steps=list(programs[s["program"]]))
 
-    return Property(name, "lifecycle", statement, draw, corners, make, needs, claims, **more)
+    return Property(name, "lifecycle", statement, draw, corners, make, needs, claims, families=families, **more)
 
 
 def do(what: str, **arguments: Any) -> Mapping[str, Any]:
     return {"do": what, **arguments}
+
+
+FIRST: Steps = [do("add", adapter="first")]
+FOO: Steps = [do("add", adapter="foo"), do("add", adapter="foobar")]
+
+
+def prefixes(s: Structure) -> Mapping[str, Any]:
+    return {"foo": two(s)["first"], "foobar": two(s)["second"]}

@@ -177,7 +177,14 @@ class Teller:
 
     def combine(self, a: int, b: int) -> Step | None:
         """Weights and densities that all differ from each other and from what leaves things as they are."""
-        how, name = SUMS[b % len(SUMS)], f"sum{len(self.sums)}"
+        return self.combined(a, SUMS[b % len(SUMS)], [0.75, -1.5])
+
+    def thin(self, a: int, b: int) -> Step | None:
+        """By DARE, with weights whose signs nobody can lose."""
+        return self.combined(a, DARE[b % len(DARE)], [0.75, 1.5])
+
+    def combined(self, a: int, how: str, weights: list[float]) -> Step | None:
+        name = f"sum{len(self.sums)}"
         there = [n for n in sorted(self.adapters) if n not in self.sums and summable(self.config(n))]
         of = there[a % 2 :][:2]
         ranks = {self.configs[self.adapters[n]]["r"] for n in of}
@@ -189,17 +196,18 @@ class Teller:
         self.adapters[name], self.sums[name] = self.adapters[of[0]], how if len(of) > 1 else "linear"
         more: Structure = {"density": 0.6} if how.removesuffix("_svd") in PRUNING else {}
         more |= {"sign": "frequency"} if "ties" in how and a % 3 == 2 else {}
-        return do("combine", adapter=name, of=of, weights=[0.75, -1.5][: len(of)], how=how, **more)
+        return do("combine", adapter=name, of=of, weights=weights[: len(of)], how=how, **more)
 
 
 SUMS = ("cat", "linear", "svd", "magnitude_prune", "ties", "dare_linear", "dare_ties", "magnitude_prune_svd",
         "ties_svd", "dare_linear_svd", "dare_ties_svd")  # fmt: skip
+DARE = ("dare_linear", "dare_ties")  # of A and B; of ΔW, they are among the others
 PRUNING = ("magnitude_prune", "ties", "dare_linear", "dare_ties")
 NEEDED: Mapping[str, Sequence[str]] = {  # moves → the features that they are about
     "merge": ("merge",), "unmerge": ("merge", "unmerge"), "disable": ("disable",), "enable": ("disable",),
     "train": ("train",), "delete": ("several", "delete"), "save": ("save",), "load": ("save",),
     "load_as": ("several", "save"), "replace": ("several", "save"), "swap": ("save", "swap"),
-    "combine": ("several", "combine"),
+    "combine": ("several", "combine"), "thin": ("several", "combine"),
     "activate": ("several",), "add": (),
 }  # fmt: skip
 
@@ -466,6 +474,16 @@ STORIES: Sequence[Property] = [
             [*BOTH, ("combine", 2, 4), ("activate", 2, 0), "train"],
             [*BOTH, "train", ("combine", 0, 0), ("activate", 2, 0), "train", ("delete", 0, 0), "merge"],
         ],
+        ["several", "combine"],
+        heads=[{}],
+        dtypes=["float32"],
+        methods=["lora", "rslora"],
+    ),
+    story(
+        "dare",
+        "What DARE leaves of an adapter is the original over the density.",
+        ["add", "activate", "train", "thin"],
+        [[*BOTH, ("thin", 0, n), ("activate", 2, 0)] for n in range(len(DARE))],
         ["several", "combine"],
         heads=[{}],
         dtypes=["float32"],

@@ -50,6 +50,7 @@ CAUSAL = ("gpt2", "llama", "qwen2")
 ENCODER_DECODERS = ("t5", "bart")
 DECODING = (*CAUSAL, *ENCODER_DECODERS)
 START = {"t5": 1, "bart": 0}  # what a decoder reads first, where labels are given: no padding, and nobody's default
+UNTIED = ("llama", "qwen2")  # families whose output layer, lm_head, is a layer of its own
 ROUNDED = ("llama", "qwen2", "t5")  # families whose norms transformers computes in float32, whatever the weights are
 DEPTH = {
     "gpt2": ("n_layer",),

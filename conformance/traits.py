@@ -108,7 +108,8 @@ ENCODER: Mapping[str, Sequence[Any]] = {
     "encoder_reparameterization_type": ["MLP", "LSTM"],
     "encoder_hidden_size": [5, 3],
 }
-SOFT = (*RUNS, *TOKENS, "model/left-padding", "model/loss", *LIVES)
+WITH_HEAD = ("model/modules-to-save", "lifecycle/modules-to-save", "lifecycle/saved-modules")
+SOFT = (*RUNS, *TOKENS, "model/left-padding", "model/loss", "lifecycle/language-head", *LIVES)
 DROPS = ("model/dropped",)
 LAYERS = ("model/layers", "model/rows")
 INTRINSIC = (*SELECTION, "model/transpose", "model/two-merged", "lifecycle/two-active", "lifecycle/two-merged")
@@ -116,9 +117,9 @@ INTRINSIC = (*SELECTION, "model/transpose", "model/two-merged", "lifecycle/two-a
 
 ALONE = ("forward", "input-grad", "param-grads", "frozen", "init", "sensitive", "merge", "unmerge", "disable", "batch")
 ONE_LAYER = tuple("layer/" + name for name in (*ALONE, "dtype"))
-WHOLE_TOO = tuple("lifecycle/" + name for name in ("modules-to-save", "saved-modules", "refused-merge"))
+WHOLE_TOO = (*WITH_HEAD, "lifecycle/language-head", "lifecycle/saved-names", "lifecycle/refused-merge")
 PAIRS = ("model/order", "model/two-merged", "lifecycle/two-active", "lifecycle/two-merged", "export/onnx-two")
-MATRICES = (*SELECTION, *PAIRS, *WHOLE_TOO)
+MATRICES = (*SELECTION, *PAIRS, *WHOLE_TOO, "model/trained")
 
 
 # the last of each family's layers: vectors on what two kinds of layers give, and on what a third takes
@@ -202,7 +203,16 @@ TRAITS: Mapping[str, Traits] = {
         layer={"feedforward_modules": [[], ["layer"]]},
         lacks=("embedding",),
     ),
-    "adalora": Traits("AL", MATRICES, BUDGET, fixed=linears, second=more_triplets),
+    "adalora": Traits(
+        "AL",
+        (*ONE_LAYER, *MATRICES),
+        BUDGET,
+        fixed=linears,
+        second=more_triplets,
+        layer={"init_r": [2, 1, 3], "target_r": [1], "lora_alpha": [3.0], "total_step": [10]},
+        lacks=("embedding",),
+        exact=False,
+    ),
     "vera": Traits("VE", MATRICES, {"r": [2, 1, 3], "d_initial": [0.1, 0.5]}, fixed=linears, second=other_start),
     "loha": Traits(
         "LH",
@@ -251,12 +261,12 @@ TRAITS: Mapping[str, Traits] = {
     "houlsby": Traits("H", BOTTLENECKS, {**BOTTLENECK, "train_norms": [True, False]}, OPTIONS, second=wider),
     "pfeiffer": Traits("PF", BOTTLENECKS, PFEIFFER, OPTIONS, second=wider),
     "parallel": Traits("PA", BOTTLENECKS, BOTTLENECK, OPTIONS, second=wider),
-    "prompt_tuning": Traits("PT", SOFT, PROMPT, fixed=placed, second=longer),
-    "p_tuning": Traits("PU", (*SOFT, *DROPS, "model/recurrent"), ENCODER, fixed=prompted, second=longer),
+    "prompt_tuning": Traits("PT", (*SOFT, *WITH_HEAD), PROMPT, fixed=placed, second=longer),
+    "p_tuning": Traits("PU", (*SOFT, *WITH_HEAD, *DROPS, "model/recurrent"), ENCODER, fixed=prompted, second=longer),
     "prefix_tuning": Traits("PX", (*SOFT, *DROPS, *LAYERS, *TOGETHER), PREFIX, second=longer, architectures=("",)),
     "p_tuning_v2": Traits(
         "PV",
-        (*RUNS, "model/padding", *LAYERS, *LIVES),
+        (*RUNS, "model/padding", *LAYERS, *LIVES, *WITH_HEAD),
         {"num_virtual_tokens": [2, 1, 3]},
         fixed=head,
         second=longer,

@@ -27,10 +27,10 @@ class Bug:
 
 PEFT = "https://github.com/huggingface/peft/"
 WITH: Mapping[str, Sequence[str]] = {  # transformers, each with the releases of peft that run with it
-    "4.30.2": ("0.5.0",),
+    "4.30.2": ("0.4.0", "0.5.0"),
     "4.36.2": ("0.6.0", "0.6.2", "0.7.0", "0.7.1", "0.8.2"),
-    "4.45.2": ("0.10.0", "0.11.1", "0.13.2", "0.14.0"),
-    "4.57.6": ("0.15.0", "0.15.2", "0.16.0", "0.18.1"),
+    "4.45.2": ("0.10.0", "0.11.1", "0.12.0", "0.13.2", "0.14.0"),
+    "4.57.6": ("0.15.0", "0.15.2", "0.16.0", "0.17.1", "0.18.0", "0.18.1"),
     "5.5.4": ("0.19.0", "0.19.1", "0.20.0"),
     "5.23.0": ("0.21.0", "0.21.2"),
 }
@@ -49,12 +49,20 @@ ADAPTERS = {  # needs the transformers of its day, to the minor release
 def peft(
     issue: int | str, bad: str, fixed: str | None, place: str, symptom: str, shows: str = "", kind: str = "value"
 ) -> Bug:
-    """`issue` is a number, or a name of ours for what the notes of the fixed release mention without one."""
+    """`issue` is a number, or a name of ours for what the fixed release mended without one that we know."""
     where = f"issues/{issue}" if isinstance(issue, int) else f"releases/tag/v{fixed}"
     return Bug(f"peft-{issue}", "peft", PEFT + where, bad, fixed, symptom, place, BESIDE, kind=kind, shows=shows)
 
 
 BUGS: Sequence[Bug] = (
+    peft(
+        736, "0.4.0", "0.5.0", "lora/lifecycle/modules-to-save",
+        "disabled, modules trained whole stay active", shows="^1/logits",  # where it is disabled
+    ),
+    peft(
+        905, "0.5.0", "0.6.0", "lora/model/modules-to-save",
+        "of a module trained whole, the model's own is left trainable beside its copy", shows="^count",
+    ),
     peft(
         1169, "0.6.2", "0.7.0", "lora/lifecycle/weighted",
         "weights 1 and 0: B of the adapter with weight 0 is added all the same",
@@ -70,8 +78,21 @@ BUGS: Sequence[Bug] = (
         kind="error:RuntimeError", shows="size of tensor",  # where the layer is not square; in silence where it is
     ),
     peft(
+        1884, "0.11.1", "0.12.0", "adalora/layer/init",
+        "E of AdaLoRA is drawn from a normal, and a fresh adapter changes the output", shows="^y_fresh",
+    ),
+    peft(
+        2180, "0.13.2", "0.14.0", "lokr/layer/forward",
+        "alpha of LoKr is ignored: the scale is 1", shows="^y: ",
+    ),
+    peft(
         2195, "0.13.2", "0.14.0", "lora/model/patterns",
         "rank_pattern and alpha_pattern are searched as one list, so a key of the one hides one of the other",
+    ),
+    peft(
+        2334, "0.14.0", "0.15.0", "lora/lifecycle/saved-names",
+        "modules trained whole are not loaded where the name of one is a part of another's path",
+        shows="^2/logits",  # what was loaded
     ),
     peft(
         2489, "0.15.2", "0.16.0", "lora/layer/merge",
@@ -82,8 +103,17 @@ BUGS: Sequence[Bug] = (
         "'cat' keeps the alpha_pattern of the first adapter, whose scale is in the tensors already",
     ),
     peft(
+        2805, "0.17.1", "0.18.0", "oft/layer/unmerge",
+        "OFT is unmerged by the transpose of a matrix that is not orthogonal",
+        shows=r"^W_unmerged: off by \d+(\.\d+)? of",  # by more than rounding to float32
+    ),
+    peft(
         2918, "0.18.1", "0.19.0", "lora/lifecycle/weighted",
         "weight −1 adds ΔW instead of subtracting it", shows="^4/logits",  # the sum with this weight
+    ),
+    peft(
+        3152, "0.18.1", "0.19.0", "lora/story/dare",
+        "what DARE leaves is not divided by the density", shows=r"^\d+/logits",
     ),
     peft(
         3282, "0.19.1", "0.20.0", "lora/lifecycle/saved-keys",
@@ -97,6 +127,11 @@ BUGS: Sequence[Bug] = (
     peft(
         "dora-two", "0.20.0", "0.21.0", "dora/model/two-merged",
         "two DoRA adapters merged are not two DoRA adapters active",
+    ),
+    peft(
+        "svd-scale", "0.20.0", "0.21.0", "lora/story/combined",
+        "'svd' and its kin take ΔW, which is scaled, times the weight and the scale once more",
+        shows=r"^3/logits: off by \d+(\.\d+)? of",  # the first sums, by more than rounding
     ),
     peft(
         2018, "0.21.2", None, "lora/model/tied",

@@ -13,6 +13,7 @@ import venv
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from refpeft.conformance import engine
 from refpeft.conformance.history.bugs import Bug
@@ -133,13 +134,24 @@ def packages(python: Path) -> Path:
 
 def made(home: Path, requires: Sequence[str], paths: Sequence[Path], run: libraries.Run) -> Path:
     """An environment with these packages, which also sees those in `paths`. One that is complete says so in a file."""
-    python, complete = home / "bin" / "python", home / "complete.txt"
+    complete, python = home / "complete.txt", home / "bin" / "python"
     lines = "".join(f"{r}\n" for r in (sys.version, *requires, *map(str, paths)))
     if not (complete.is_file() and complete.read_text(encoding="utf-8") == lines):
-        complete.unlink(missing_ok=True)
-        venv.create(home, clear=True, symlinks=True)
-        (packages(python) / "shared.pth").write_text("".join(f"{p}\n" for p in paths), encoding="utf-8")
-        run([sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", *requires])
-        complete.write_text(lines, encoding="utf-8")
+        build(home, requires, paths, run, lines)
     libraries.share(python)
     return python
+
+
+def build(home: Path, requires: Sequence[str], paths: Sequence[Path], run: libraries.Run, lines: str) -> None:
+    """Made beside its place and moved there, so that two that make the same one do not write into each other's: of a
+    half-made environment, pip may take the Python it was made from for the one to install into."""
+    with TemporaryDirectory(prefix=".", dir=home.parent) as folder:
+        there = Path(folder) / home.name
+        venv.create(there, symlinks=True)
+        python = there / "bin" / "python"
+        (packages(python) / "shared.pth").write_text("".join(f"{p}\n" for p in paths), encoding="utf-8")
+        run([sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", *requires])
+        (there / "complete.txt").write_text(lines, encoding="utf-8")
+        if home.exists():  # of other packages, or half made
+            home.rename(Path(folder) / "old")
+        there.rename(home)

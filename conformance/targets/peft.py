@@ -1,4 +1,4 @@
-"""HF peft, as installed: any version from 0.5 on. What it can do is found out by looking, not by its version.
+"""HF peft, as installed: any version from 0.4 on. What it can do is found out by looking, not by its version.
 
 Layer cases adapt a module that has one layer; models are transformers' own, made from the case's config, with eager
 attention. Parameters are copied in, and nothing is downloaded.

@@ -4,6 +4,7 @@ The prompt belongs to the PeftModel and not to a layer, `task_type` decides how 
 choice only where the specification has several.
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {  # what HF peft has chosen
 
 
 def prompted(model: Any, adapter: str) -> bool:
-    return bool(model.peft_config[adapter].is_prompt_learning)
+    about = model.peft_config[adapter]
+    return bool(getattr(about, "is_prompt_learning", hasattr(about, "num_virtual_tokens")))  # it came with 0.5
 
 
 def config(case: Case, name: str) -> Any:
@@ -42,8 +44,13 @@ def config(case: Case, name: str) -> Any:
     for field, value in OPTIONS[about["method"]].items():
         if fields.pop(field, value) != value:
             raise Skip(f"HF peft has no {field} other than {value!r}")
-    fields["modules_to_save"] = list(fields.get("modules_to_save") or ()) or None  # which HF peft appends to
-    return getattr(peft, CLASSES[about["method"]])(task_type=task_type(case.meta["model"]), **fields)
+    make = getattr(peft, CLASSES[about["method"]])
+    task, saved = task_type(case.meta["model"]), list(fields.pop("modules_to_save", None) or ()) or None
+    if "modules_to_save" in inspect.signature(make).parameters:
+        fields["modules_to_save"] = saved  # a list of its own, which HF peft appends to
+    elif saved and task != "SEQ_CLS":  # whose heads are trained whole without being named
+        raise Skip(f"peft {peft.__version__} has no modules_to_save for prompts")
+    return make(task_type=task, **fields)
 
 
 def task_type(source: Mapping[str, Any]) -> str:

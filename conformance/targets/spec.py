@@ -28,8 +28,8 @@ from refpeft.model import Model
 from refpeft.ops import Array, cross_entropy
 from refpeft.part import BASE, Part, make, stored
 
-GREEK = {"bias": "β"}  # names in cases → names in the formulae
-LATIN = {"β": "bias"}
+GREEK = {"bias": "β", "E": "Λ"}  # names in cases → names in the formulae
+LATIN = {"β": "bias", "Λ": "E"}
 
 
 class Spec:

@@ -21,10 +21,14 @@ def number(line: str) -> float:
 
 
 SHOWN: dict[str, Callable[[Lines], bool]] = {  # what the script of a page prints, or how it ends
+    "peft-adalora-ranknum": lambda said: (
+        [abs(float(n) - 3) > 0.05 for n in re.findall(r"\[(.*?)\]", " ".join(said))] == [False, True]
+    ),
     "peft-configs-accepted": lambda said: len(said) == 2 and all(line.count("lora_") == 2 for line in said),
     "peft-delete-active": lambda said: said == ["['bar'] foo", "KeyError: 'foo'"],
     "peft-delete-modules-to-save": lambda said: said[0] == "['foo']" and number(said[1]) > 0.1 and number(said[2]) == 0,
     "peft-disable-prompt": lambda said: said[-1].startswith("UnboundLocalError: cannot access local variable"),
+    "peft-disable-prompt-head": lambda said: abs(number(said[0]) - 2) < 1e-4,
     "peft-hotswap": lambda said: said == ["tensor(True)", "tensor(False)"],
     "peft-ia3-defaults": lambda said: (
         said == ["ValueError: `feedforward_modules` should be a subset of `target_modules`"]

@@ -114,6 +114,7 @@ def test_an_environment_that_was_not_completed_is_made_again(tmp_path: Path) -> 
 
     with pytest.raises(ValueError, match="the network is down"):
         replay.environment(TRANSPOSING, "1.0", tmp_path, broken)
+    assert not list(tmp_path.iterdir())  # nothing half made is left, into which another could install
     pip = Pip()
     python = replay.environment(TRANSPOSING, "1.0", tmp_path, pip)
     assert python.is_file()
