@@ -29,7 +29,7 @@ PEFT = "https://github.com/huggingface/peft/"
 WITH: Mapping[str, Sequence[str]] = {  # transformers, each with the releases of peft that run with it
     "4.30.2": ("0.5.0",),
     "4.36.2": ("0.6.0", "0.6.2", "0.7.0", "0.7.1", "0.8.2"),
-    "4.45.2": ("0.10.0", "0.11.1", "0.13.2", "0.14.0"),
+    "4.45.2": ("0.9.0", "0.10.0", "0.11.1", "0.12.0", "0.13.2", "0.14.0"),
     "4.57.6": ("0.15.0", "0.15.2", "0.16.0", "0.18.1"),
     "5.5.4": ("0.19.0", "0.19.1", "0.20.0"),
     "5.23.0": ("0.21.0", "0.21.2"),
@@ -63,6 +63,10 @@ BUGS: Sequence[Bug] = (
     peft(
         1355, "0.7.1", "0.8.2", "lora/lifecycle/merge-twice",
         "merging what is merged adds ΔW once more",
+    ),
+    peft(
+        1505, "0.8.2", "0.9.0", "loha/lifecycle/refused-merge",
+        "a merge that is refused for its nan has already written them into the weights",
     ),
     peft(
         1588, "0.10.0", "0.11.1", "dora/layer/init",

@@ -22,6 +22,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import peft
 import torch
 import transformers
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.pytorch_utils import Conv1D
 
 from refpeft.conformance import tiny
@@ -411,9 +412,19 @@ class Session:
             self.model.base_model.set_adapter(list(adapters))
 
     def merge(self, safe: bool = False) -> None:
-        if safe and "safe_merge" not in inspect.signature(self.model.merge_adapter).parameters:
-            raise Skip("merge_adapter has no safe_merge here")
-        self.model.merge_adapter(**({"safe_merge": True} if safe else {}))
+        if not safe:
+            self.model.merge_adapter()
+        elif "safe_merge" in inspect.signature(self.model.merge_adapter).parameters:
+            self.model.merge_adapter(safe_merge=True)
+        else:  # older releases have it in merge_and_unload, which says so to one layer after the other
+            self.merge_safely()
+
+    def merge_safely(self) -> None:
+        layers = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
+        if not all("safe_merge" in inspect.signature(layer.merge).parameters for layer in layers):
+            raise Skip("merging has no safe_merge here")
+        for layer in layers:
+            layer.merge(safe_merge=True)
 
     def refused_merge(self, adapter: str) -> Arrays:
         values = trained_of(self.case, adapter)
