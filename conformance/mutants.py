@@ -300,6 +300,7 @@ PRODUCTS: Mapping[str, Mutant] = {
     **each(("loha", "lokr", "oft"), "transposed-merge-on-square", MERGE,
            patches=m.merges(m.transposed_merge, [loha, lokr, oft])),
     **each(("loha", "lokr", "oft"), "only-first-merged", ("model", "two-merged"), of_model=m.MergesFirstOnly),
+    **each(("loha", "lokr"), "safe-merge-leaves-nan", ("lifecycle", "refused-merge"), of_session=m.LeavesNan),
     **each(("loha", "lokr"), "rank-pattern-as-one-list", ("model", "patterns"),
            patches=lambda: [patch.object(delta.Config, "at", mo.patterns_as_one)]),
     **each(("boft",), "half-forgotten", FORWARD, patches=mp.instead(boft, rotation=mo.half_turned)),

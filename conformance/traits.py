@@ -19,7 +19,7 @@ TOKENS = ("model/causal", "model/padding", "model/incremental")
 LIVES = tuple("lifecycle/" + name for name in ("disable", "switch", "delete", "save-load", "saved-keys"))
 MERGES = tuple(
     ["model/merge", "export/onnx"]
-    + ["lifecycle/" + name for name in ("merge-twice", "safe-merge", "unmerge", "change")]
+    + ["lifecycle/" + name for name in ("merge-twice", "safe-merge", "refused-merge", "unmerge", "change")]
 )
 
 
@@ -116,7 +116,7 @@ INTRINSIC = (*SELECTION, "model/transpose", "model/two-merged", "lifecycle/two-a
 
 ALONE = ("forward", "input-grad", "param-grads", "frozen", "init", "sensitive", "merge", "unmerge", "disable", "batch")
 ONE_LAYER = tuple("layer/" + name for name in (*ALONE, "dtype"))
-WHOLE_TOO = tuple("lifecycle/" + name for name in ("modules-to-save", "saved-modules", "refused-merge"))
+WHOLE_TOO = tuple("lifecycle/" + name for name in ("modules-to-save", "saved-modules"))
 PAIRS = ("model/order", "model/two-merged", "lifecycle/two-active", "lifecycle/two-merged", "export/onnx-two")
 MATRICES = (*SELECTION, *PAIRS, *WHOLE_TOO)
 

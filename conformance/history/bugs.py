@@ -110,4 +110,9 @@ BUGS: Sequence[Bug] = (
         "adapters-760", "adapters", "https://github.com/adapter-hub/adapters/issues/760", "1.0.1", "1.1.0",
         "forward forgets the scale α/r, and merging applies it", "lora/model/logits", ADAPTERS, target="adapters",
     ),
+    Bug(
+        "adapters-770", "adapters", "https://github.com/adapter-hub/adapters/issues/770", "1.0.1", "1.1.0",
+        "forward forgets the scale α of (IA)³, and merging applies it", "ia3/model/logits", ADAPTERS,
+        target="adapters",
+    ),
 )  # fmt: skip

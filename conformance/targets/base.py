@@ -21,7 +21,7 @@ class Target(Protocol):
         methods    of `refpeft methods`
         dtypes     of float16, bfloat16, float32, float64
         features   what it can be asked to do, see FEATURES
-        without    optional: method → features that it lacks for this method
+        without    optional: method → features that it lacks for this method, and settings
         families   optional: of gpt2, llama, qwen2, bert, roberta, t5, bart, those that it can build
         linears    optional: family → the layers that it can adapt
         options    optional: method → fields of its config, with the only value that it has
