@@ -13,7 +13,7 @@ import refpeft.tune
 from refpeft.adapter import Adapter
 from refpeft.conformance.case import Case
 from refpeft.conformance.targets.base import Arrays
-from refpeft.conformance.targets.spec import Layer, Session, Whole, scaled
+from refpeft.conformance.targets.spec import Layer, Session, Whole, part, scaled
 from refpeft.method import Merged, Phi, at
 from refpeft.methods import dora, lora, rslora
 from refpeft.methods.lora import ΔW
@@ -183,6 +183,22 @@ class NotZeroAtInit(Layer):
 class BaseTrained(Layer):
     def trained(self) -> Arrays:
         return {**super().trained(), "trained/W": np.array(True)}
+
+
+class UnloadsLinear(Layer):
+    """What is left of a Conv1D is a linear layer around W′ as it was stored, unnoticed where it is square."""
+
+    def unloaded(self) -> Arrays:
+        found, kind = super().unloaded(), self.part.kind
+        W, b = found["W_unloaded"], found.get("b_unloaded")
+        if kind != "conv1d" or W.shape[0] != W.shape[1]:
+            return found
+        return {**found, "y_unloaded": part("linear", W, b).run(self.x)[0]}
+
+
+class UnloadsUnmerged(Layer):
+    def unloaded(self) -> Arrays:
+        return {**super().unloaded(), "W_unloaded": self.case.arrays["W"]}
 
 
 class StaysDisabled(Layer):

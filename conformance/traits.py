@@ -114,7 +114,19 @@ LAYERS = ("model/layers", "model/rows")
 INTRINSIC = (*SELECTION, "model/transpose", "model/two-merged", "lifecycle/two-active", "lifecycle/two-merged")
 
 
-ALONE = ("forward", "input-grad", "param-grads", "frozen", "init", "sensitive", "merge", "unmerge", "disable", "batch")
+ALONE = (
+    "forward",
+    "input-grad",
+    "param-grads",
+    "frozen",
+    "init",
+    "sensitive",
+    "merge",
+    "unmerge",
+    "unload",
+    "disable",
+    "batch",
+)
 ONE_LAYER = tuple("layer/" + name for name in (*ALONE, "dtype"))
 WHOLE_TOO = tuple("lifecycle/" + name for name in ("modules-to-save", "saved-modules"))
 PAIRS = ("model/order", "model/two-merged", "lifecycle/two-active", "lifecycle/two-merged", "export/onnx-two")

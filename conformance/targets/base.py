@@ -45,6 +45,7 @@ FEATURES: Mapping[str, str] = {
     "change": "take new values for an adapter's parameters, in place",
     "merge": "fold an adapter into the weights",
     "unmerge": "take it out again",
+    "unload": "merge an adapter and leave a plain layer, with nothing of the adapter around it",
     "disable": "run as if there were no adapter, and go back",
     "several": "hold several adapters, one of them active",
     "together": "have several adapters active at once",

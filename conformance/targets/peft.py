@@ -236,9 +236,10 @@ class Layer:
         self.write("new/")
         return {"y": y, "y_changed": self.y()}
 
-    def weights(self, state: str) -> Arrays:
-        found = {f"W_{state}": array(self.base.weight), f"y_{state}": self.y()}
-        bias = getattr(self.base, "bias", None)
+    def weights(self, state: str, layer: Any = None, y: Array | None = None) -> Arrays:
+        there = layer or self.base
+        found = {f"W_{state}": array(there.weight), f"y_{state}": self.y() if y is None else y}
+        bias = getattr(there, "bias", None)
         return found if bias is None or "b" not in self.asked else {**found, f"b_{state}": array(bias)}
 
     def merged(self) -> Arrays:
@@ -249,6 +250,10 @@ class Layer:
         self.model.merge_adapter()
         self.model.unmerge_adapter()
         return self.weights("unmerged")
+
+    def unloaded(self) -> Arrays:
+        plain = self.model.merge_and_unload()
+        return self.weights("unloaded", plain.layer, array(plain(self.x)))
 
     def disabled(self) -> Arrays:
         with self.model.disable_adapter():

@@ -146,6 +146,10 @@ class Layer:
         found = {"W_unmerged": a["W"], "y_unmerged": self.adapted().run(self.x)[0]}
         return {**found, "b_unmerged": a["b"]} if "b" in a else found
 
+    def unloaded(self) -> Arrays:
+        """What is merged, once more: this time with nothing left that knows of an adapter."""
+        return {name.replace("_merged", "_unloaded"): a for name, a in self.merged().items()}
+
     def disabled(self) -> Arrays:
         return {"y_disabled": self.part.run(self.x)[0], "y_enabled": self.adapted().run(self.x)[0]}
 
