@@ -333,6 +333,35 @@ class SortsPatterns(Session):
         return found
 
 
+class PatternsNotDoubled(Session):
+    """Saved with twice the rank, as an adapter of the untouched base; the patterns say the old ranks and α."""
+
+    def convert(self, adapter: str) -> None:
+        old = self.adapters[adapter].config
+        super().convert(adapter)
+        a = self.adapters[adapter]
+        kept = replace(a.config, rank_pattern=old.rank_pattern, alpha_pattern=old.alpha_pattern)
+        self.adapters[adapter] = a.replace(config=kept)
+
+
+class StartForgotten(Session):
+    """What A and B started from is not taken off."""
+
+    def convert(self, adapter: str) -> None:
+        self.adapters[adapter] = self.adapters[adapter].replace(frozen={})
+
+
+class MagnitudesLost(Session):
+    """The file has no magnitudes, and the loaded adapter starts from those of the base."""
+
+    def convert(self, adapter: str) -> None:
+        super().convert(adapter)
+        a = self.adapters[adapter]
+        fresh = refpeft.tune.init(a.method, a.config, self.base).params
+        m = {n: v for n, v in fresh.items() if n.endswith("lora_magnitude_vector")}
+        self.adapters[adapter] = a.replace(params={**a.params, **m})
+
+
 class LosesByName(Session):
     """Loading loses modules trained whole by an adapter whose name begins with another's."""
 

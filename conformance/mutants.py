@@ -154,6 +154,9 @@ MATRIX: Mapping[str, Mutant] = {  # of LoRA and its kin
     "save-foo-writes-foobar": Mutant(("lifecycle", "saved-keys"), of_session=m.SavesNeighbour),
     "prefix-names-lose-tensors": Mutant(("lifecycle", "saved-modules"), of_session=m.LosesByName),
     "saved-patterns-sorted": Mutant(("lifecycle", "saved-patterns"), of_session=m.SortsPatterns),
+    "converted-patterns-not-doubled": Mutant(("lifecycle", "converted"), of_session=m.PatternsNotDoubled),
+    "converted-with-its-start": Mutant(("lifecycle", "converted"), of_session=m.StartForgotten),
+    "converted-without-magnitudes": Mutant(("lifecycle", "converted"), of_session=m.MagnitudesLost, methods=("dora",)),
     "changed-parameters-unseen": Mutant(("lifecycle", "change"), of_session=m.StaleSession),
     **{name: Mutant(("model", prop), patches, methods=which) for name, (prop, patches, which) in BOTTLENECK.items()},
 }

@@ -164,17 +164,20 @@ def life(
     changed: Sequence[str] = (),
     configs: Callable[[Structure], Mapping[str, Any]] = lambda s: {},
     architectures: tuple[str, ...] = ("",),
+    over: tuple[str, ...] = (),
     **more: Any,
 ) -> Property:
-    """Programs of steps; after each, the model says what the formula says of the adapters active then."""
+    """Programs of steps; after each, the model says what the formula says of the adapters active then. All of them are
+    always asked of the families in `over`; where none are named, one program of two, and several of one."""
 
     def draw(method: str, info: Info) -> Strategy:
         base = strategies.model(method, info, architectures=architectures, layers=1)
         return st.builds(lambda s, n: {**s, "program": n}, base, st.integers(0, len(programs) - 1))
 
     def corners(method: str, info: Info) -> Sequence[Structure]:
-        plain = strategies.model_corners(method, info, ("gpt2", "bert"), architectures)
-        return [{**s, "program": n} for n in range(len(programs)) for s in plain[: 1 if len(programs) > 1 else 2]]
+        plain = strategies.model_corners(method, info, over or ("gpt2", "bert"), architectures)
+        few = plain if over else plain[: 1 if len(programs) > 1 else 2]
+        return [{**s, "program": n} for s in few for n in range(len(programs))]
 
     def make(method: str, s: Structure, seed: int) -> Case:
         s = {**s, "config": {**s["config"], **settled(s), **configs(s)}}

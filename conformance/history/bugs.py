@@ -80,6 +80,11 @@ BUGS: Sequence[Bug] = (
         kind="error:RuntimeError", shows="size of tensor",  # where the layer is not square; in silence where it is
     ),
     peft(
+        1930, "0.11.1", "0.12.0", "lora/lifecycle/converted",
+        "a PiSSA adapter saved as a LoRA has twice the rank and α, but not in its patterns",
+        shows="^1/logits",
+    ),
+    peft(
         2195, "0.13.2", "0.14.0", "lora/model/patterns",
         "rank_pattern and alpha_pattern are searched as one list, so a key of the one hides one of the other",
     ),
@@ -103,6 +108,11 @@ BUGS: Sequence[Bug] = (
         3532, "0.20.0", "0.21.0", "dora/layer/unmerge",
         "DoRA of a Conv1D is unmerged along the wrong axis",
         kind="error:RuntimeError", shows="size of tensor",  # as above
+    ),
+    peft(
+        "pissa-conv1d", "0.13.2", "0.14.0", "lora/lifecycle/converted",
+        "PiSSA factors a Conv1D as it is stored, so that A and B belong to a layer the other way round",
+        kind="error:RuntimeError", shows=r"^RuntimeError: shape '\[2, 24\]' is invalid",  # A's of GPT-2's c_attn
     ),
     peft(
         "dora-two", "0.20.0", "0.21.0", "dora/model/two-merged",

@@ -55,6 +55,7 @@ FEATURES: Mapping[str, str] = {
     "swap": "put a saved adapter in the place of another",
     "delete": "forget an adapter",
     "save": "write an adapter's tensors to a safetensors file, and read them back",
+    "convert": "save an adapter that started from factors of the weights as one of the untouched weights, and load it",
     "embedding": "adapt embeddings",
     "conv1d": "adapt layers that store W as [i, o]",
     "bias": "lora_bias: a bias on B",

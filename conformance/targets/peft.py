@@ -33,6 +33,7 @@ from refpeft.conformance.targets.models import Driver, base_model, buildable, de
 from refpeft.conformance.targets.spec import LATIN, arguments, mask_of, real
 from refpeft.conformance.targets.tensors import array, quietly, tensor
 from refpeft.methods import METHODS
+from refpeft.methods.lora import FACTORS
 from refpeft.ops import Array
 
 PREFIX = "base_model.model."
@@ -63,7 +64,8 @@ class Peft(Driver):
             "dtypes": list(DTYPES),
             "options": {**prompts.OPTIONS, "oft": {"side": "input"}, "boft": {"boft_n_butterfly_factor": 1}},
             "features": [f for f in FEATURES if f not in ABSENT and NEEDED.get(f, "r") in FIELDS
-                         and (f != "together" or together()) and (f != "swap" or find_spec("peft.utils.hotswap"))],
+                         and (f != "together" or together()) and (f != "convert" or conversion())
+                         and (f != "swap" or find_spec("peft.utils.hotswap"))],
             "without": {method: ["embedding"] for method, flag in FLAG.items() if not adapts_embeddings(flag)}
                        | {method: ["together"] for method in prompts.CLASSES}  # one at a time
                        | {method: ["conv1d", "embedding"] for method in TURNED} | {"oft": ["conv1d", "tied"]},
@@ -92,6 +94,12 @@ def adapts_embeddings(flag: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def conversion() -> str | None:
+    """What save_pretrained calls the folder of an adapter before training, which is to be subtracted."""
+    there = inspect.signature(peft.PeftModel.save_pretrained).parameters
+    return next((n for n in ("path_initial_model_for_weight_conversion", "convert_pissa_to_lora") if n in there), None)
 
 
 def together() -> bool:
@@ -294,16 +302,33 @@ def trained_of(case: Case, name: str) -> Arrays:
 
 def add(case: Case, model: Any, name: str) -> Any:
     config = adapter_config(case, name)
+    if getattr(config, "init_lora_weights", None) in FACTORS and case.meta["dtype"] == "float64":
+        raise Skip("factors of float64 weights are refused")
     if case.method == "adalora":  # of which one at a time can be trained
         config.inference_mode = isinstance(model, peft.PeftModel)
     if isinstance(model, peft.PeftModel):
         model.add_adapter(name, config)
     else:
         model = peft.get_peft_model(model, config, adapter_name=name)
-    for n in case.meta["adapters"][name].get("frozen", ()):  # VeRA's A and B, which are no parameters
-        getattr(model.base_model, n)[name] = tensor(case.arrays[f"{name}/{n}"])
+    if case.method == "vera":
+        for n in case.meta["adapters"][name]["frozen"]:  # A and B, which are no parameters
+            getattr(model.base_model, n)[name] = tensor(case.arrays[f"{name}/{n}"])
+    if getattr(config, "init_lora_weights", None) in FACTORS:
+        start(case, model, name, name)
     write(model, name, trained_of(case, name))
     return model.eval()
+
+
+def start(case: Case, model: Any, name: str, of: str) -> None:
+    """A₀ and B₀ into A and B, and off the weights, as peft does with its own: those differ by more than rounding where
+    two singular values are close."""
+    began = {n: case.arrays[f"{of}/{n}"] for n in case.meta["adapters"][of]["frozen"]}
+    there = {n: array(p) for n, p in parameters(model, name).items()}
+    write(model, name, there | {n.replace("0.weight", ".weight"): a for n, a in began.items()})
+    for path, layer in model.base_model.model.named_modules():
+        if f"{path}.lora_A0.weight" in began:
+            W = tensor(case.arrays[f"model/{path}.weight"])
+            layer.get_base_layer().weight.data = W - layer.get_delta_weight(name).detach()
 
 
 class Whole:
@@ -464,6 +489,21 @@ class Session:
         self.model.save_pretrained(str(self.folder), selected_adapters=[adapter], safe_serialization=True)
         tensors, _ = read(self.folder / adapter / "adapter_model.safetensors")
         return {f"file/{name.removeprefix(PREFIX)}": a for name, a in tensors.items()}
+
+    def convert(self, adapter: str) -> None:
+        """With a second adapter, as it was before training, whose file says that the weights are not to be changed."""
+        fresh = peft.get_peft_model(base_model(self.case), adapter_config(self.case, adapter), adapter_name="initial")
+        start(self.case, fresh, "initial", adapter)
+        fresh.peft_config["initial"].init_lora_weights = True
+        fresh.save_pretrained(str(self.folder))
+        option = {conversion(): str(self.folder / "initial")}
+        try:
+            self.model.save_pretrained(str(self.folder), selected_adapters=[adapter], **option)
+        except ValueError as error:
+            if "use_rslora" not in str(error):
+                raise
+            raise Skip(str(error)) from None
+        self.load([adapter])
 
     def load(self, adapters: Sequence[str]) -> None:
         first, *others = adapters

@@ -14,6 +14,7 @@ import refpeft
 from refpeft import bottleneck, quantisation
 from refpeft.adapter import Adapter
 from refpeft.adapter import found as adapted
+from refpeft.checkpoint import adapters as checkpoints
 from refpeft.checkpoint.adapters import PREFIX, contents
 from refpeft.checkpoint.families import describe
 from refpeft.conformance import chain
@@ -345,6 +346,13 @@ class Session:
     def save(self, adapter: str) -> Arrays:
         self.files[adapter] = self.adapters[adapter]
         return {f"file/{name}": a for name, a in filed(self.files[adapter]).items()}
+
+    def convert(self, adapter: str) -> None:
+        """Saved as the plain adapter that it is, of twice the rank, A₀ and B₀ being part of A and B; and loaded."""
+        a = self.adapters[adapter]
+        params = checkpoints.plain_params(a)
+        self.files[adapter] = a.replace(config=checkpoints.doubled(a.config), params=params, frozen={})
+        self.load([adapter])
 
     def load(self, adapters: Sequence[str]) -> None:
         """A new base model, with these saved adapters; the first of them active."""
