@@ -22,6 +22,7 @@ def number(line: str) -> float:
 
 SHOWN: dict[str, Callable[[Lines], bool]] = {  # what the script of a page prints, or how it ends
     "peft-configs-accepted": lambda said: len(said) == 2 and all(line.count("lora_") == 2 for line in said),
+    "peft-converted-dora": lambda said: said[0] == "['lora_A.weight', 'lora_B.weight']" and number(said[1]) > 0.1,
     "peft-delete-active": lambda said: said == ["['bar'] foo", "KeyError: 'foo'"],
     "peft-delete-modules-to-save": lambda said: said[0] == "['foo']" and number(said[1]) > 0.1 and number(said[2]) == 0,
     "peft-disable-prompt": lambda said: said[-1].startswith("UnboundLocalError: cannot access local variable"),
