@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from refpeft.conformance import tiny
-from refpeft.conformance.property import PADDED, Property, do, life, two, whole
+from refpeft.conformance.property import PADDED, Property, do, layer, life, two, whole
 from refpeft.conformance.strategies import Structure
 from refpeft.conformance.traits import LORA
 
@@ -21,8 +21,36 @@ def started(s: Structure) -> Structure:
     return {"init_lora_weights": "olora" if s["draw"] % 2 and s["family"] != "gpt2" else "pissa", **patterns}
 
 
+def with_cores(s: Structure) -> Structure:
+    """A matrix that sees k places of its input, which are 4, 2, 9 or 3."""
+    k = (4, 2, 9, 3)[s["draw"] % 4]
+    return {**s, "i": s["i"] * k, "config": {**s["config"], "taps": k}}
+
+
 CONVERTED = [do("add", adapter="first"), do("convert", adapter="first")]
 OWN: Sequence[Property] = [
+    layer(
+        "cores",
+        "Of a convolution, with cores between the factors: outputs and merged weights are those of the formula.",
+        ["output", "merged"],
+        ["forward", "merge", "cores"],
+        ["LH2", "LH3"],
+        change=with_cores,
+        kind=["linear"],
+        regime=["float"],
+        methods=("loha",),
+    ),
+    layer(
+        "cores-grads",
+        "Of a convolution, with cores between the factors: the gradients of all six are those of the formula.",
+        ["grads"],
+        ["grads", "cores"],
+        ["LH2"],
+        change=with_cores,
+        kind=["linear"],
+        regime=["float"],
+        methods=("loha",),
+    ),
     whole(
         "left-padding",
         "Padding on the left changes nothing but the places of what follows, behind a prompt or prefix too.",

@@ -76,9 +76,15 @@ NARROWED: Sequence[str] = ("kind", "dtype", "edge", "regime")
 
 
 def layer(
-    name: str, statement: str, want: Sequence[str], needs: Sequence[str], claims: Sequence[str] = (), **more: Any
+    name: str,
+    statement: str,
+    want: Sequence[str],
+    needs: Sequence[str],
+    claims: Sequence[str] = (),
+    change: Callable[[Structure], Structure] = lambda s: s,
+    **more: Any,
 ) -> Property:
-    """The fields in `NARROWED` that are given are drawn from what is given."""
+    """The fields in `NARROWED` that are given are drawn from what is given; `change` changes what was drawn."""
     fixed: dict[str, Sequence[Any]] = {key: more.pop(key) for key in NARROWED if key in more}
 
     def draw(method: str, info: Info) -> Strategy:
@@ -92,7 +98,7 @@ def layer(
         return strategies.layer_corners(method, info, possible(fixed, info))
 
     def make(method: str, s: Structure, seed: int) -> Case:
-        return build.layer(method, name, s, seed, want)
+        return build.layer(method, name, change(s), seed, want)
 
     return Property(name, "layer", statement, draw, corners, make, needs, claims, **more)
 

@@ -218,7 +218,7 @@ TRAITS: Mapping[str, Traits] = {
     "vera": Traits("VE", MATRICES, {"r": [2, 1, 3], "d_initial": [0.1, 0.5]}, fixed=linears, second=other_start),
     "loha": Traits(
         "LH",
-        (*ONE_LAYER, *MATRICES, *TIED, *SCALED),
+        (*ONE_LAYER, *MATRICES, *TIED, *SCALED, "layer/cores", "layer/cores-grads"),
         {"r": [2, 1, 4], "alpha": [6.0, 1.0]},
         fixed=linears,
         second=other_alpha,

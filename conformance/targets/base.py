@@ -57,6 +57,7 @@ FEATURES: Mapping[str, str] = {
     "save": "write an adapter's tensors to a safetensors file, and read them back",
     "convert": "save an adapter that started from factors of the weights as one of the untouched weights, and load it",
     "embedding": "adapt embeddings",
+    "cores": "LoHa with cores, as of convolutions: a matrix [o, i k] is one that sees k places of its input",
     "conv1d": "adapt layers that store W as [i, o]",
     "bias": "lora_bias: a bias on B",
     "modules_to_save": "train modules whole beside the adapter",

@@ -135,7 +135,8 @@ def matrix_config(method: str, fields: Mapping[str, Any], turned: bool, **more: 
         raise Skip("OFT turns inputs there")
     if fields.get("boft_n_butterfly_factor", 1) != 1:
         raise Skip("more than one butterfly factor needs a CUDA extension there")
-    fields = {n: v for n, v in fields.items() if n != "side"}
+    cores = {"use_effective_conv2d": True} if fields.get("taps", 1) > 1 else {}
+    fields = {n: v for n, v in fields.items() if n not in ("side", "taps")} | cores
     own = {"fan_in_fan_out": turned} if "fan_in_fan_out" in inspect.signature(make).parameters else {}
     return make(**fields, **own, **more)
 
@@ -181,11 +182,28 @@ class Toy(torch.nn.Module):
         return self.layer(x)
 
 
+class Patches(torch.nn.Module):
+    """A convolution that sees one patch at a time: W [o, i k] stored as [o, i, 1, k], or k of 4 or 9 as a square."""
+
+    def __init__(self, W: Array, b: Array | None, taps: int) -> None:
+        super().__init__()
+        height = round(taps**0.5) if taps in (4, 9) else 1
+        self.patch = W.shape[1] // taps, height, taps // height
+        self.layer = torch.nn.Conv2d(self.patch[0], len(W), self.patch[1:], bias=b is not None)
+        self.layer.weight = torch.nn.Parameter(tensor(W).reshape(len(W), *self.patch).clone())
+        if b is not None:
+            self.layer.bias = torch.nn.Parameter(tensor(b).clone())
+
+    def forward(self, x: Any) -> Any:
+        return self.layer(x.reshape(-1, *self.patch)).reshape(*x.shape[:-1], len(self.layer.weight))
+
+
 class Layer:
     def __init__(self, case: Case) -> None:
         self.case, a = case, case.arrays
         self.kind = case.meta["layer"]["kind"]
         config = matrix_config(case.method, case.meta["config"], self.kind == "conv1d", target_modules=["layer"])
+        self.taps = case.meta["config"].get("taps", 1)
         self.model = peft.get_peft_model(self.host(a["W"], a.get("b")), config).eval()
         self.x = tensor(a["x"])
         keys = METHODS[case.method].KEYS
@@ -194,7 +212,7 @@ class Layer:
             self.write("")
 
     def host(self, W: Array, b: Array | None) -> Any:
-        return Toy(plain(self.kind, W, b))
+        return Toy(plain(self.kind, W, b)) if self.taps == 1 else Patches(W, b, self.taps)
 
     def write(self, prefix: str) -> None:
         values = {f"layer.{self.short[n]}": self.case.arrays[prefix + n] for n in self.case.meta["params"]}
@@ -246,7 +264,9 @@ class Layer:
 
     def weights(self, state: str, layer: Any = None, y: Array | None = None) -> Arrays:
         there = layer or self.base
-        found = {f"W_{state}": array(there.weight), f"y_{state}": self.y() if y is None else y}
+        W = array(there.weight)
+        W = W if self.taps == 1 else W.reshape(self.case.arrays["W"].shape)
+        found = {f"W_{state}": W, f"y_{state}": self.y() if y is None else y}
         bias = getattr(there, "bias", None)
         return found if bias is None or "b" not in self.asked else {**found, f"b_{state}": array(bias)}
 
@@ -496,7 +516,7 @@ class Session:
         start(self.case, fresh, "initial", adapter)
         fresh.peft_config["initial"].init_lora_weights = True
         fresh.save_pretrained(str(self.folder))
-        option = {conversion(): str(self.folder / "initial")}
+        option = {conversion() or "": str(self.folder / "initial")}
         try:
             self.model.save_pretrained(str(self.folder), selected_adapters=[adapter], **option)
         except ValueError as error:

@@ -30,8 +30,8 @@ Where implementations differ:
     * α is 8 if not given in HF peft, 1 in LyCORIS. Merging, LyCORIS 4.1.3 applies s twice: W + s² P ⊙ Q.
     * HF peft has it for linear layers (and convolutions); on a Conv1D or an embedding, here alone, ΔW is that of W.
     * The form with cores is HF peft's `use_effective_conv2d` and LyCORIS's `use_tucker`, for convolutions with k > 1;
-      here, where there are no convolutions, of any matrix whose inputs k divides. The gradients of B₁ and B₂ are written
-      by hand there: in HF peft 0.21.2, as in LyCORIS 1.9.0, dB₁ is computed with T₂ A₂ in the place of T₁ A₁.
+      here, where there are no convolutions, of any matrix whose inputs k divides. Both write its gradients by hand;
+      in HF peft 0.21.2 and LyCORIS 1.9.0 dB₁ is computed with T₂ A₂ in the place of T₁ A₁, and dB₂ with T₁ A₁.
 """
 
 import math
@@ -58,7 +58,7 @@ FROZEN = ()
 
 @dataclass(frozen=True)
 class Config(delta.Config):
-    """HF peft's LoHaConfig without dropout. `taps`, of our own, is k for the form with cores, and 1 for that without."""
+    """HF peft's LoHaConfig without dropout. `taps` is our own: k for the form with cores, 1 for that without."""
 
     taps: int = 1
 

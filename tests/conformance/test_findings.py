@@ -32,6 +32,7 @@ SHOWN: dict[str, Callable[[Lines], bool]] = {  # what the script of a page print
     ),
     "peft-ia3-second-adapter": lambda said: said == ["[1, 32]"],
     "peft-ia3-unmerge": lambda said: 1e-9 < number(said[0]) < 1e-7 and number(said[1]) == 1,
+    "peft-loha-cores": lambda said: said == ["True", "['w1a', 'w2a']"],
     "peft-loha-scale": lambda said: 1e-9 < number(said[0]) < 1e-7,
     "peft-oft-cayley": lambda said: said == ["True 11.421", "False -11.421"],
     "peft-oft-two": lambda said: number(said[0]) > 1e-2,

@@ -237,15 +237,13 @@ def test_loha_with_cores_by_entries() -> None:
     W1 = m.merge(cfg, part.W, part.b, φ)[0]
     pairs = [(a, b) for a in range(2) for b in range(2)]
     for o, i, k in np.ndindex(6, 4, 3):
-        P, Q = (
-            sum(φ[f"T{n}"][a, b, k] * φ[f"B{n}"][a, o] * φ[f"A{n}"][b, i] for a, b in pairs) for n in (1, 2)
-        )
+        P, Q = (sum(φ[f"T{n}"][a, b, k] * φ[f"B{n}"][a, o] * φ[f"A{n}"][b, i] for a, b in pairs) for n in (1, 2))
         assert W1[o, 3 * i + k] - part.W[o, 3 * i + k] == pytest.approx(2.5 * P * Q, abs=1e-12)
 
 
 def test_loha_with_cores_that_are_the_identity() -> None:
     """LH7"""
-    m, cfg, part, φ = values("loha-cores", taps=3)
+    m, cfg, _, φ = values("loha-cores", taps=3)
     φ |= {n: np.repeat(np.eye(2)[:, :, None], 3, axis=2) for n in ("T1", "T2")}
     plain = {"B1": φ["B1"].T, "A1": φ["A1"], "B2": φ["B2"].T, "A2": φ["A2"]}
     Δ = m.merge(m.Config(r=2, alpha=5), np.zeros((6, 4)), None, plain)[0]
