@@ -46,6 +46,10 @@ ADAPTERS = {  # needs the transformers of its day, to the minor release
 }
 
 
+LYCORIS = dict.fromkeys(("1.9.0", "4.1.3"), ("einops", "toml", "torch>=2.0", "setuptools<80"))
+CHANGES = "https://github.com/KohakuBlueleaf/LyCORIS/blob/main/Change.md"
+
+
 def peft(
     issue: int | str, bad: str, fixed: str | None, place: str, symptom: str, shows: str = "", kind: str = "value"
 ) -> Bug:
@@ -130,5 +134,10 @@ BUGS: Sequence[Bug] = (
         "adapters-770", "adapters", "https://github.com/adapter-hub/adapters/issues/770", "1.0.1", "1.1.0",
         "forward forgets the scale α of (IA)³, and merging applies it", "ia3/model/logits", ADAPTERS,
         target="adapters",
+    ),
+    Bug(
+        "lycoris-tucker", "lycoris-lora", CHANGES, "1.9.0", "4.1.3",
+        "the gradients of B₁ and B₂ of LoHa with cores, written by hand, have the other factor's core in them",
+        "loha/layer/cores-grads", LYCORIS, target="lycoris", shows="^dB1",
     ),
 )  # fmt: skip

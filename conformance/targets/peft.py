@@ -32,6 +32,7 @@ from refpeft.conformance.targets.base import FEATURES, Arrays, Skip
 from refpeft.conformance.targets.models import Driver, base_model, buildable, decoder_of, output, values_of
 from refpeft.conformance.targets.spec import LATIN, arguments, mask_of, real
 from refpeft.conformance.targets.tensors import array, quietly, tensor
+from refpeft.conformance.targets.torch_layers import Patches
 from refpeft.methods import METHODS
 from refpeft.methods.lora import FACTORS
 from refpeft.ops import Array
@@ -180,22 +181,6 @@ class Toy(torch.nn.Module):
 
     def forward(self, x: Any) -> Any:
         return self.layer(x)
-
-
-class Patches(torch.nn.Module):
-    """A convolution that sees one patch at a time: W [o, i k] stored as [o, i, 1, k], or k of 4 or 9 as a square."""
-
-    def __init__(self, W: Array, b: Array | None, taps: int) -> None:
-        super().__init__()
-        height = round(taps**0.5) if taps in (4, 9) else 1
-        self.patch = W.shape[1] // taps, height, taps // height
-        self.layer = torch.nn.Conv2d(self.patch[0], len(W), self.patch[1:], bias=b is not None)
-        self.layer.weight = torch.nn.Parameter(tensor(W).reshape(len(W), *self.patch).clone())
-        if b is not None:
-            self.layer.bias = torch.nn.Parameter(tensor(b).clone())
-
-    def forward(self, x: Any) -> Any:
-        return self.layer(x.reshape(-1, *self.patch)).reshape(*x.shape[:-1], len(self.layer.weight))
 
 
 class Layer:
