@@ -256,7 +256,9 @@ def told(target: Target, options: Options, method: str) -> Mapping[str, Any]:
     info = target.info()
     lacking = {*info.get("without", {}).get(method, ()), *TRAITS[method].lacks}
     features = [f for f in info["features"] if f not in lacking]
-    return {**info, "features": features, **({"model": about(options.model)} if options.model else {})}
+    ways = {name: values for name, values in info.get("settings", {}).items() if name not in lacking}
+    model = {"model": about(options.model)} if options.model else {}
+    return {**info, "features": features, "settings": ways, **model}
 
 
 def still_fails(target: Target, entry: "knowledge.Entry", clock: Clock) -> bool:

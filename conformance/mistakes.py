@@ -13,7 +13,7 @@ import refpeft.tune
 from refpeft.adapter import Adapter
 from refpeft.conformance.case import Case
 from refpeft.conformance.targets.base import Arrays
-from refpeft.conformance.targets.spec import Layer, Session, Whole, scaled
+from refpeft.conformance.targets.spec import Layer, Session, Whole, part, scaled
 from refpeft.method import Merged, Phi, at
 from refpeft.methods import dora, lora, rslora
 from refpeft.methods.lora import ΔW
@@ -185,6 +185,22 @@ class BaseTrained(Layer):
         return {**super().trained(), "trained/W": np.array(True)}
 
 
+class UnloadsLinear(Layer):
+    """What is left of a Conv1D is a linear layer around W′ as it was stored, unnoticed where it is square."""
+
+    def unloaded(self) -> Arrays:
+        found, kind = super().unloaded(), self.part.kind
+        W, b = found["W_unloaded"], found.get("b_unloaded")
+        if kind != "conv1d" or W.shape[0] != W.shape[1]:
+            return found
+        return {**found, "y_unloaded": part("linear", W, b).run(self.x)[0]}
+
+
+class UnloadsUnmerged(Layer):
+    def unloaded(self) -> Arrays:
+        return {**super().unloaded(), "W_unloaded": self.case.arrays["W"]}
+
+
 class StaysDisabled(Layer):
     def disabled(self) -> Arrays:
         found = super().disabled()
@@ -315,6 +331,35 @@ class SortsPatterns(Session):
         found = super().save(adapter)
         self.files[adapter] = self.files[adapter].replace(config=sorted_cfg)
         return found
+
+
+class PatternsNotDoubled(Session):
+    """Saved with twice the rank, as an adapter of the untouched base; the patterns say the old ranks and α."""
+
+    def convert(self, adapter: str) -> None:
+        old = self.adapters[adapter].config
+        super().convert(adapter)
+        a = self.adapters[adapter]
+        kept = replace(a.config, rank_pattern=old.rank_pattern, alpha_pattern=old.alpha_pattern)
+        self.adapters[adapter] = a.replace(config=kept)
+
+
+class StartForgotten(Session):
+    """What A and B started from is not taken off."""
+
+    def convert(self, adapter: str) -> None:
+        self.adapters[adapter] = self.adapters[adapter].replace(frozen={})
+
+
+class MagnitudesLost(Session):
+    """The file has no magnitudes, and the loaded adapter starts from those of the base."""
+
+    def convert(self, adapter: str) -> None:
+        super().convert(adapter)
+        a = self.adapters[adapter]
+        fresh = refpeft.tune.init(a.method, a.config, self.base).params
+        m = {n: v for n, v in fresh.items() if n.endswith("lora_magnitude_vector")}
+        self.adapters[adapter] = a.replace(params={**a.params, **m})
 
 
 class LosesByName(Session):

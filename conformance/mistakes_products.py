@@ -70,6 +70,41 @@ def one_sided(cfg: Any, φ: Any) -> Any:
     return Δ, summed(cfg, φ)[1]
 
 
+def plain(φ: Any) -> dict[str, Any]:
+    return dict(φ.values if isinstance(φ, Phi) else φ)
+
+
+def first_core_for_both(cfg: Any, φ: Any) -> Any:
+    """P and Q with T₁: LyCORIS 1.9.0's modules did so."""
+    values = plain(φ)
+    return hadamard(cfg, {**values, "T2": values["T1"]} if "T1" in values else values)
+
+
+def taps_first(cfg: Any, φ: Any) -> Any:
+    """ΔW as [o, k, i]."""
+    Δ, back = hadamard(cfg, φ)
+    o, k = len(Δ), cfg.taps
+    return Δ.reshape(o, -1, k).transpose(0, 2, 1).reshape(Δ.shape), back
+
+
+def other_chain(cfg: Any, φ: Any) -> Any:
+    """dB₁ with T₂ A₂ in the place of T₁ A₁, and dB₂ with T₁ A₁: written by hand, beside a right ΔW."""
+    Δ, back = hadamard(cfg, φ)
+    values = plain(φ)
+    if "T1" not in values:
+        return Δ, back
+    (P, _), (Q, _) = loha.product(values, "1"), loha.product(values, "2")
+    other = {**values, **{n + t: values[n + u] for n in "AT" for t, u in ("12", "21")}}
+    (_, back_P), (_, back_Q) = loha.product(other, "1"), loha.product(other, "2")
+
+    def wrong(G: Any) -> Any:
+        dB1 = back_P(Once(lambda: cfg.scale * G() * Q))["B1"]
+        dB2 = back_Q(Once(lambda: cfg.scale * G() * P))["B2"]
+        return {**back(G), "B1": dB1, "B2": dB2}
+
+    return Δ, wrong
+
+
 def commuted(cfg: Any, φ: Any) -> Any:
     """D ⊗ C: the entries of C C ⊗ D in another order, with the same shape."""
     Δ, back = kronecker(cfg, φ)
@@ -131,7 +166,7 @@ def first_block_for_all(x: Array, R: Array) -> Any:
 
 def half_turned(φ: Any) -> Any:
     """S = A − Aᵀ, without the half."""
-    R, back = butterflies({**dict(φ.values if isinstance(φ, Phi) else φ), "A": 2 * φ["A"]})
+    R, back = butterflies({**plain(φ), "A": 2 * φ["A"]})
     return R, lambda dR: {"A": Once(lambda: 2 * back(dR)["A"]())}
 
 

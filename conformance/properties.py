@@ -70,6 +70,12 @@ LAYER = [
     layer(
         "unmerge", "Unmerging restores W and b, and the adapter goes on as before.", ["unmerged"], ["merge", "unmerge"]
     ),
+    layer(
+        "unload",
+        "Merged and the adapter taken off for good, a plain layer of the kind that was there is left, with W′ and b′.",
+        ["unloaded"],
+        ["unload"],
+    ),
     layer("disable", "Disabled, the layer is the base; enabled again, the adapter is back.", ["disabled"], ["disable"]),
     layer(
         "batch",

@@ -1,15 +1,56 @@
-"""Properties that some methods have and others have not: of soft prompts, prefixes and intrinsic dimension."""
+"""Properties that some methods have and others have not: of prompts, prefixes, intrinsic dimension, factors of W."""
 
 from collections.abc import Sequence
 
 from refpeft.conformance import tiny
-from refpeft.conformance.property import PADDED, Property, two, whole
+from refpeft.conformance.property import PADDED, Property, do, layer, life, two, whole
+from refpeft.conformance.strategies import Structure
+from refpeft.conformance.traits import LORA
 
 CAUSAL, DECODING = tiny.CAUSAL, tiny.DECODING
 SOFT = ("prompt_tuning", "p_tuning", "prefix_tuning")
 BUTTERFLIES = {"boft_block_size": 2, "boft_n_butterfly_factor": 3}
 PREFIX = ("prefix_tuning", "p_tuning_v2")
+
+
+def started(s: Structure) -> Structure:
+    """A start from factors of W, with patterns of α, of ranks, or none. HF peft's olora takes a Conv1D as it is stored,
+    and so starts elsewhere."""
+    first = s["config"]["target_modules"][0]
+    patterns: Structure = ({"alpha_pattern": {first: 12.0}}, {"rank_pattern": {first: 3}}, {})[s["program"]]
+    return {"init_lora_weights": "olora" if s["draw"] % 2 and s["family"] != "gpt2" else "pissa", **patterns}
+
+
+def with_cores(s: Structure) -> Structure:
+    """A matrix that sees k places of its input, which are 4, 2, 9 or 3."""
+    k = (4, 2, 9, 3)[s["draw"] % 4]
+    return {**s, "i": s["i"] * k, "config": {**s["config"], "taps": k}}
+
+
+CONVERTED = [do("add", adapter="first"), do("convert", adapter="first")]
 OWN: Sequence[Property] = [
+    layer(
+        "cores",
+        "Of a convolution, with cores between the factors: outputs and merged weights are those of the formula.",
+        ["output", "merged"],
+        ["forward", "merge", "cores"],
+        ["LH2", "LH3"],
+        change=with_cores,
+        kind=["linear"],
+        regime=["float"],
+        methods=("loha",),
+    ),
+    layer(
+        "cores-grads",
+        "Of a convolution, with cores between the factors: the gradients of all six are those of the formula.",
+        ["grads"],
+        ["grads", "cores"],
+        ["LH2"],
+        change=with_cores,
+        kind=["linear"],
+        regime=["float"],
+        methods=("loha",),
+    ),
     whole(
         "left-padding",
         "Padding on the left changes nothing but the places of what follows, behind a prompt or prefix too.",
@@ -96,5 +137,16 @@ OWN: Sequence[Property] = [
         ["merge", "pull"],
         ["ID5", "SA5"],
         methods=("did", "said"),
+    ),
+    life(
+        "converted",
+        "Saved as an adapter of the untouched base, one that started from factors of it is there what it was here.",
+        [CONVERTED] * 3,
+        ["save", "patterns", "convert"],
+        ["L1"],
+        adapters=lambda s: {"first": s["config"]},
+        configs=started,
+        over=("bert", "gpt2"),
+        methods=LORA,
     ),
 ]

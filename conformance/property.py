@@ -76,9 +76,15 @@ NARROWED: Sequence[str] = ("kind", "dtype", "edge", "regime")
 
 
 def layer(
-    name: str, statement: str, want: Sequence[str], needs: Sequence[str], claims: Sequence[str] = (), **more: Any
+    name: str,
+    statement: str,
+    want: Sequence[str],
+    needs: Sequence[str],
+    claims: Sequence[str] = (),
+    change: Callable[[Structure], Structure] = lambda s: s,
+    **more: Any,
 ) -> Property:
-    """The fields in `NARROWED` that are given are drawn from what is given."""
+    """The fields in `NARROWED` that are given are drawn from what is given; `change` changes what was drawn."""
     fixed: dict[str, Sequence[Any]] = {key: more.pop(key) for key in NARROWED if key in more}
 
     def draw(method: str, info: Info) -> Strategy:
@@ -92,7 +98,7 @@ def layer(
         return strategies.layer_corners(method, info, possible(fixed, info))
 
     def make(method: str, s: Structure, seed: int) -> Case:
-        return build.layer(method, name, s, seed, want)
+        return build.layer(method, name, change(s), seed, want)
 
     return Property(name, "layer", statement, draw, corners, make, needs, claims, **more)
 
@@ -166,17 +172,20 @@ def life(
     configs: Callable[[Structure], Mapping[str, Any]] = lambda s: {},
     architectures: tuple[str, ...] = ("",),
     families: tuple[str, ...] | None = None,
+    over: tuple[str, ...] = (),
     **more: Any,
 ) -> Property:
-    """Programs of steps; after each, the model says what the formula says of the adapters active then."""
+    """Programs of steps; after each, the model says what the formula says of the adapters active then. All of them are
+    always asked of the families in `over`; where none are named, one program of two, and several of one."""
 
     def draw(method: str, info: Info) -> Strategy:
         base = strategies.model(method, info, families or tuple(tiny.FAMILIES), architectures, layers=1)
         return st.builds(lambda s, n: {**s, "program": n}, base, st.integers(0, len(programs) - 1))
 
     def corners(method: str, info: Info) -> Sequence[Structure]:
-        plain = strategies.model_corners(method, info, families or ("gpt2", "bert"), architectures)
-        return [{**s, "program": n} for n in range(len(programs)) for s in plain[: 1 if len(programs) > 1 else 2]]
+        plain = strategies.model_corners(method, info, over or families or ("gpt2", "bert"), architectures)
+        few = plain if over else plain[: 1 if len(programs) > 1 else 2]
+        return [{**s, "program": n} for s in few for n in range(len(programs))]
 
     def make(method: str, s: Structure, seed: int) -> Case:
         s = {**s, "config": {**s["config"], **settled(s), **configs(s)}}

@@ -19,7 +19,7 @@ TOKENS = ("model/causal", "model/padding", "model/incremental")
 LIVES = tuple("lifecycle/" + name for name in ("disable", "switch", "delete", "save-load", "saved-keys"))
 MERGES = tuple(
     ["model/merge", "export/onnx"]
-    + ["lifecycle/" + name for name in ("merge-twice", "safe-merge", "unmerge", "change")]
+    + ["lifecycle/" + name for name in ("merge-twice", "safe-merge", "refused-merge", "unmerge", "change")]
 )
 
 
@@ -115,9 +115,21 @@ LAYERS = ("model/layers", "model/rows")
 INTRINSIC = (*SELECTION, "model/transpose", "model/two-merged", "lifecycle/two-active", "lifecycle/two-merged")
 
 
-ALONE = ("forward", "input-grad", "param-grads", "frozen", "init", "sensitive", "merge", "unmerge", "disable", "batch")
+ALONE = (
+    "forward",
+    "input-grad",
+    "param-grads",
+    "frozen",
+    "init",
+    "sensitive",
+    "merge",
+    "unmerge",
+    "unload",
+    "disable",
+    "batch",
+)
 ONE_LAYER = tuple("layer/" + name for name in (*ALONE, "dtype"))
-WHOLE_TOO = (*WITH_HEAD, "lifecycle/language-head", "lifecycle/saved-names", "lifecycle/refused-merge")
+WHOLE_TOO = (*WITH_HEAD, "lifecycle/language-head", "lifecycle/saved-names")
 PAIRS = ("model/order", "model/two-merged", "lifecycle/two-active", "lifecycle/two-merged", "export/onnx-two")
 MATRICES = (*SELECTION, *PAIRS, *WHOLE_TOO, "model/trained")
 
@@ -216,7 +228,7 @@ TRAITS: Mapping[str, Traits] = {
     "vera": Traits("VE", MATRICES, {"r": [2, 1, 3], "d_initial": [0.1, 0.5]}, fixed=linears, second=other_start),
     "loha": Traits(
         "LH",
-        (*ONE_LAYER, *MATRICES, *TIED, *SCALED),
+        (*ONE_LAYER, *MATRICES, *TIED, *SCALED, "layer/cores", "layer/cores-grads"),
         {"r": [2, 1, 4], "alpha": [6.0, 1.0]},
         fixed=linears,
         second=other_alpha,

@@ -11,6 +11,7 @@
                                   <module>.vera_lambda_d    [r]             λd                   0
     loha                          <module>.hada_sw1_a       [o, r]          s B₁                 rank 0
                                   <module>.hada_w1_b, …     [r, i], …       A₁, B₂, A₂           rank 0
+      with cores                  <module>.hada_t1, …       [r, r, k], …    T₁, T₂               rank 0
     lokr                          <module>.lokr_sw1(_a)     [l, m]          s C, or s C_b        zeros
                                   <module>.lokr_w2, …       [k, n], …       D, or B, A; C_a      zeros
     oft                           <module>.oft_R.rotation   [n, p, p]       R                    I
@@ -174,15 +175,16 @@ def products(adapter: Adapter) -> dict[str, Slot]:
         s = 1.0 if adapter.method in ROTATIONS else cfg.scale if adapter.method == "loha" else cfg.scale(φ)
         for n, full in names.items():
             a = (s * φ[n] if n in SCALED else φ[n]).astype(np.float32)
-            found[input_of(path, n, full)] = Slot(*unfed(adapter.method, path, n, a), own=True)
+            found[input_of(path, n, full)] = Slot(*unfed(adapter.method, path, n, a, "T1" in φ), own=True)
     return found
 
 
-def unfed(method: str, path: str, n: str, a: Array) -> tuple[Sequence[int | str], Array, Array]:
-    """The sizes of an input, what is fed, and what does nothing."""
+def unfed(method: str, path: str, n: str, a: Array, cores: bool) -> tuple[Sequence[int | str], Array, Array]:
+    """The sizes of an input, what is fed, and what does nothing. LoHa with cores has its B the other way round."""
     if method == "loha":
-        rank = f"rank of {path}"
-        return ((a.shape[0], rank), a, a[:, :0]) if n in ("B1", "B2") else ((rank, a.shape[1]), a, a[:0])
+        rank, ranks = f"rank of {path}", (0, 1) if n[0] == "T" else (1,) if n[0] == "B" and not cores else (0,)
+        sizes = [rank if axis in ranks else k for axis, k in enumerate(a.shape)]
+        return sizes, a, np.zeros([0 if k == rank else k for k in sizes], a.dtype)
     nothing = np.zeros_like(a)
     neutral = 1 if n == "s" else np.eye(a.shape[-1], dtype=a.dtype) if method in ROTATIONS else 0
     return a.shape, a, nothing + neutral

@@ -29,7 +29,7 @@ PEFT = "https://github.com/huggingface/peft/"
 WITH: Mapping[str, Sequence[str]] = {  # transformers, each with the releases of peft that run with it
     "4.30.2": ("0.4.0", "0.5.0"),
     "4.36.2": ("0.6.0", "0.6.2", "0.7.0", "0.7.1", "0.8.2"),
-    "4.45.2": ("0.10.0", "0.11.1", "0.12.0", "0.13.2", "0.14.0"),
+    "4.45.2": ("0.9.0", "0.10.0", "0.11.1", "0.12.0", "0.13.2", "0.14.0"),
     "4.57.6": ("0.15.0", "0.15.2", "0.16.0", "0.17.1", "0.18.0", "0.18.1"),
     "5.5.4": ("0.19.0", "0.19.1", "0.20.0"),
     "5.23.0": ("0.21.0", "0.21.2"),
@@ -44,6 +44,10 @@ ADAPTERS = {  # needs the transformers of its day, to the minor release
     release: (f"transformers=={version}", "torch>=2.0", "setuptools<80")
     for release, version in {"1.0.1": "4.45.2", "1.1.0": "4.47.1"}.items()
 }
+
+
+LYCORIS = dict.fromkeys(("1.9.0", "4.1.3"), ("einops", "toml", "torch>=2.0", "setuptools<80"))
+CHANGES = "https://github.com/KohakuBlueleaf/LyCORIS/blob/main/Change.md"
 
 
 def peft(
@@ -64,6 +68,11 @@ BUGS: Sequence[Bug] = (
         "of a module trained whole, the model's own is left trainable beside its copy", shows="^count",
     ),
     peft(
+        1014, "0.5.0", "0.6.0", "ia3/layer/unload",
+        "an (IA)³ merged into a Conv1D gives a Linear around weights that are not turned",
+        shows="^y_unloaded",  # of a square one; of others it does not run
+    ),
+    peft(
         1169, "0.6.2", "0.7.0", "lora/lifecycle/weighted",
         "weights 1 and 0: B of the adapter with weight 0 is added all the same",
         shows=r"^2/logits: off by \d+(\.\d+)? of",  # the sum with these weights, and by more than rounding
@@ -73,6 +82,11 @@ BUGS: Sequence[Bug] = (
         "merging what is merged adds ΔW once more",
     ),
     peft(
+        1505, "0.8.2", "0.9.0", "loha/lifecycle/refused-merge",
+        "a merge that is refused for its nan has already written them into the weights",
+        shows="^1/logits: nan",
+    ),
+    peft(
         1588, "0.10.0", "0.11.1", "dora/layer/init",
         "DoRA of a Conv1D takes its norms along the wrong axis, and a fresh adapter changes the output",
         kind="error:RuntimeError", shows="size of tensor",  # where the layer is not square; in silence where it is
@@ -80,6 +94,11 @@ BUGS: Sequence[Bug] = (
     peft(
         1884, "0.11.1", "0.12.0", "adalora/layer/init",
         "E of AdaLoRA is drawn from a normal, and a fresh adapter changes the output", shows="^y_fresh",
+    ),
+    peft(
+        1930, "0.11.1", "0.12.0", "lora/lifecycle/converted",
+        "a PiSSA adapter saved as a LoRA has twice the rank and α, but not in its patterns",
+        shows="^1/logits",
     ),
     peft(
         2180, "0.13.2", "0.14.0", "lokr/layer/forward",
@@ -125,6 +144,11 @@ BUGS: Sequence[Bug] = (
         kind="error:RuntimeError", shows="size of tensor",  # as above
     ),
     peft(
+        "pissa-conv1d", "0.13.2", "0.14.0", "lora/lifecycle/converted",
+        "PiSSA factors a Conv1D as it is stored, so that A and B belong to a layer the other way round",
+        kind="error:RuntimeError", shows=r"^RuntimeError: shape '\[2, 24\]' is invalid",  # A's of GPT-2's c_attn
+    ),
+    peft(
         "dora-two", "0.20.0", "0.21.0", "dora/model/two-merged",
         "two DoRA adapters merged are not two DoRA adapters active",
     ),
@@ -140,5 +164,15 @@ BUGS: Sequence[Bug] = (
     Bug(
         "adapters-760", "adapters", "https://github.com/adapter-hub/adapters/issues/760", "1.0.1", "1.1.0",
         "forward forgets the scale α/r, and merging applies it", "lora/model/logits", ADAPTERS, target="adapters",
+    ),
+    Bug(
+        "adapters-770", "adapters", "https://github.com/adapter-hub/adapters/issues/770", "1.0.1", "1.1.0",
+        "forward forgets the scale α of (IA)³, and merging applies it", "ia3/model/logits", ADAPTERS,
+        target="adapters",
+    ),
+    Bug(
+        "lycoris-tucker", "lycoris-lora", CHANGES, "1.9.0", "4.1.3",
+        "the gradients of B₁ and B₂ of LoHa with cores, written by hand, have the other factor's core in them",
+        "loha/layer/cores-grads", LYCORIS, target="lycoris", shows="^dB1",
     ),
 )  # fmt: skip

@@ -6,7 +6,7 @@ gradient of A is the sum of theirs.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -87,8 +87,13 @@ def ia3_config(config: Config, model: Any) -> Any:
 def ia3_places(model: Any, adapter: str) -> Iterator[Place]:
     for path, module in model.named_modules():
         if isinstance(module, LoRALayer) and adapter in module.loras:
-            param = module.loras[adapter].lora_B
-            yield place(f"{path}.ia3_l", param, param.numel(), 1)
+            ia3 = module.loras[adapter]
+            yield times(ia3.scaling, place(f"{path}.ia3_l", ia3.lora_B, ia3.lora_B.numel(), 1))
+
+
+def times(α: float, p: Place) -> Place:
+    """Ours is α of what is there."""
+    return replace(p, there=lambda a: p.there(a) / α, back=lambda a: p.back(a) * α, pull=lambda a: p.pull(a) / α)
 
 
 def spots(config: Config, model: Any) -> dict[str, Any]:

@@ -55,7 +55,10 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {  # what of a method's options Adapt
     "p_tuning_v2": {"position_shift": False},
     "prefix_tuning": {"position_shift": False, "input_size": tiny.WIDE["hidden_size"]},
 }
-SETTINGS = {"attention": ["sdpa", "eager"]}  # of transformers; the first is its default
+SETTINGS = {
+    "attention": ["sdpa", "eager"],  # of transformers; the first is its default
+    "alpha": [1, 2],  # of (IA)³, whose vectors are multiplied by it: half as large, they are the same
+}
 FEATURES = (
     "forward", "grads", "frozen", "change", "merge", "unmerge", "disable", "several", "delete", "save", "conv1d",
     "cache", "together", "weighted", "loss", "drop",
@@ -72,7 +75,7 @@ class AdapterHub(Driver):
             "methods": list(METHODS), "dtypes": ["float32", "float64"], "features": list(FEATURES),
             "families": [family for family in LINEARS if buildable(family) and adapted(family)],
             "linears": LINEARS, "options": OPTIONS, "settings": SETTINGS,
-            "without": {**{method: ["together"] for method in SUMS}, "p_tuning_v2": HEADS},
+            "without": {method: lacks(method) for method in METHODS},
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }  # fmt: skip
 
@@ -81,6 +84,12 @@ class AdapterHub(Driver):
 
     def of_life(self, case: Case, folder: Path) -> "Session":
         return Session(case, folder)
+
+
+def lacks(method: str) -> list[str]:
+    """Features and settings."""
+    without = [*(["together"] if method in SUMS else []), *(HEADS if method == "p_tuning_v2" else [])]
+    return without if method == "ia3" else [*without, "alpha"]
 
 
 def adapted(family: str) -> bool:
@@ -109,6 +118,8 @@ def add(case: Case, model: Any, name: str) -> None:
     about = case.meta["adapters"][name]
     make, _ = METHODS[about["method"]]
     config = make(about["config"], model)
+    if α := case.meta.get("settings", {}).get("alpha"):
+        config = config.replace(alpha=α)
     supports = getattr(model.base_model, "supports_adapter", None)  # older releases do not say
     if supports and not supports(config):
         raise Skip(f"AdapterHub has no {about['method']} for {model.config.model_type}")

@@ -21,7 +21,7 @@ class Target(Protocol):
         methods    of `refpeft methods`
         dtypes     of float16, bfloat16, float32, float64
         features   what it can be asked to do, see FEATURES
-        without    optional: method → features that it lacks for this method
+        without    optional: method → features that it lacks for this method, and settings
         families   optional: of gpt2, llama, qwen2, bert, roberta, t5, bart, those that it can build
         linears    optional: family → the layers that it can adapt
         options    optional: method → fields of its config, with the only value that it has
@@ -45,6 +45,7 @@ FEATURES: Mapping[str, str] = {
     "change": "take new values for an adapter's parameters, in place",
     "merge": "fold an adapter into the weights",
     "unmerge": "take it out again",
+    "unload": "merge an adapter and leave a plain layer, with nothing of the adapter around it",
     "disable": "run as if there were no adapter, and go back",
     "several": "hold several adapters, one of them active",
     "together": "have several adapters active at once",
@@ -54,7 +55,9 @@ FEATURES: Mapping[str, str] = {
     "swap": "put a saved adapter in the place of another",
     "delete": "forget an adapter",
     "save": "write an adapter's tensors to a safetensors file, and read them back",
+    "convert": "save an adapter that started from factors of the weights as one of the untouched weights, and load it",
     "embedding": "adapt embeddings",
+    "cores": "LoHa with cores, as of convolutions: a matrix [o, i k] is one that sees k places of its input",
     "conv1d": "adapt layers that store W as [i, o]",
     "bias": "lora_bias: a bias on B",
     "modules_to_save": "train modules whole beside the adapter",

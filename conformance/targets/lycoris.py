@@ -1,7 +1,7 @@
 """LyCORIS: its adapters of linear layers, layer by layer.
 
     LoConModule      lora, rslora, dora    `lora_down` is A, `lora_up` is B, `dora_scale` [o, 1] is m; `rs_lora`: α/√r
-    LohaModule       loha                  named as in HF peft
+    LohaModule       loha                  named as in HF peft; with cores `use_tucker`, of convolutions
     LokrModule       lokr                  named as in HF peft; s = 1 where both factors are full: `scale_full` off
     IA3Module        ia3                   `weight` is l − 1, no matrix; `train_on_input`: of what the layer takes
     DiagOFTModule    oft                   turns outputs, `side="output"`; Q = B − Bᵀ of full matrices B, whose upper
@@ -28,18 +28,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from lycoris.functional import factorization  # type: ignore[import-not-found, unused-ignore]
-from lycoris.modules.diag_oft import DiagOFTModule  # type: ignore[import-not-found, unused-ignore]
-from lycoris.modules.ia3 import IA3Module  # type: ignore[import-not-found, unused-ignore]
-from lycoris.modules.locon import LoConModule  # type: ignore[import-not-found, unused-ignore]
-from lycoris.modules.loha import LohaModule  # type: ignore[import-not-found, unused-ignore]
-from lycoris.modules.lokr import LokrModule  # type: ignore[import-not-found, unused-ignore]
+
+if find_spec("lycoris.functional"):  # older releases have other modules: see `lycoris_loha`
+    from lycoris.functional import factorization  # type: ignore[import-not-found, unused-ignore]
+    from lycoris.modules.diag_oft import DiagOFTModule  # type: ignore[import-not-found, unused-ignore]
+    from lycoris.modules.ia3 import IA3Module  # type: ignore[import-not-found, unused-ignore]
+    from lycoris.modules.locon import LoConModule  # type: ignore[import-not-found, unused-ignore]
+    from lycoris.modules.loha import LohaModule  # type: ignore[import-not-found, unused-ignore]
+    from lycoris.modules.lokr import LokrModule  # type: ignore[import-not-found, unused-ignore]
 
 from refpeft.conformance.case import Case
 from refpeft.conformance.targets.base import Skip, Target
 from refpeft.conformance.targets.layers import Layers, Place
 from refpeft.conformance.targets.tensors import fill, quietly
-from refpeft.conformance.targets.torch_layers import TorchLayer
+from refpeft.conformance.targets.torch_layers import Patches, TorchLayer
 from refpeft.methods import METHODS
 from refpeft.ops import Array
 from refpeft.rotations import skew
@@ -56,10 +58,11 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "oft": {"side": "output", "use_cayley_neumann": False, "block_share": False},
 }
 FIELDS = (
-    "alpha", "decompose_both", "decompose_factor", "feedforward_modules", "oft_block_size", *OPTIONS["lokr"],
+    "alpha", "taps", "decompose_both", "decompose_factor", "feedforward_modules", "oft_block_size", *OPTIONS["lokr"],
     *OPTIONS["oft"], "num_cayley_neumann_terms",  # of which an exact transform has none
 )  # fmt: skip
 SUMS = ("lora", "rslora", "loha", "lokr")
+CORES = ("T1", "T2")  # [r, r, k, l] there, as the convolution has its places
 Places = dict[str, Place]
 
 
@@ -78,6 +81,10 @@ class Settings:
         return self.config.get(name, default)
 
     @property
+    def taps(self) -> int:
+        return int(self.config.get("taps", 1))
+
+    @property
     def alpha(self) -> float:
         """α/m"""
         return float(self["lora_alpha" if "lora_alpha" in self.config else "alpha"]) / self.m
@@ -94,14 +101,19 @@ class Adapted(TorchLayer):
         W, b = self.case.arrays["W"], self.case.arrays.get("b")
         self.settings = self.case.meta["settings"]
         dtype = getattr(torch, str(W.dtype))
-        self.module = torch.nn.Linear(W.shape[1], W.shape[0], bias=b is not None, dtype=dtype)
-        self.base = {"W": Place(self.module.weight), **({} if b is None else {"b": Place(self.module.bias)})}
-        fill(self.base, self.case.arrays)  # whose norms m begins with
         how = Settings(self.case)
-        self.lycoris = MAKERS[self.case.method](how, self.module, bypass_mode=self.settings["bypass"])
+        if how.taps > 1:
+            self.module = Patches(W, b, how.taps)
+        else:
+            self.module = torch.nn.Linear(W.shape[1], W.shape[0], bias=b is not None, dtype=dtype)
+        layer = getattr(self.module, "layer", self.module)
+        self.base = {"W": placed(layer.weight, W), **({} if b is None else {"b": Place(layer.bias)})}
+        fill(self.base, self.case.arrays)  # whose norms m begins with
+        self.lycoris = MAKERS[self.case.method](how, layer, bypass_mode=self.settings["bypass"])
         self.lycoris.multiplier = self.multiplier = how.multiplier(self.lycoris)
         self.lycoris.to(dtype).apply_to()
         self.places = places(self.case.method, self.lycoris)
+        self.places |= {n: placed(self.places[n].param, self.case.arrays[n]) for n in CORES if n in self.places}
 
     def merge(self) -> None:
         self.lycoris.restore()
@@ -143,7 +155,7 @@ def locon(how: Settings, layer: Any, **more: Any) -> Any:
 
 
 def loha(how: Settings, layer: Any, **more: Any) -> Any:
-    return LohaModule("layer", layer, lora_dim=how["r"], alpha=how.alpha, **more)
+    return LohaModule("layer", layer, lora_dim=how["r"], alpha=how.alpha, use_tucker=how.taps > 1, **more)
 
 
 def lokr(how: Settings, layer: Any, **more: Any) -> Any:
@@ -178,6 +190,13 @@ MAKERS: Mapping[str, Callable[..., Any]] = {
 
 
 # ── where their parameters are ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def placed(param: Any, like: Array) -> Place:
+    """The same numbers; a convolution has a shape of its own."""
+    if param.ndim == 2:
+        return Place(param)
+    return Place(param, lambda a: a.reshape(param.shape), lambda a: a.reshape(like.shape))
 
 
 def places(method: str, m: Any) -> Places:
@@ -218,9 +237,13 @@ PLACES: Mapping[str, Callable[[Any], Places]] = {
 
 def loaded() -> Target:
     quietly("LyCORIS")
+    if not find_spec("lycoris.functional"):
+        from refpeft.conformance.targets.lycoris_loha import functions
+
+        return functions()
     layers = Layers(
         Adapted, FIELDS, name="lycoris", version=version("lycoris-lora"), methods=list(MAKERS),
-        features=["forward", "grads", "init", "change", "merge", "unmerge", "disable"],
+        features=["forward", "grads", "init", "change", "merge", "unmerge", "disable", "cores"],
         options=OPTIONS, settings=SETTINGS, versions={"torch": torch.__version__},
     )  # fmt: skip
     if find_spec("transformers") is None:

@@ -22,6 +22,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import peft
 import torch
 import transformers
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.pytorch_utils import Conv1D
 
 from refpeft.conformance import tiny
@@ -42,7 +43,9 @@ from refpeft.conformance.targets.models import (
 )
 from refpeft.conformance.targets.spec import LATIN, arguments, mask_of, real
 from refpeft.conformance.targets.tensors import array, quietly, tensor
+from refpeft.conformance.targets.torch_layers import Patches
 from refpeft.methods import METHODS
+from refpeft.methods.lora import FACTORS
 from refpeft.ops import Array
 
 PREFIX = "base_model.model."
@@ -73,7 +76,8 @@ class Peft(Driver):
             "dtypes": list(DTYPES),
             "options": {**prompts.OPTIONS, "oft": {"side": "input"}, "boft": {"boft_n_butterfly_factor": 1}},
             "features": [f for f in FEATURES if f not in ABSENT and NEEDED.get(f, "r") in FIELDS
-                         and (f != "together" or together()) and (f != "swap" or find_spec("peft.utils.hotswap"))],
+                         and (f != "together" or together()) and (f != "convert" or conversion())
+                         and (f != "swap" or find_spec("peft.utils.hotswap"))],
             "without": {method: ["embedding"] for method, flag in FLAG.items() if not adapts_embeddings(flag)}
                        | {method: ["together"] for method in prompts.CLASSES}  # one at a time
                        | {method: ["conv1d", "embedding"] for method in TURNED} | {"oft": ["conv1d", "tied"]},
@@ -102,6 +106,12 @@ def adapts_embeddings(flag: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def conversion() -> str | None:
+    """What save_pretrained calls the folder of an adapter before training, which is to be subtracted."""
+    there = inspect.signature(peft.PeftModel.save_pretrained).parameters
+    return next((n for n in ("path_initial_model_for_weight_conversion", "convert_pissa_to_lora") if n in there), None)
 
 
 def together() -> bool:
@@ -137,7 +147,8 @@ def matrix_config(method: str, fields: Mapping[str, Any], turned: bool, **more: 
         raise Skip("OFT turns inputs there")
     if fields.get("boft_n_butterfly_factor", 1) != 1:
         raise Skip("more than one butterfly factor needs a CUDA extension there")
-    fields = {n: v for n, v in fields.items() if n != "side"}
+    cores = {"use_effective_conv2d": True} if fields.get("taps", 1) > 1 else {}
+    fields = {n: v for n, v in fields.items() if n not in ("side", "taps")} | cores
     own = {"fan_in_fan_out": turned} if "fan_in_fan_out" in inspect.signature(make).parameters else {}
     return make(**fields, **own, **more)
 
@@ -188,6 +199,7 @@ class Layer:
         self.case, a = case, case.arrays
         self.kind = case.meta["layer"]["kind"]
         config = matrix_config(case.method, case.meta["config"], self.kind == "conv1d", target_modules=["layer"])
+        self.taps = case.meta["config"].get("taps", 1)
         self.model = peft.get_peft_model(self.host(a["W"], a.get("b")), config).eval()
         self.x = tensor(a["x"])
         keys = METHODS[case.method].KEYS
@@ -196,7 +208,7 @@ class Layer:
             self.write("")
 
     def host(self, W: Array, b: Array | None) -> Any:
-        return Toy(plain(self.kind, W, b))
+        return Toy(plain(self.kind, W, b)) if self.taps == 1 else Patches(W, b, self.taps)
 
     def write(self, prefix: str) -> None:
         values = {f"layer.{self.short[n]}": self.case.arrays[prefix + n] for n in self.case.meta["params"]}
@@ -246,9 +258,12 @@ class Layer:
         self.write("new/")
         return {"y": y, "y_changed": self.y()}
 
-    def weights(self, state: str) -> Arrays:
-        found = {f"W_{state}": array(self.base.weight), f"y_{state}": self.y()}
-        bias = getattr(self.base, "bias", None)
+    def weights(self, state: str, layer: Any = None, y: Array | None = None) -> Arrays:
+        there = layer or self.base
+        W = array(there.weight)
+        W = W if self.taps == 1 else W.reshape(self.case.arrays["W"].shape)
+        found = {f"W_{state}": W, f"y_{state}": self.y() if y is None else y}
+        bias = getattr(there, "bias", None)
         return found if bias is None or "b" not in self.asked else {**found, f"b_{state}": array(bias)}
 
     def merged(self) -> Arrays:
@@ -259,6 +274,10 @@ class Layer:
         self.model.merge_adapter()
         self.model.unmerge_adapter()
         return self.weights("unmerged")
+
+    def unloaded(self) -> Arrays:
+        plain = self.model.merge_and_unload()
+        return self.weights("unloaded", plain.layer, array(plain(self.x)))
 
     def disabled(self) -> Arrays:
         with self.model.disable_adapter():
@@ -299,16 +318,33 @@ def trained_of(case: Case, name: str) -> Arrays:
 
 def add(case: Case, model: Any, name: str) -> Any:
     config = adapter_config(case, name)
+    if getattr(config, "init_lora_weights", None) in FACTORS and case.meta["dtype"] == "float64":
+        raise Skip("factors of float64 weights are refused")
     if case.method == "adalora":  # of which one at a time can be trained
         config.inference_mode = isinstance(model, peft.PeftModel)
     if isinstance(model, peft.PeftModel):
         model.add_adapter(name, config)
     else:
         model = peft.get_peft_model(model, config, adapter_name=name)
-    for n in case.meta["adapters"][name].get("frozen", ()):  # VeRA's A and B, which are no parameters
-        getattr(model.base_model, n)[name] = tensor(case.arrays[f"{name}/{n}"])
+    if case.method == "vera":
+        for n in case.meta["adapters"][name]["frozen"]:  # A and B, which are no parameters
+            getattr(model.base_model, n)[name] = tensor(case.arrays[f"{name}/{n}"])
+    if getattr(config, "init_lora_weights", None) in FACTORS:
+        start(case, model, name, name)
     write(model, name, trained_of(case, name))
     return model.eval()
+
+
+def start(case: Case, model: Any, name: str, of: str) -> None:
+    """A₀ and B₀ into A and B, and off the weights, as peft does with its own: those differ by more than rounding where
+    two singular values are close."""
+    began = {n: case.arrays[f"{of}/{n}"] for n in case.meta["adapters"][of]["frozen"]}
+    there = {n: array(p) for n, p in parameters(model, name).items()}
+    write(model, name, there | {n.replace("0.weight", ".weight"): a for n, a in began.items()})
+    for path, layer in model.base_model.model.named_modules():
+        if f"{path}.lora_A0.weight" in began:
+            W = tensor(case.arrays[f"model/{path}.weight"])
+            layer.get_base_layer().weight.data = W - layer.get_delta_weight(name).detach()
 
 
 class Whole:
@@ -404,9 +440,19 @@ class Session:
             self.model.base_model.set_adapter(list(adapters))
 
     def merge(self, safe: bool = False) -> None:
-        if safe and "safe_merge" not in inspect.signature(self.model.merge_adapter).parameters:
-            raise Skip("merge_adapter has no safe_merge here")
-        self.model.merge_adapter(**({"safe_merge": True} if safe else {}))
+        if not safe:
+            self.model.merge_adapter()
+        elif "safe_merge" in inspect.signature(self.model.merge_adapter).parameters:
+            self.model.merge_adapter(safe_merge=True)
+        else:  # older releases have it in merge_and_unload, which says so to one layer after the other
+            self.merge_safely()
+
+    def merge_safely(self) -> None:
+        layers = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
+        if not all("safe_merge" in inspect.signature(layer.merge).parameters for layer in layers):
+            raise Skip("merging has no safe_merge here")
+        for layer in layers:
+            layer.merge(safe_merge=True)
 
     def refused_merge(self, adapter: str) -> Arrays:
         values = trained_of(self.case, adapter)
@@ -441,6 +487,21 @@ class Session:
         self.model.save_pretrained(str(self.folder), selected_adapters=[adapter], safe_serialization=True)
         tensors, _ = read(self.folder / adapter / "adapter_model.safetensors")
         return {f"file/{name.removeprefix(PREFIX)}": a for name, a in tensors.items()}
+
+    def convert(self, adapter: str) -> None:
+        """With a second adapter, as it was before training, whose file says that the weights are not to be changed."""
+        fresh = peft.get_peft_model(base_model(self.case), adapter_config(self.case, adapter), adapter_name="initial")
+        start(self.case, fresh, "initial", adapter)
+        fresh.peft_config["initial"].init_lora_weights = True
+        fresh.save_pretrained(str(self.folder))
+        option = {conversion() or "": str(self.folder / "initial")}
+        try:
+            self.model.save_pretrained(str(self.folder), selected_adapters=[adapter], **option)
+        except ValueError as error:
+            if "use_rslora" not in str(error):
+                raise
+            raise Skip(str(error)) from None
+        self.load([adapter])
 
     def load(self, adapters: Sequence[str]) -> None:
         first, *others = adapters

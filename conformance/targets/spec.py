@@ -14,6 +14,7 @@ import refpeft
 from refpeft import bottleneck, quantisation
 from refpeft.adapter import Adapter
 from refpeft.adapter import found as adapted
+from refpeft.checkpoint import adapters as checkpoints
 from refpeft.checkpoint.adapters import contents
 from refpeft.checkpoint.families import describe
 from refpeft.checkpoint.wrapper import PREFIX
@@ -147,6 +148,10 @@ class Layer:
         a = self.case.arrays
         found = {"W_unmerged": a["W"], "y_unmerged": self.adapted().run(self.x)[0]}
         return {**found, "b_unmerged": a["b"]} if "b" in a else found
+
+    def unloaded(self) -> Arrays:
+        """What is merged, once more: this time with nothing left that knows of an adapter."""
+        return {name.replace("_merged", "_unloaded"): a for name, a in self.merged().items()}
 
     def disabled(self) -> Arrays:
         return {"y_disabled": self.part.run(self.x)[0], "y_enabled": self.adapted().run(self.x)[0]}
@@ -354,6 +359,13 @@ class Session:
     def save(self, adapter: str) -> Arrays:
         self.files[adapter] = self.adapters[adapter]
         return {f"file/{name}": a for name, a in filed(self.files[adapter]).items()}
+
+    def convert(self, adapter: str) -> None:
+        """Saved as the plain adapter that it is, of twice the rank, A₀ and B₀ being part of A and B; and loaded."""
+        a = self.adapters[adapter]
+        params = checkpoints.plain_params(a)
+        self.files[adapter] = a.replace(config=checkpoints.doubled(a.config), params=params, frozen={})
+        self.load([adapter])
 
     def load(self, adapters: Sequence[str]) -> None:
         """A new base model, with these saved adapters; the first of them active."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 
 from refpeft.conformance.case import Case
 from refpeft.conformance.targets.base import Arrays
@@ -11,6 +12,22 @@ from refpeft.conformance.targets.fused import Fused
 from refpeft.conformance.targets.layers import Layer, Place
 from refpeft.conformance.targets.tensors import array, fill, tensor
 from refpeft.ops import Array
+
+
+class Patches(torch.nn.Module):
+    """A convolution that sees one patch at a time: W [o, i k] stored as [o, i, 1, k], or k of 4 or 9 as a square."""
+
+    def __init__(self, W: Array, b: Array | None, taps: int) -> None:
+        super().__init__()
+        height = round(taps**0.5) if taps in (4, 9) else 1
+        self.patch = W.shape[1] // taps, height, taps // height
+        self.layer = torch.nn.Conv2d(self.patch[0], len(W), self.patch[1:], bias=b is not None)
+        self.layer.weight = torch.nn.Parameter(tensor(W).reshape(len(W), *self.patch).clone())
+        if b is not None:
+            self.layer.bias = torch.nn.Parameter(tensor(b).clone())
+
+    def forward(self, x: Any) -> Any:
+        return self.layer(x.reshape(-1, *self.patch)).reshape(*x.shape[:-1], len(self.layer.weight))
 
 
 class TorchLayer(Layer):

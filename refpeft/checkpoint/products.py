@@ -1,6 +1,6 @@
 """Folders of LoHa, LoKr, OFT and BOFT, as HF peft has them.
 
-LOHA     <module>.hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b              B₁, A₁, B₂, A₂
+LOHA     <module>.hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b              B₁, A₁, B₂, A₂;   hada_t1, hada_t2   T₁, T₂
 LOKR     <module>.lokr_w1, or lokr_w1_a, lokr_w1_b;   likewise lokr_w2      C, or C_b, C_a;   D, or B, A
 OFT      <module>.oft_R.weight;   of an embedding oft_embedding_R.weight    v;   −v where `use_cayley_neumann` is false
 BOFT     <module>.boft_R [m, n, p, p], boft_s [o, 1]                        A, s
@@ -26,7 +26,7 @@ from refpeft.ops import Array
 
 METHODS = ("loha", "lokr", "oft", "boft")
 PEFT_TYPES = tuple(method.upper() for method in METHODS)
-OWN = ("scale_full", "side")  # fields that HF peft does not have: written where they are not as it means them
+OWN = ("scale_full", "side", "taps")  # fields that HF peft does not have: written where they are not as it means them
 IGNORED = {  # without influence on the function
     "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version",
     "runtime_config", "rank_dropout", "module_dropout", "rank_dropout_scale", "use_effective_conv2d", "eps",

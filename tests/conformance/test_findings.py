@@ -25,6 +25,7 @@ SHOWN: dict[str, Callable[[Lines], bool]] = {  # what the script of a page print
         [abs(float(n) - 3) > 0.05 for n in re.findall(r"\[(.*?)\]", " ".join(said))] == [False, True]
     ),
     "peft-configs-accepted": lambda said: len(said) == 2 and all(line.count("lora_") == 2 for line in said),
+    "peft-converted-dora": lambda said: said[0] == "['lora_A.weight', 'lora_B.weight']" and number(said[1]) > 0.1,
     "peft-delete-active": lambda said: said == ["['bar'] foo", "KeyError: 'foo'"],
     "peft-delete-modules-to-save": lambda said: said[0] == "['foo']" and number(said[1]) > 0.1 and number(said[2]) == 0,
     "peft-disable-prompt": lambda said: said[-1].startswith("UnboundLocalError: cannot access local variable"),
@@ -35,6 +36,7 @@ SHOWN: dict[str, Callable[[Lines], bool]] = {  # what the script of a page print
     ),
     "peft-ia3-second-adapter": lambda said: said == ["[1, 32]"],
     "peft-ia3-unmerge": lambda said: 1e-9 < number(said[0]) < 1e-7 and number(said[1]) == 1,
+    "peft-loha-cores": lambda said: said == ["True", "['w1a', 'w2a']"],
     "peft-loha-scale": lambda said: 1e-9 < number(said[0]) < 1e-7,
     "peft-oft-cayley": lambda said: said == ["True 11.421", "False -11.421"],
     "peft-oft-two": lambda said: number(said[0]) > 1e-2,

@@ -66,6 +66,7 @@ SWAPS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {  # exporte
     "another dora": ("dora", {"r": 2}, "dora", {"r": 3, "lora_alpha": 5}),
     "one that started from pissa": ("lora", {"r": 2}, "lora", {"r": 3, "init_lora_weights": "pissa"}),
     "loha of another rank": ("loha", {"r": 2}, "loha", {"r": 3, "alpha": 5, "alpha_pattern": {"h.1.*": 2}}),
+    "loha with cores": ("loha", {"r": 2, "taps": 2}, "loha", {"r": 3, "taps": 2}),
     "another lokr": ("lokr", {"r": 2}, "lokr", {"r": 2, "alpha": 3}),
     "an exact rotation": ("oft", {}, "oft", {"use_cayley_neumann": False}),
     "other butterflies": ("boft", {"boft_block_size": 2}, "boft", {"boft_block_size": 2}),

@@ -42,6 +42,7 @@ CASES: dict[str, tuple[str, str, str, Named]] = {  # family, architecture, metho
     "vectors": ("gpt2", "LMHeadModel", "ia3", {}),
     "vectors and a projection": ("llama", "ForCausalLM", "vera", SMALL["vera"]),
     "loha": ("bert", "ForSequenceClassification", "loha", {"r": 2, "alpha": 6, "target_modules": ["query"]}),
+    "loha with cores": ("bert", "ForSequenceClassification", "loha", {"r": 2, "taps": 4, "target_modules": ["query"]}),
     "lokr": ("bert", "ForSequenceClassification", "lokr", {"r": 1, "alpha": 6, "decompose_both": True}),
     "oft": ("gpt2", "LMHeadModel", "oft", {"oft_block_size": 4, "target_modules": ["c_attn", "wte"]}),
     "a prompt": ("gpt2", "LMHeadModel", "prompt_tuning", SMALL["prompt_tuning"]),

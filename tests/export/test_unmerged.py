@@ -51,6 +51,7 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "lora that started from pissa": ("lora", "llama", {"init_lora_weights": "pissa"}),
     "lora with a head and biases": ("lora", "bert", {"modules_to_save": ["pooler"], "bias": "all"}),
     "a tied embedding trained whole": ("lora", "gpt2", {"modules_to_save": ["wte"], "target_modules": ["c_attn"]}),
+    "loha with cores": ("loha", "llama", {"taps": 2}),
     "dora on embeddings": ("dora", "gpt2", {"target_modules": ["wte"]}),
     "dora, norm differentiated": ("dora", "qwen2", {"detach_norm": False}),
     "a prompt after the embeddings": ("prompt_tuning", "roberta", {"placement": "after_embedding"}),

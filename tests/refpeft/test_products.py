@@ -21,6 +21,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "loha": ("loha", {"r": 2, "alpha": 5}),
     "loha-patterns": ("loha", {"r": 2, "rank_pattern": {"c_attn": 3, "q_proj": 1}, "alpha_pattern": {"q.*": 7}}),
     "loha-random": ("loha", {"r": 2, "init_weights": False}),
+    "loha-cores": ("loha", {"r": 2, "alpha": 5, "taps": 2}),
     "lokr": ("lokr", {"r": 1, "alpha": 5}),
     "lokr-full": ("lokr", {"r": 16, "alpha": 5}),
     "lokr-unscaled": ("lokr", {"r": 16, "alpha": 5, "scale_full": False}),
@@ -50,7 +51,9 @@ LAYERS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
 
 
 def defined(option: str, layer: str) -> bool:
-    """BOFT is refused on embeddings (tested below)."""
+    """BOFT is refused on embeddings, and taps that do not divide the vocabulary (tested below)."""
+    if option == "loha-cores" and layer in ("embedding", "tied-head"):
+        return False
     return layer != "embedding" or not option.startswith("boft")
 
 
@@ -149,9 +152,9 @@ def test_beside_other_methods(option: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("option", ["loha", "lokr", "oft", "oft-output", "boft-butterflies"])
+@pytest.mark.parametrize("option", ["loha", "loha-cores", "lokr", "oft", "oft-output", "boft-butterflies"])
 def test_a_layer_of_16_bits_stays_one(option: str, dtype: Any) -> None:
-    layer = "conv1d" if option.startswith("boft") else "embedding"
+    layer = "embedding" if defined(option, "embedding") else "conv1d"
     model = model_of(layer, dtype=dtype)
     adapter = moved(fresh(model, option, layer, modules_to_save=None))
     assert {a.dtype for a in adapter.params.values()} == {np.dtype(np.float32)}
@@ -167,7 +170,7 @@ def test_a_layer_of_16_bits_stays_one(option: str, dtype: Any) -> None:
 # ── LoHa and LoKr ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("option", ["loha", "lokr", "lokr-full"])
+@pytest.mark.parametrize("option", ["loha", "loha-cores", "lokr", "lokr-full"])
 def test_only_the_scale_enters(option: str) -> None:
     """LH3, LK4: ΔW is linear in α."""
     W, W1 = merged(option, alpha=3)
@@ -193,6 +196,28 @@ def test_loha_by_entries() -> None:
             P, Q = (sum(φ[f"B{n}"][j, t] * φ[f"A{n}"][t, k] for t in range(2)) for n in (1, 2))
             assert W1[j, k] - part.W[j, k] == pytest.approx(2.5 * P * Q, abs=1e-13)
     assert b1 is part.b
+
+
+def test_loha_with_cores_by_entries() -> None:
+    """ΔW_oik = s (Σ_ab T₁_abk B₁_ao A₁_bi)(Σ_ab T₂_abk B₂_ao A₂_bi), entry by entry."""
+    m, cfg, part, φ = values("loha-cores", taps=3)
+    assert {n: v.shape for n, v in φ.items()} == {
+        n + t: shape for n, shape in {"T": (2, 2, 3), "B": (2, 6), "A": (2, 4)}.items() for t in "12"
+    }
+    W1 = m.merge(cfg, part.W, part.b, φ)[0]
+    pairs = [(a, b) for a in range(2) for b in range(2)]
+    for o, i, k in np.ndindex(6, 4, 3):
+        P, Q = (sum(φ[f"T{n}"][a, b, k] * φ[f"B{n}"][a, o] * φ[f"A{n}"][b, i] for a, b in pairs) for n in (1, 2))
+        assert W1[o, 3 * i + k] - part.W[o, 3 * i + k] == pytest.approx(2.5 * P * Q, abs=1e-12)
+
+
+def test_loha_with_cores_that_are_the_identity() -> None:
+    """LH7"""
+    m, cfg, _, φ = values("loha-cores", taps=3)
+    φ |= {n: np.repeat(np.eye(2)[:, :, None], 3, axis=2) for n in ("T1", "T2")}
+    plain = {"B1": φ["B1"].T, "A1": φ["A1"], "B2": φ["B2"].T, "A2": φ["A2"]}
+    Δ = m.merge(m.Config(r=2, alpha=5), np.zeros((6, 4)), None, plain)[0]
+    same(m.merge(cfg, np.zeros((6, 12)), None, φ)[0].reshape(6, 4, 3), np.repeat(Δ[:, :, None], 3, axis=2))
 
 
 def test_loha_reaches_the_square_of_its_rank() -> None:
@@ -374,6 +399,8 @@ def test_the_scale_doubles_the_weight_alone() -> None:
     ("method", "config", "message"),
     [
         ("loha", {"r": 0}, "r must be a positive integer, found 0"),
+        ("loha", {"taps": 0}, "taps must be a positive integer, found 0"),
+        ("loha", {"taps": 3}, r"q_proj: taps=3 must divide the 16 inputs"),
         ("loha", {"init_weights": "lycoris"}, r"init_weights must be one of \(True, False\), found 'lycoris'"),
         ("lokr", {"rank_pattern": {"q": -1}}, r"rank_pattern\['q'\] must be a positive integer, found -1"),
         ("lokr", {"decompose_factor": 0}, "decompose_factor must be −1 or a positive integer, found 0"),
