@@ -77,7 +77,7 @@ class Rewrite:
             return stated(args[0].reshape(x.shape))
         if x.op == "Transpose" and args[0] is not None:
             return args[0].transpose(*x.attrs["perm"])
-        return self.graph.emit(x.op, args, x.dtype, x.shape, **x.attrs)
+        return stated(self.graph.emit(x.op, args, x.dtype, x.shape, **x.attrs))
 
     # ── rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -254,7 +254,7 @@ def cached(x: Node) -> bool:
 
 def stated(y: Symbol) -> Symbol:
     """onnx's inference takes the width of Attention's answer for 0 where a shape is computed: it is said again."""
-    if y.node.op != "Attention":
+    if y.node.op != "Attention" or y.ndim != 3:
         return y
     return y.graph.emit("Reshape", (y, y.graph.constant([0, 0, y.shape[2]], INT)), y.dtype, y.shape)
 

@@ -13,7 +13,7 @@ either all of it or none.
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -113,10 +113,6 @@ def export(
     if link and (source is None or external is False):
         raise ValueError("linked weights lie in the files of `source`, beside the graph")
     checked(FORMS[form], subject)
-    if graph == "fast" and not subject.precision.exact:
-        raise ValueError(f"--graph fast is for weights that are stored as they are computed with, found dtype {dtype}")
-    if graph == "fast" and graphs.apart(subject):
-        raise ValueError("--graph fast is for one graph, and an encoder-decoder that decodes has two")
     if os.path.lexists(out):
         raise FileExistsError(f"{out} exists already: an export never overwrites anything")
     beside = link or outside(subject, external)
@@ -127,7 +123,8 @@ def export(
         made = traced(form, subject, symbols, folder / weights.DATA if beside else None, frozen)
         protos: dict[str, ModelProto] = {}
         for name, f in graphs.files(made, subject).items():
-            outputs = GRAPHS[graph](symbols, f.outputs)
+            f.tell(symbols)
+            outputs = rewritten(symbols, GRAPHS[graph](symbols, f.outputs), stored(subject, made))
             protos[name] = to_model(symbols, f.inputs, outputs, made.tensors, f.optional)
             save(protos[name], folder / name)
         carry_over(folder, made, source)
@@ -177,11 +174,15 @@ def traced(form: str, subject: Subject, graph: Graph, data: Path | None, frozen:
         return weights.store(chain.from_iterable(encoded(p, blocked, t) for t in tensors), data, frozen)
 
     try:
-        made = FORMS[form].make(subject, graph, store)
+        return FORMS[form].make(subject, graph, store)
     except NotImplementedError as error:
         methods = " and ".join(dict.fromkeys(a.method for a in subject.adapters)) or "the model"
         raise ValueError(f"{methods} cannot be exported in the form {form}: {error}") from None
-    return replace(made, outputs=rewritten(graph, made.outputs, Stored(made.tensors, blocked, p.blocks)))
+
+
+def stored(subject: Subject, made: Made) -> Stored:
+    p = subject.precision
+    return Stored(made.tensors, matrices(subject.model.sites, p.blocks), p.blocks)
 
 
 def outside(subject: Subject, external: bool | None) -> bool:
