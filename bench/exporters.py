@@ -138,7 +138,7 @@ def command(name: str, folder: Path, out: Path) -> list[str]:
     return [str(python_of(name)), str(Path(peers.__file__)), name, str(folder), str(out)]
 
 
-def exported(name: str, folder: Path, out: Path) -> tuple[float, float]:
+def exported(name: str, folder: Path, out: Path, graph: str = "model.onnx") -> tuple[float, float]:
     """Seconds, and the peak of anonymous memory of the process and those that it starts, in MB."""
     start, peak = time.perf_counter(), 0.0
     env = os.environ | {"HF_HUB_OFFLINE": "1"}
@@ -148,7 +148,7 @@ def exported(name: str, folder: Path, out: Path) -> tuple[float, float]:
             peak = max(peak, anonymous(process.pid))
             time.sleep(0.02)
         seconds = time.perf_counter() - start
-        if process.returncode or not (out / "model.onnx").is_file():
+        if process.returncode or not (out / graph).is_file():
             said.seek(0)
             raise RuntimeError(f"{name} failed: {' '.join(said.read().split())[-300:]}")
     return seconds, peak
