@@ -49,6 +49,7 @@ TARGETS = {
 CASES = {  # batch, tokens, past
     "prefill 1×128": (1, 128, 0), "prefill 4×128": (4, 128, 0), "decode 1": (1, 1, 128), "decode 4": (4, 1, 128),
 }  # fmt: skip
+INT8 = {"accuracy_level": 4, "head": True}  # activations too, in products with 4 bits
 OURS: dict[str, tuple[str, dict[str, Any]]] = {  # form and options of `refpeft export`
     "refpeft": ("base", {}),
     "refpeft, last logits": ("base", {"last_logits": True}),
@@ -56,10 +57,8 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {  # form and options of `refpeft 
     "refpeft, LoRA as input": ("inputs", {}),
     "refpeft, portable": ("base", {"graph": "portable"}),
     "refpeft, linked": ("unmerged", {"graph": "portable", "link": True}),
-    "refpeft, int4": ("base", {"graph": "portable", "dtype": "int4", "blocks": {"accuracy_level": 4, "head": True}}),
-    "refpeft, int4, LoRA as input": (
-        "inputs", {"graph": "portable", "dtype": "int4", "blocks": {"accuracy_level": 4, "head": True}}
-    ),
+    "refpeft, int4": ("base", {"dtype": "int4", "blocks": INT8}),
+    "refpeft, int4, LoRA as input": ("inputs", {"dtype": "int4", "blocks": INT8}),
 }  # fmt: skip
 SLOW = ("torch", "transformers", "optimum")
 UNSUPPORTED = {("genai", "gpt2-small"): "its builder knows no GPT-2"}

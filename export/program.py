@@ -116,24 +116,27 @@ def export(
     if os.path.lexists(out):
         raise FileExistsError(f"{out} exists already: an export never overwrites anything")
     beside = link or outside(subject, external)
-    with new_folder(out, needs=0 if link else weights.size(model, subject.precision)) as folder:
+    needs = 0 if link else weights.size(model, subject.precision) * (1 if beside else 2)
+    with new_folder(out, needs=needs) as folder:
         report("tracing the specification, writing the weights")
         symbols = Graph(RULES)
         frozen = Path(source) if link and source is not None else None
-        made = traced(form, subject, symbols, folder / weights.DATA if beside else None, frozen)
+        made = traced(form, subject, symbols, folder / weights.DATA, frozen)
         protos: dict[str, ModelProto] = {}
         for name, f in graphs.files(made, subject).items():
             f.tell(symbols)
             outputs = rewritten(symbols, GRAPHS[graph](symbols, f.outputs), stored(subject, made))
             protos[name] = to_model(symbols, f.inputs, outputs, made.tensors, f.optional)
-            save(protos[name], folder / name)
+            save(protos[name], folder / name, beside)
         carry_over(folder, made, source)
         finish(FORMS[form], folder, subject, made)
         genai.write(folder, form, subject, made)
         if verify:
             report("running it on onnxruntime")
-        provider, cases = proven(folder, subject, FORMS[form], protos, verify, device)
-        result = described(folder, Path(out), form, subject, made, protos, provider, cases)
+        provider, cases = proven(folder, subject, FORMS[form], protos, beside, verify, device)
+        if not beside:
+            (folder / weights.DATA).unlink(missing_ok=True)
+        result = described(folder, Path(out), form, subject, made, protos, beside, provider, cases)
         write_card(folder, made, subject, result)
     return result
 
@@ -165,7 +168,7 @@ def checked(form: Form, subject: Subject) -> None:
     form.check(subject)
 
 
-def traced(form: str, subject: Subject, graph: Graph, data: Path | None, frozen: Path | None) -> Made:
+def traced(form: str, subject: Subject, graph: Graph, data: Path, frozen: Path | None) -> Made:
     """The specification run on symbols. What has no form in ONNX is refused."""
     p = subject.precision
     blocked = matrices(subject.model.sites, p.blocks)
@@ -196,7 +199,13 @@ def outside(subject: Subject, external: bool | None) -> bool:
 
 
 def proven(
-    folder: Path, subject: Subject, form: Form, protos: Mapping[str, ModelProto], verify: bool, device: str | None
+    folder: Path,
+    subject: Subject,
+    form: Form,
+    protos: Mapping[str, ModelProto],
+    beside: bool,
+    verify: bool,
+    device: str | None,
 ) -> tuple[str | None, Sequence[Mapping[str, Any]]]:
     """The device and the cases. Graphs whose accuracy level lets activations be rounded too are verified without."""
     p = subject.precision
@@ -204,7 +213,7 @@ def proven(
     if p.blocks and p.blocks.accuracy_level != 1:
         for name, proto in protos.items():
             relevel(proto, p.blocks.accuracy_level)
-            save(proto, folder / name)
+            save(proto, folder / name, beside)
     if p.exact or not verify:
         return provider, cases
     far = verification.rounding(folder, subject, form, device)
@@ -221,21 +230,23 @@ def finish(form: Form, folder: Path, subject: Subject, made: Made) -> None:
 # ── the folder ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def save(proto: ModelProto, path: Path) -> None:
-    """Written, then read back: where its tensors lie by us, all else by onnx's checker, with shape inference. That one
-    refuses files of several names: what lies in such is an input to it."""
-    path.write_bytes(proto.SerializeToString())
-    kept = [t for t in proto.graph.initializer if location(t) not in ("", weights.DATA)]
-    if not kept:
-        checker.check_model(str(path), full_check=True)
-        return
-    initialisers.read(path)
+def save(proto: ModelProto, path: Path, beside: bool) -> None:
+    """Written, weights `beside` it or within, and checked: where tensors lie by us, all else by onnx's checker, with
+    shape inference. That one refuses files of several names, and holds what is within: both are inputs to it."""
+    if beside:
+        path.write_bytes(proto.SerializeToString())
+        if all(location(t) in ("", weights.DATA) for t in proto.graph.initializer):
+            checker.check_model(str(path), full_check=True)
+            return
+        initialisers.read(path)
+    else:
+        weights.inline(proto, path.parent / weights.DATA, path)
     seen = ModelProto()
     seen.CopyFrom(proto)
     del seen.graph.initializer[:]
     seen.graph.initializer.extend(t for t in proto.graph.initializer if not location(t))
-    beside = [t for t in proto.graph.initializer if location(t) and t.name not in {i.name for i in seen.graph.input}]
-    seen.graph.input.extend(helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in beside)
+    others = [t for t in proto.graph.initializer if location(t) and t.name not in {i.name for i in seen.graph.input}]
+    seen.graph.input.extend(helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in others)
     checker.check_model(seen, full_check=True)
 
 
@@ -245,7 +256,7 @@ def location(t: TensorProto) -> str:
 
 
 def described(
-    folder: Path, out: Path, form: str, subject: Subject, made: Made, protos: Mapping[str, ModelProto],
+    folder: Path, out: Path, form: str, subject: Subject, made: Made, protos: Mapping[str, ModelProto], beside: bool,
     provider: str | None, cases: Sequence[Any],
 ) -> Exported:  # fmt: skip
     def shapes(values: Any) -> dict[str, list[int | str]]:
@@ -259,7 +270,7 @@ def described(
         own = {name: shape for name, shape in shapes(other.graph.input).items() if name not in optional}
         encoder = {"inputs": own, "outputs": shapes(other.graph.output)}
     size = sum(f.stat().st_size for f in folder.iterdir())
-    files = sorted({location(t) for p in protos.values() for t in p.graph.initializer} - {""})
+    files = sorted({location(t) for p in protos.values() for t in p.graph.initializer if beside} - {""})
     return Exported(
         out, form, subject.precision.name, subject.decode, subject.last_logits, inputs, optional,
         shapes(proto.graph.output), sum(len(p.graph.node) for p in protos.values()), size, bool(files), files, provider,
