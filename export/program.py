@@ -37,7 +37,7 @@ from refpeft.export.symbols import Graph
 from refpeft.model import Model, adapter_list
 
 GRAPHS: Mapping[str, Callable[[Graph, Outputs], Outputs]] = {"portable": lambda graph, outputs: outputs, "fast": fast}
-INLINE_LIMIT = 100_000_000  # bytes; inline weights are held in memory twice here, and once more by whoever loads them
+INLINE_LIMIT = 100_000_000  # bytes; who loads a graph holds what is within it, and maps what lies beside
 PROTOBUF_LIMIT = 2_000_000_000
 Report = Callable[[str], None]
 

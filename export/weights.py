@@ -34,8 +34,8 @@ def size(model: Model, p: Precision) -> int:
 
 
 def store(tensors: Iterable[Tensor], data: Path, frozen: Path | None = None) -> dict[str, TensorProto]:
-    """The tensors, each in its dtype, their numbers in the file `data`. What lies in a file of the folder `frozen` stays
-    there, in the dtype that it has, and the file is linked."""
+    """The tensors, each in its dtype, their numbers in the file `data`. What lies in a file of the folder `frozen`
+    stays there, in the dtype that it has, and the file is linked."""
     protos: dict[str, TensorProto] = {}
     linked: dict[str, Path] = {}
     with data.open("wb", buffering=0) as file:
@@ -66,7 +66,8 @@ def store(tensors: Iterable[Tensor], data: Path, frozen: Path | None = None) -> 
 
 
 def inline(model: ModelProto, data: Path, out: Path) -> None:
-    """The model as a file that holds the numbers which lie in `data`: the bytes that protobuf would write."""
+    """The model as a file that holds the numbers which lie in `data`, as protobuf has them, with its fields in an order
+    of their own."""
     rest, graph = ModelProto(), GraphProto()
     rest.CopyFrom(model)
     graph.CopyFrom(model.graph)
