@@ -59,6 +59,7 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {  # form and options of `refpeft 
     "refpeft, linked": ("unmerged", {"graph": "portable", "link": True}),
     "refpeft, int4": ("base", {"dtype": "int4", "blocks": INT8}),
     "refpeft, int4, LoRA as input": ("inputs", {"dtype": "int4", "blocks": INT8}),
+    "refpeft, int4 by 128, LoRA as input": ("inputs", {"dtype": "int4", "blocks": INT8 | {"size": 128}}),
 }  # fmt: skip
 SLOW = ("torch", "transformers", "optimum")
 UNSUPPORTED = {("genai", "gpt2-small"): "its builder knows no GPT-2"}
@@ -288,7 +289,7 @@ def latency_figures(shape: str, found: dict[str, dict[str, list[float]]]) -> Ite
         for name in ("refpeft, unmerged LoRA", "refpeft, LoRA as input"):
             limit = PREFILL if prefill else DECODE
             yield f"{at}, {name.partition(', ')[2]}: against merged", ratio(times, name, "refpeft"), limit, ""
-        for name in ("refpeft, int4", "refpeft, int4, LoRA as input") if not prefill else ():
+        for name in [name for name in OURS if "int4" in name] if not prefill else ():
             yield f"{at}, {name.partition(', ')[2]}: against float32", ratio(times, name, "refpeft"), INT4, ""
 
 

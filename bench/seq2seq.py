@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from bench.exporters import Figure, exported, python_of, table
+from bench.exporters import INT8, Figure, exported, python_of, table
 from bench.step import write
 
 T5 = {
@@ -39,7 +39,9 @@ BART = {
     "is_encoder_decoder": True,
 }  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {"t5-small": T5, "bart-base": BART}
-GRAPHS = {"fast": {"graph": "fast"}, "portable": {}, "fast, int4": {"graph": "fast", "dtype": "int4"}}
+GRAPHS = {
+    "fast": {"graph": "fast"}, "portable": {}, "fast, int4": {"graph": "fast", "dtype": "int4", "blocks": INT8},
+}  # fmt: skip
 CASES = {  # graph, batch, places of the encoder, of the decoder
     "encoder 4×128": ("encoder_model", 4, 128, 0), "first step 4": ("first", 4, 128, 0),
     "decode 1": ("decoder_model_merged", 1, 128, 128), "decode 4": ("decoder_model_merged", 4, 128, 128),
