@@ -11,8 +11,8 @@ What each rewrite is worth was measured on CPUs, against the portable graph; wha
 
 On CPUs com.microsoft's MultiHeadAttention is slower than this, other fused nodes of onnxruntime's own tie, and
 GroupQueryAttention cannot read several positions of several texts after a past. So all nodes are standard. What is
-stored in 16 or 4 bits comes after this (`refpeft.export.rewriting`): of a product with 4 bits a sum remains, and to join
-those that read the same x is worth nothing.
+stored in 16 or 4 bits comes after this (`refpeft.export.rewriting`): a sum remains beside a product with 4 bits, and to
+join those that read the same x is worth nothing.
 """
 
 import math

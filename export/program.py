@@ -122,12 +122,9 @@ def export(
         symbols = Graph(RULES)
         frozen = Path(source) if link and source is not None else None
         made = traced(form, subject, symbols, folder / weights.DATA, frozen)
-        protos: dict[str, ModelProto] = {}
-        for name, f in graphs.files(made, subject).items():
-            f.tell(symbols)
-            outputs = rewritten(symbols, GRAPHS[graph](symbols, f.outputs), stored(subject, made))
-            protos[name] = to_model(symbols, f.inputs, outputs, made.tensors, f.optional)
-            save(protos[name], folder / name, beside)
+        protos = modelled(subject, symbols, made, graph)
+        for name, proto in protos.items():
+            save(proto, folder / name, beside)
         carry_over(folder, made, source)
         finish(FORMS[form], folder, subject, made)
         genai.write(folder, form, subject, made)
@@ -183,9 +180,16 @@ def traced(form: str, subject: Subject, graph: Graph, data: Path, frozen: Path |
         raise ValueError(f"{methods} cannot be exported in the form {form}: {error}") from None
 
 
-def stored(subject: Subject, made: Made) -> Stored:
+def modelled(subject: Subject, symbols: Graph, made: Made, graph: str) -> dict[str, ModelProto]:
+    """Each file's part of the trace: in the shape that is wanted, with weights as they are stored."""
     p = subject.precision
-    return Stored(made.tensors, matrices(subject.model.sites, p.blocks), p.blocks)
+    stored = Stored(made.tensors, matrices(subject.model.sites, p.blocks), p.blocks)
+    protos: dict[str, ModelProto] = {}
+    for name, f in graphs.files(made, subject).items():
+        f.tell(symbols)
+        outputs = rewritten(symbols, GRAPHS[graph](symbols, f.outputs), stored)
+        protos[name] = to_model(symbols, f.inputs, outputs, made.tensors, f.optional)
+    return protos
 
 
 def outside(subject: Subject, external: bool | None) -> bool:

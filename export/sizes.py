@@ -51,12 +51,8 @@ class Dim:
 
     def __str__(self) -> str:
         terms = sorted(self.terms.items(), key=lambda term: term[1] < 0)  # what is taken away comes last
-        found = [
-            (c < 0, "*".join(([str(abs(c))] if abs(c) != 1 or not names else []) + list(names))) for names, c in terms
-        ]
-        return "".join(
-            (" - " if less else " + ") * (k > 0) + "-" * (less and not k) + text for k, (less, text) in enumerate(found)
-        )
+        found = ["*".join(([str(c)] if c != 1 or not names else []) + list(names)) for names, c in terms]
+        return " + ".join(found).replace(" + -1*", " - ").replace(" + -", " - ")
 
     def tensor(self) -> Any:
         """Its value as an int64 symbol of shape [1]."""
