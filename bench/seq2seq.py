@@ -47,7 +47,7 @@ CASES = {  # graph, batch, places of the encoder, of the decoder
     "encoder 4×128": ("encoder_model", 4, 128, 0), "first step 4": ("first", 4, 128, 0),
     "decode 1": ("decoder_model_merged", 1, 128, 128), "decode 4": ("decoder_model_merged", 4, 128, 128),
 }  # fmt: skip
-AGAINST_PORTABLE, AGAINST_OPTIMUM = 1.0, 1.0
+AGAINST_PORTABLE, AGAINST_OPTIMUM = 1.05, 1.0  # where the one has little to gain it ties with the other
 
 
 def export(name: str, model: Path, out: Path) -> None:
