@@ -66,7 +66,7 @@ def main() -> None:
     figures: list[Figure] = []
     scripts = {
         "step.py": step_figures, "methods.py": method_figures, "export.py": export_figures,
-        "exporters.py": exporter_figures, "fastfood.py": fastfood_figures,
+        "exporters.py": exporter_figures, "seq2seq.py": exporter_figures, "fastfood.py": fastfood_figures,
     }  # fmt: skip
     for script, read in scripts.items():
         console.print(f"\n[bold]bench/{script}[/]")

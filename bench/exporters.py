@@ -49,6 +49,7 @@ TARGETS = {
 CASES = {  # batch, tokens, past
     "prefill 1×128": (1, 128, 0), "prefill 4×128": (4, 128, 0), "decode 1": (1, 1, 128), "decode 4": (4, 1, 128),
 }  # fmt: skip
+INT8 = {"accuracy_level": 4, "head": True}  # activations too, in products with 4 bits
 OURS: dict[str, tuple[str, dict[str, Any]]] = {  # form and options of `refpeft export`
     "refpeft": ("base", {}),
     "refpeft, last logits": ("base", {"last_logits": True}),
@@ -56,10 +57,9 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {  # form and options of `refpeft 
     "refpeft, LoRA as input": ("inputs", {}),
     "refpeft, portable": ("base", {"graph": "portable"}),
     "refpeft, linked": ("unmerged", {"graph": "portable", "link": True}),
-    "refpeft, int4": ("base", {"graph": "portable", "dtype": "int4", "blocks": {"accuracy_level": 4, "head": True}}),
-    "refpeft, int4, LoRA as input": (
-        "inputs", {"graph": "portable", "dtype": "int4", "blocks": {"accuracy_level": 4, "head": True}}
-    ),
+    "refpeft, int4": ("base", {"dtype": "int4", "blocks": INT8}),
+    "refpeft, int4, LoRA as input": ("inputs", {"dtype": "int4", "blocks": INT8}),
+    "refpeft, int4 by 128, LoRA as input": ("inputs", {"dtype": "int4", "blocks": INT8 | {"size": 128}}),
 }  # fmt: skip
 SLOW = ("torch", "transformers", "optimum")
 UNSUPPORTED = {("genai", "gpt2-small"): "its builder knows no GPT-2"}
@@ -138,7 +138,7 @@ def command(name: str, folder: Path, out: Path) -> list[str]:
     return [str(python_of(name)), str(Path(peers.__file__)), name, str(folder), str(out)]
 
 
-def exported(name: str, folder: Path, out: Path) -> tuple[float, float]:
+def exported(name: str, folder: Path, out: Path, graph: str = "model.onnx") -> tuple[float, float]:
     """Seconds, and the peak of anonymous memory of the process and those that it starts, in MB."""
     start, peak = time.perf_counter(), 0.0
     env = os.environ | {"HF_HUB_OFFLINE": "1"}
@@ -148,7 +148,7 @@ def exported(name: str, folder: Path, out: Path) -> tuple[float, float]:
             peak = max(peak, anonymous(process.pid))
             time.sleep(0.02)
         seconds = time.perf_counter() - start
-        if process.returncode or not (out / "model.onnx").is_file():
+        if process.returncode or not (out / graph).is_file():
             said.seek(0)
             raise RuntimeError(f"{name} failed: {' '.join(said.read().split())[-300:]}")
     return seconds, peak
@@ -289,7 +289,7 @@ def latency_figures(shape: str, found: dict[str, dict[str, list[float]]]) -> Ite
         for name in ("refpeft, unmerged LoRA", "refpeft, LoRA as input"):
             limit = PREFILL if prefill else DECODE
             yield f"{at}, {name.partition(', ')[2]}: against merged", ratio(times, name, "refpeft"), limit, ""
-        for name in ("refpeft, int4", "refpeft, int4, LoRA as input") if not prefill else ():
+        for name in [name for name in OURS if "int4" in name] if not prefill else ():
             yield f"{at}, {name.partition(', ')[2]}: against float32", ratio(times, name, "refpeft"), INT4, ""
 
 

@@ -9,6 +9,7 @@ Nothing of refpeft is imported here.
 """
 
 import argparse
+import json
 import runpy
 import subprocess
 import sys
@@ -22,7 +23,7 @@ REQUIRES = {  # what its environment holds, in the versions that were tried; tho
     "optimum": ("optimum-onnx==0.1.0", "torch==2.13.0", "transformers==4.57.6", "peft>=0.18", "onnxruntime>=1.29"),
 }
 MODULES = {"mobius": "mobius", "genai": "onnxruntime_genai", "optimum": "optimum.exporters.onnx"}
-TASK = "text-generation-with-past"
+TASKS = {False: "text-generation-with-past", True: "text2text-generation-with-past"}  # of an encoder-decoder
 HERE = ("torch", "transformers")  # exporters that come with the extra [dev]
 
 
@@ -107,7 +108,8 @@ def optimum(model: Path, adapter: Path | None, out: Path) -> None:
     from optimum.exporters.onnx import main_export
 
     source = adapter or model
-    main_export(str(source), output=str(out), task=TASK, library_name="transformers", do_validation=False)
+    task = TASKS[json.loads((model / "config.json").read_text()).get("is_encoder_decoder", False)]
+    main_export(str(source), output=str(out), task=task, library_name="transformers", do_validation=False)
 
 
 def genai(model: Path, adapter: Path | None, out: Path) -> None:

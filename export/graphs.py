@@ -8,7 +8,7 @@ from refpeft.export.form import Made, Outputs, Subject
 from refpeft.export.runtime import DECODER, ENCODER, MODEL
 from refpeft.export.seq2seq import DECODER_IDS, IDS
 from refpeft.export.signature import HIDDEN
-from refpeft.export.symbols import Graph
+from refpeft.export.symbols import Graph, Symbol
 from refpeft.hooks import Hooks
 from refpeft.model import Model
 
@@ -20,6 +20,10 @@ class File:
     inputs: Mapping[str, str]
     optional: Sequence[str]
     outputs: Outputs
+
+    def tell(self, graph: Graph) -> None:
+        """From here on its own inputs tell all sizes."""
+        graph.tell([Symbol(graph, graph.made[n]) for n in (*self.inputs.values(), *self.optional)])
 
 
 def apart(subject: Subject) -> bool:

@@ -9,10 +9,12 @@ Every rule is compared with the formula on onnxruntime in tests/export/test_lowe
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from refpeft.export.symbols import Symbol, where
+from refpeft.export.signature import KNOWN
+from refpeft.export.sizes import Shape
+from refpeft.export.symbols import Branch, Symbol, where
 
 
 def linear(x: Symbol, W: Symbol, b: Symbol | None = None, frozen: bool = False) -> Symbol:
@@ -69,13 +71,32 @@ def attention(
         seen = bias if mask is None else where(q.graph, mask, bias, -math.inf)
         masks = [seen.astype(q.dtype).expand(b, h, s, t)]
     if k.swapaxes(1, 2).node.op == "Concat":
-        args = [x.swapaxes(1, 2) for x in (q, k, v)]
-        y = q.graph.emit("Attention", [*args, *masks], q.dtype, (b, h, s, v.shape[3]), **more)
-        return y.swapaxes(1, 2)
+        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+        shape = (b, h, s, v.shape[3])
+        if one_or_other(k):
+            return either(q, k, v, masks, shape, more).swapaxes(1, 2)
+        return q.graph.emit("Attention", [q, k, v, *masks], q.dtype, shape, **more).swapaxes(1, 2)
     heads = {"q_num_heads": h, "kv_num_heads": g} | more
     args = [q.reshape(b, s, h * e), k.reshape(b, t, g * e), v.reshape(b, t, g * v.shape[3]), *masks]
     y = q.graph.emit("Attention", args, q.dtype, (b, s, h * v.shape[3]), **heads)
     return y.reshape(b, s, h, v.shape[3])
+
+
+def one_or_other(k: Symbol) -> bool:
+    """Is this [known; new], one of which has no places (`refpeft.export.seq2seq`)?"""
+    known = k.node.args[0]
+    return known is not None and not known.op and getattr(known.shape[2], "name", "") == KNOWN
+
+
+def either(q: Symbol, k: Symbol, v: Symbol, masks: Sequence[Symbol], shape: Shape, attrs: Mapping[str, Any]) -> Symbol:
+    """Attention to what is known, or to what is new where nothing is: neither is copied, as joining them would."""
+    g = q.graph
+    parts = [Symbol(g, a) for x in (k, v) for a in x.node.args if a is not None]
+    none = g.ints(parts[0].shape[2:3]) == 0
+    rest, more = range(6, 6 + len(masks)), tuple(attrs.items())
+    of_new, of_known = (Branch("Attention", (1, 2 + n, 4 + n, *rest), more) for n in (1, 0))
+    args = [none, q, *parts, *masks]
+    return g.emit("If", args, q.dtype, shape, then_branch=of_new, else_branch=of_known)
 
 
 def rope(x: Symbol, cos: Symbol, sin: Symbol) -> Symbol:

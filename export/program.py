@@ -13,7 +13,7 @@ either all of it or none.
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from refpeft.export.symbols import Graph
 from refpeft.model import Model, adapter_list
 
 GRAPHS: Mapping[str, Callable[[Graph, Outputs], Outputs]] = {"portable": lambda graph, outputs: outputs, "fast": fast}
-INLINE_LIMIT = 100_000_000  # bytes; inline weights are held in memory twice here, and once more by whoever loads them
+INLINE_LIMIT = 100_000_000  # bytes; who loads a graph holds what is within it, and maps what lies beside
 PROTOBUF_LIMIT = 2_000_000_000
 Report = Callable[[str], None]
 
@@ -113,30 +113,27 @@ def export(
     if link and (source is None or external is False):
         raise ValueError("linked weights lie in the files of `source`, beside the graph")
     checked(FORMS[form], subject)
-    if graph == "fast" and not subject.precision.exact:
-        raise ValueError(f"--graph fast is for weights that are stored as they are computed with, found dtype {dtype}")
-    if graph == "fast" and graphs.apart(subject):
-        raise ValueError("--graph fast is for one graph, and an encoder-decoder that decodes has two")
     if os.path.lexists(out):
         raise FileExistsError(f"{out} exists already: an export never overwrites anything")
     beside = link or outside(subject, external)
-    with new_folder(out, needs=0 if link else weights.size(model, subject.precision)) as folder:
+    needs = 0 if link else weights.size(model, subject.precision) * (1 if beside else 2)
+    with new_folder(out, needs=needs) as folder:
         report("tracing the specification, writing the weights")
         symbols = Graph(RULES)
         frozen = Path(source) if link and source is not None else None
-        made = traced(form, subject, symbols, folder / weights.DATA if beside else None, frozen)
-        protos: dict[str, ModelProto] = {}
-        for name, f in graphs.files(made, subject).items():
-            outputs = GRAPHS[graph](symbols, f.outputs)
-            protos[name] = to_model(symbols, f.inputs, outputs, made.tensors, f.optional)
-            save(protos[name], folder / name)
+        made = traced(form, subject, symbols, folder / weights.DATA, frozen)
+        protos = modelled(subject, symbols, made, graph)
+        for name, proto in protos.items():
+            save(proto, folder / name, beside)
         carry_over(folder, made, source)
         finish(FORMS[form], folder, subject, made)
         genai.write(folder, form, subject, made)
         if verify:
             report("running it on onnxruntime")
-        provider, cases = proven(folder, subject, FORMS[form], protos, verify, device)
-        result = described(folder, Path(out), form, subject, made, protos, provider, cases)
+        provider, cases = proven(folder, subject, FORMS[form], protos, beside, verify, device)
+        if not beside:
+            (folder / weights.DATA).unlink(missing_ok=True)
+        result = described(folder, Path(out), form, subject, made, protos, beside, provider, cases)
         write_card(folder, made, subject, result)
     return result
 
@@ -168,7 +165,7 @@ def checked(form: Form, subject: Subject) -> None:
     form.check(subject)
 
 
-def traced(form: str, subject: Subject, graph: Graph, data: Path | None, frozen: Path | None) -> Made:
+def traced(form: str, subject: Subject, graph: Graph, data: Path, frozen: Path | None) -> Made:
     """The specification run on symbols. What has no form in ONNX is refused."""
     p = subject.precision
     blocked = matrices(subject.model.sites, p.blocks)
@@ -177,11 +174,22 @@ def traced(form: str, subject: Subject, graph: Graph, data: Path | None, frozen:
         return weights.store(chain.from_iterable(encoded(p, blocked, t) for t in tensors), data, frozen)
 
     try:
-        made = FORMS[form].make(subject, graph, store)
+        return FORMS[form].make(subject, graph, store)
     except NotImplementedError as error:
         methods = " and ".join(dict.fromkeys(a.method for a in subject.adapters)) or "the model"
         raise ValueError(f"{methods} cannot be exported in the form {form}: {error}") from None
-    return replace(made, outputs=rewritten(graph, made.outputs, Stored(made.tensors, blocked, p.blocks)))
+
+
+def modelled(subject: Subject, symbols: Graph, made: Made, graph: str) -> dict[str, ModelProto]:
+    """Each file's part of the trace: in the shape that is wanted, with weights as they are stored."""
+    p = subject.precision
+    stored = Stored(made.tensors, matrices(subject.model.sites, p.blocks), p.blocks)
+    protos: dict[str, ModelProto] = {}
+    for name, f in graphs.files(made, subject).items():
+        f.tell(symbols)
+        outputs = rewritten(symbols, GRAPHS[graph](symbols, f.outputs), stored)
+        protos[name] = to_model(symbols, f.inputs, outputs, made.tensors, f.optional)
+    return protos
 
 
 def outside(subject: Subject, external: bool | None) -> bool:
@@ -195,7 +203,13 @@ def outside(subject: Subject, external: bool | None) -> bool:
 
 
 def proven(
-    folder: Path, subject: Subject, form: Form, protos: Mapping[str, ModelProto], verify: bool, device: str | None
+    folder: Path,
+    subject: Subject,
+    form: Form,
+    protos: Mapping[str, ModelProto],
+    beside: bool,
+    verify: bool,
+    device: str | None,
 ) -> tuple[str | None, Sequence[Mapping[str, Any]]]:
     """The device and the cases. Graphs whose accuracy level lets activations be rounded too are verified without."""
     p = subject.precision
@@ -203,7 +217,7 @@ def proven(
     if p.blocks and p.blocks.accuracy_level != 1:
         for name, proto in protos.items():
             relevel(proto, p.blocks.accuracy_level)
-            save(proto, folder / name)
+            save(proto, folder / name, beside)
     if p.exact or not verify:
         return provider, cases
     far = verification.rounding(folder, subject, form, device)
@@ -220,21 +234,23 @@ def finish(form: Form, folder: Path, subject: Subject, made: Made) -> None:
 # ── the folder ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def save(proto: ModelProto, path: Path) -> None:
-    """Written, then read back: where its tensors lie by us, all else by onnx's checker, with shape inference. That one
-    refuses files of several names: what lies in such is an input to it."""
-    path.write_bytes(proto.SerializeToString())
-    kept = [t for t in proto.graph.initializer if location(t) not in ("", weights.DATA)]
-    if not kept:
-        checker.check_model(str(path), full_check=True)
-        return
-    initialisers.read(path)
+def save(proto: ModelProto, path: Path, beside: bool) -> None:
+    """Written, weights `beside` it or within, and checked: where tensors lie by us, all else by onnx's checker, with
+    shape inference. That one refuses files of several names, and holds what is within: both are inputs to it."""
+    if beside:
+        path.write_bytes(proto.SerializeToString())
+        if all(location(t) in ("", weights.DATA) for t in proto.graph.initializer):
+            checker.check_model(str(path), full_check=True)
+            return
+        initialisers.read(path)
+    else:
+        weights.inline(proto, path.parent / weights.DATA, path)
     seen = ModelProto()
     seen.CopyFrom(proto)
     del seen.graph.initializer[:]
     seen.graph.initializer.extend(t for t in proto.graph.initializer if not location(t))
-    beside = [t for t in proto.graph.initializer if location(t) and t.name not in {i.name for i in seen.graph.input}]
-    seen.graph.input.extend(helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in beside)
+    others = [t for t in proto.graph.initializer if location(t) and t.name not in {i.name for i in seen.graph.input}]
+    seen.graph.input.extend(helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in others)
     checker.check_model(seen, full_check=True)
 
 
@@ -244,7 +260,7 @@ def location(t: TensorProto) -> str:
 
 
 def described(
-    folder: Path, out: Path, form: str, subject: Subject, made: Made, protos: Mapping[str, ModelProto],
+    folder: Path, out: Path, form: str, subject: Subject, made: Made, protos: Mapping[str, ModelProto], beside: bool,
     provider: str | None, cases: Sequence[Any],
 ) -> Exported:  # fmt: skip
     def shapes(values: Any) -> dict[str, list[int | str]]:
@@ -258,7 +274,7 @@ def described(
         own = {name: shape for name, shape in shapes(other.graph.input).items() if name not in optional}
         encoder = {"inputs": own, "outputs": shapes(other.graph.output)}
     size = sum(f.stat().st_size for f in folder.iterdir())
-    files = sorted({location(t) for p in protos.values() for t in p.graph.initializer} - {""})
+    files = sorted({location(t) for p in protos.values() for t in p.graph.initializer if beside} - {""})
     return Exported(
         out, form, subject.precision.name, subject.decode, subject.last_logits, inputs, optional,
         shapes(proto.graph.output), sum(len(p.graph.node) for p in protos.values()), size, bool(files), files, provider,

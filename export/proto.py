@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
-from refpeft.export.symbols import Graph, Node, Symbol
+from refpeft.export.symbols import Branch, Graph, Node, Symbol
 
 OPSET, IR_VERSION = 23, 10
 
@@ -70,9 +70,20 @@ def further(live: Sequence[Node]) -> dict[Node, list[Node | None]]:
 
 
 def node(x: Node, names: Mapping[Node, str], more: Sequence[Node | None] = ()) -> NodeProto:
-    attrs: dict[str, Any] = {k: elem_type(v) if isinstance(v, np.dtype) else v for k, v in x.attrs.items()}
-    inputs, outputs = ([called(a, names) for a in nodes] for nodes in (x.args, (x, *more)))
+    attrs = {key: attribute(x, key, v, names) for key, v in x.attrs.items()}
+    args = x.args[:1] if x.op == "If" else x.args  # its branches see the others by themselves
+    inputs, outputs = ([called(a, names) for a in nodes] for nodes in (args, (x, *more)))
     return helper.make_node(x.op, inputs, outputs, name=x.name, **attrs)
+
+
+def attribute(x: Node, key: str, v: Any, names: Mapping[Node, str]) -> Any:
+    if isinstance(v, np.dtype):
+        return elem_type(v)
+    if not isinstance(v, Branch):
+        return v
+    name = f"{x.name}_{key}"
+    inside = helper.make_node(v.op, [called(x.args[k], names) for k in v.args], [name], name=name, **dict(v.attrs))
+    return helper.make_graph([inside], name, [], [value(name, x)])
 
 
 def value(name: str, x: Node | Symbol) -> ValueInfoProto:

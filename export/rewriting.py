@@ -6,9 +6,8 @@
 The rest of the graph is the same, node for node.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from onnx import ModelProto, TensorProto, helper
@@ -73,13 +72,7 @@ def kept(graph: Graph, x: Node, weights: Stored) -> Symbol | None:
     if x.op or x.name not in weights.tensors:
         return None
     dtype = helper.tensor_dtype_to_np_dtype(weights.tensors[x.name].data_type)
-    return None if dtype == x.dtype else once(graph, x.name, dtype, x.shape)
-
-
-def once(graph: Graph, name: str, dtype: np.dtype[Any], shape: Sequence[Any]) -> Symbol:
-    """A weight as it is stored: the same node wherever it is read."""
-    there = graph.made.get(name)
-    return Symbol(graph, there) if there is not None and there.dtype == dtype else graph.input(name, dtype, shape)
+    return None if dtype == x.dtype else graph.stored(x.name, dtype, x.shape)
 
 
 # ── blocks of 4 bits ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -90,7 +83,7 @@ def parts(graph: Graph, name: str, weights: Stored) -> tuple[Symbol, Symbol, Sym
 
     def part(end: str) -> Symbol | None:
         t = weights.tensors.get(name + end)
-        return None if t is None else once(graph, t.name, helper.tensor_dtype_to_np_dtype(t.data_type), tuple(t.dims))
+        return None if t is None else graph.stored(t.name, helper.tensor_dtype_to_np_dtype(t.data_type), tuple(t.dims))
 
     q, s, z = map(part, (Q, S, Z))
     assert q is not None
@@ -99,18 +92,23 @@ def parts(graph: Graph, name: str, weights: Stored) -> tuple[Symbol, Symbol, Sym
 
 
 def product(graph: Graph, x: Node, new: New, weights: Stored) -> Symbol | None:
-    """x Wᵀ (+ b) with W in blocks, if the node is that."""
+    """x Wᵀ (+ c) with W in blocks, if the node is that. The operator adds a bias, and nothing that has rows."""
     name = multiplier(x, weights.blocked)
     if name is None or weights.blocks is None or name + Q not in weights.tensors:
         return None
     q, s, z = parts(graph, name, weights)
     y, *rest = (None if a is None else new[a] for a in x.args)
     assert y is not None
-    args: list[Symbol | None] = [y, q, s, z, None, *rest[1:]]  # behind zero points an order of columns, then the bias
+    α = x.attrs.get("alpha", 1)
+    y = y if α == 1 else y * np.asarray(α, y.dtype)
+    c = rest[1] if len(rest) == 2 else None
+    bias = c if c is not None and c.ndim == 1 else None
+    args: list[Symbol | None] = [y, q, s, z, None, bias]  # behind zero points an order of columns
     while args[-1] is None:
         args.pop()
     own = {"bits": 4, "block_size": weights.blocks.size, "accuracy_level": 1, "domain": "com.microsoft"}
-    return graph.emit(PRODUCT, args, x.dtype, x.shape, N=x.shape[-1], K=y.shape[-1], **own)
+    product = graph.emit(PRODUCT, args, x.dtype, x.shape, N=x.shape[-1], K=y.shape[-1], **own)
+    return product if c is bias else product + c
 
 
 def relevel(proto: ModelProto, level: int) -> None:

@@ -5,23 +5,25 @@
                                 past_key_values.N.decoder.key and .value [b, h, past, e],
                                 past_key_values.N.encoder.key and .value [b, h, known, e]
                                 →  logits [b, s, v] and the same with `present` for `past_key_values`,
-                                [b, h, past + s, e] and [b, h, n + t, e]
+                                [b, h, past + s, e] and [b, h, n + t − known, e]
 
 n are the rows that a soft prompt puts before the text, 0 without one. Both pasts may be empty, and one graph does the
-first step and all others without a branch: of m, the rows from `known` on are turned to keys and values, K = [known;
-k m[known:]], which are all at first and none from then on.
+first step and all others: of m, the rows from `known` on are turned to keys and values, K = [known; k m[known:]], which
+are all at first and none from then on. `present` of the encoder is what is new, so it is empty in all steps but the
+first, whose keys and values are fed in all others: as optimum's graphs have it, and whoever runs them. That saves a
+copy of them in every step; K is not joined either, but the one or the other (`refpeft.export.lowering`).
 
 Both are traced into one graph of symbols, from which each file takes what its outputs need.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from refpeft.config import Config
 from refpeft.export.form import Outputs, Subject
-from refpeft.export.signature import BATCH, DECODED, HIDDEN, INT, PAST, SEQUENCE, last, output_name
+from refpeft.export.signature import BATCH, DECODED, HIDDEN, INT, KNOWN, PAST, SEQUENCE, last, output_name
 from refpeft.export.sizes import Size
 from refpeft.export.symbols import END, Graph, Symbol
 from refpeft.hooks import Hooks
@@ -29,7 +31,6 @@ from refpeft.inputs import extended, visible
 from refpeft.layers import Encoded, Pair, Parts, encoded_pair, head, stack
 from refpeft.model import Model
 
-KNOWN = "past_encoder_sequence"
 IDS, DECODER_IDS, MASK, STATES = "input_ids", "decoder_input_ids", "encoder_attention_mask", "encoder_hidden_states"
 
 
@@ -62,7 +63,7 @@ def decoder(graph: Graph, model: Model, hooks: Hooks, subject: Subject) -> Outpu
     c, m, dtype = model.config, model.parts(hooks), subject.dtype
     ids = graph.input(DECODER_IDS, INT, (BATCH, DECODED))
     seen = graph.input(MASK, INT, (BATCH, SEQUENCE))
-    graph.tell({BATCH: (ids, 0), SEQUENCE: (seen, 1)})  # what is the encoder's input is not there
+    graph.tell([ids, seen])  # what is the encoder's input is not there
     prompt = hooks.prompt if hooks.prompt and hooks.prompt.length else None
     mask = visible(False, seen, 0, extended(seen, prompt) if prompt else seen)
     rows = seen.shape[1] + (prompt.length if prompt else 0)
@@ -71,11 +72,12 @@ def decoder(graph: Graph, model: Model, hooks: Hooks, subject: Subject) -> Outpu
     lengths = {"decoder": PAST, "encoder": KNOWN}
     shapes = [(BATCH, c.num_heads, lengths[n.split(".")[2]], c.head_dim) for n in names]
     given = [graph.input(n, dtype, shape, shown(model, shape)) for n, shape in zip(names, shapes, strict=True)]
-    past = pairs(m, states, [x.swapaxes(1, 2) for x in given])
+    past, new = pairs(m, states, [x.swapaxes(1, 2) for x in given])
     target: Any = model.target(seen, ids, None, hooks, past)
     x, _, present = stack(m, "decoder.", c.num_decoder_layers or 0, target, past, Encoded(states, mask))
     logits: Any = head(m, x, target)[0]
-    kept: list[Any] = [y.swapaxes(1, 2) for pair in present for y in pair]
+    joined = [present[n] if n % 2 == 0 else new[n // 2] for n in range(len(present))]  # own, across, own, …
+    kept: list[Any] = [y.swapaxes(1, 2) for pair in joined for y in pair]
     logits = last(logits, {*graph.live(kept)}, {}) if subject.last_logits else logits
     return {output_name(model): logits, **dict(zip(caches(c, "present"), kept, strict=True))}
 
@@ -87,15 +89,23 @@ def shown(model: Model, shape: Sequence[Any]) -> Sequence[Any]:
     return shape if c.num_heads * c.head_dim == c.hidden_size else (*shape[:3], "head_width")
 
 
-def pairs(m: Parts, states: Symbol, past: Sequence[Symbol]) -> list[Pair]:
-    """Keys and values [b, t, h, e] of every attention: those of the past, and across [known; k m[known:]]."""
+def pairs(m: Parts, states: Symbol, past: Sequence[Symbol]) -> tuple[list[Pair], list[Pair]]:
+    """Keys and values [b, t, h, e] of every attention: those of the past, and across [known; k m[known:]]; and those of
+    m[known:] alone."""
     found: list[Pair] = []
+    new: list[Pair] = []
     rest = Encoded(after(states, past[2].shape[1]), None)
     for n in range(0, len(past), 4):
         k, v, known_k, known_v = past[n : n + 4]
         new_k, new_v, _ = encoded_pair(m, f"decoder.layers.{n // 4}.cross.", rest)
         found += [(k, v), (np.concatenate([known_k, new_k], axis=1), np.concatenate([known_v, new_v], axis=1))]
-    return found
+        new.append((new_k, new_v))
+    return found, new
+
+
+def renewed(past: Iterable[str], first: bool) -> list[str]:
+    """The caches that a step gives anew: those of the encoder are kept from the first one on."""
+    return [name for name in past if first or ".encoder." not in name]
 
 
 def after(x: Symbol, n: Size) -> Any:

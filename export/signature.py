@@ -20,7 +20,8 @@ from refpeft.model import Model
 
 INT = np.dtype(np.int64)
 HIDDEN = "last_hidden_state"
-BATCH, SEQUENCE, PAST, DECODED = "batch", "sequence", "past_sequence", "decoder_sequence"
+BATCH, SEQUENCE, DECODED = "batch", "sequence", "decoder_sequence"
+PAST, KNOWN = "past_sequence", "past_encoder_sequence"
 
 
 def run(graph: Graph, model: Model, hooks: Hooks, subject: Subject) -> tuple[list[str], Outputs]:

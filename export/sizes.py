@@ -37,6 +37,12 @@ class Dim:
         """Of a batch or a sequence at least one place, and the places that are added to it."""
         return self.terms.get((), 0) + 1 if min(self.terms.values()) > 0 else 0
 
+    @property
+    def name(self) -> str:
+        """Of a size that has one of its own, rather than being computed."""
+        names = next(iter(self.terms), ())
+        return names[0] if len(names) == 1 and self.terms == {names: 1} else ""
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Dim) and self.terms == other.terms
 
@@ -44,9 +50,9 @@ class Dim:
         return hash(str(self))
 
     def __str__(self) -> str:
-        return " + ".join(
-            "*".join(([str(c)] if c != 1 or not names else []) + list(names)) for names, c in self.terms.items()
-        )
+        terms = sorted(self.terms.items(), key=lambda term: term[1] < 0)  # what is taken away comes last
+        found = ["*".join(([str(c)] if c != 1 or not names else []) + list(names)) for names, c in terms]
+        return " + ".join(found).replace(" + -1*", " - ").replace(" + -", " - ")
 
     def tensor(self) -> Any:
         """Its value as an int64 symbol of shape [1]."""
@@ -62,6 +68,10 @@ class Dim:
 
 Size = int | Dim
 Shape = tuple[Size, ...]
+
+
+def least(size: Size) -> int:
+    return size.least() if isinstance(size, Dim) else size
 
 
 def polynomial(size: Size) -> Mapping[tuple[str, ...], int]:

@@ -35,7 +35,8 @@ def alone(runner: Runner, rows: Sequence[Sequence[int]], prefix: Mapping[str, Ar
         if chosen is not None:
             ids, places = chosen[:, None], places[:, -1:] + 1
             mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
-        logits, past = answer(runner, {"input_ids": ids, "attention_mask": mask, "position_ids": places}, past)
+        new = {"input_ids": ids, "attention_mask": mask, "position_ids": places}
+        logits, past = answer(runner, new, past, list(past))
         return logits
 
     return step
@@ -53,7 +54,9 @@ def across(runner: Runner, rows: Sequence[Sequence[int]], c: Config, start: int)
     def step(chosen: Array | None) -> Array:
         nonlocal past
         new = np.full(len(rows), start) if chosen is None else chosen
-        logits, past = answer(runner, {"input_ids": new[:, None]}, past, known)
+        renewed = seq2seq.renewed(past, first=chosen is None)
+        logits, present = answer(runner, {"input_ids": new[:, None]}, {**known, **past}, renewed)
+        past = {**past, **present}
         return logits
 
     return step
@@ -90,10 +93,10 @@ def values(arrays: Mapping[str, Array]) -> dict[str, Any]:
 
 
 def answer(
-    runner: Runner, new: Mapping[str, Array], past: Mapping[str, Any], known: Mapping[str, Any] | None = None
+    runner: Runner, new: Mapping[str, Array], known: Mapping[str, Any], caches: Sequence[str]
 ) -> tuple[Array, dict[str, Any]]:
-    """The logits of the last place of each row [b, v], and keys and values with the new ones."""
-    wanted = ["logits", *(name.replace(PAST, "present.") for name in past)]
-    logits, *present = runner.run_values({**values(new), **(known or {}), **past}, wanted)
+    """The logits of the last place of each row [b, v], and those keys and values with the new ones."""
+    wanted = ["logits", *(name.replace(PAST, "present.") for name in caches)]
+    logits, *present = runner.run_values({**values(new), **known}, wanted)
     last: Array = logits.numpy()[:, -1].astype(np.float64)
-    return last, dict(zip(past, present, strict=True))
+    return last, dict(zip(caches, present, strict=True))

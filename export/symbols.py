@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
-from refpeft.export.sizes import Dim, Shape, Size, broadcast, complete, product_shape, total
+from refpeft.export.sizes import Dim, Shape, Size, broadcast, complete, least, product_shape, total
 
 DType = np.dtype[Any]
 INT = np.dtype(np.int64)
@@ -38,6 +38,15 @@ class Node:
     attrs: Mapping[str, Any]
     dtype: DType
     shape: Shape
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One node, as an attribute of an If: `args` are places among the If's own, the first of which goes into it."""
+
+    op: str
+    args: tuple[int, ...]
+    attrs: tuple[tuple[str, Any], ...] = ()
 
 
 class Graph:
@@ -61,9 +70,20 @@ class Graph:
                 self.sizes.setdefault(d, (x, axis))
         return x
 
-    def tell(self, sizes: Mapping[str, "tuple[Symbol, int]"]) -> None:
-        """From here on these axes tell the sizes of these names."""
-        self.sizes |= sizes
+    def stored(self, name: str, dtype: DType, shape: Shape) -> "Symbol":
+        """A weight as it is stored, beside the one of its name that was traced: the same node wherever it is read."""
+        node = self.made.setdefault((name, dtype), Node(name, "", (), {"shown": shape}, dtype, shape))
+        return Symbol(self, node)
+
+    def tell(self, inputs: "Sequence[Symbol]") -> None:
+        """From here on these inputs tell the sizes that they have, the first of them that has one: where a graph is
+        made of them alone, no other input is there to ask."""
+        told: dict[str, tuple[Symbol, int]] = {}
+        for x in inputs:
+            for axis, d in enumerate(x.shape):
+                if isinstance(d, Dim) and d.name:
+                    told.setdefault(d.name, (x, axis))
+        self.sizes |= told
 
     def constant(self, value: Any, dtype: Any) -> "Symbol":
         array = np.asarray(value, dtype)
@@ -190,8 +210,9 @@ class Symbol(NDArrayOperatorsMixin):
             0 if k < x.ndim and isinstance(d, Dim) and d == x.shape[k] else d for k, d in enumerate(shape)
         ]
         unknown = [k for k, d in enumerate(spec) if isinstance(d, Dim)]
-        if unknown:
-            spec[unknown[0]] = -1
+        empty = [k for k in unknown if not least(spec[k])]
+        if unknown and len(empty) < 2:  # beside an axis of no places there is nothing to tell −1 by
+            spec[(empty or unknown)[0]] = -1
         return self.graph.emit("Reshape", (x, self.graph.ints(spec)), x.dtype, shape)
 
     def astype(self, dtype: Any, copy: bool = True) -> "Symbol":

@@ -217,11 +217,12 @@ def across(subject: Subject, batch: int, length: int, which: Array | None = None
     def ask(runner: Runner) -> Array:
         (states,) = runner.encoded({"input_ids": ids, "attention_mask": mask}).values()
         known = {seq2seq.MASK: mask, seq2seq.STATES: states}
-        past, found = seq2seq.start(subject.model.config, subject.dtype, batch), []
+        past, found = seq2seq.start(subject.model.config, subject.dtype, batch), list[Array]()
         for a, z in steps:
-            out, *present = runner.run({"input_ids": target[:, a:z], **known, **past}).values()
-            past = dict(zip(past, present, strict=True))
-            found.append(out)
+            out = runner.run({"input_ids": target[:, a:z], **known, **past})
+            new = seq2seq.renewed(past, first=not found)
+            past |= {name: out[name.replace("past_key_values", "present")] for name in new}
+            found.append(out[runner.outputs[0]])
         return np.concatenate(found, axis=1)
 
     return Check(batch, ids.shape[1], alone(answer, which), ask, "decoding")

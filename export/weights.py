@@ -1,7 +1,8 @@
 """The weights of an export, one tensor at a time: cast and written without ever holding two of them.
 
 A checkpoint's arrays are maps of its files; what no adapter changes goes from map to file in blocks. Tensors keep their
-names, their layout and, in the same dtype, their bytes; layers that share a tensor go on sharing it.
+names, their layout and, in the same dtype, their bytes; layers that share a tensor go on sharing it. Those that a graph
+holds itself are put into its file from there, in blocks too: protobuf would need them in memory several times.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from onnx import StringStringEntryProto, TensorProto
+from onnx import GraphProto, ModelProto, StringStringEntryProto, TensorProto
 
 from refpeft.export import linking
 from refpeft.export.precision import BF16, F32, Precision, Tensor, matrices
@@ -32,11 +33,9 @@ def size(model: Model, p: Precision) -> int:
     return int(sum(a.size * (share if name in blocked else p.dtype.itemsize) for name, a in model.params.items()))
 
 
-def store(tensors: Iterable[Tensor], data: Path | None, frozen: Path | None = None) -> dict[str, TensorProto]:
-    """The tensors, each in its dtype: their numbers in the file `data`, or within the protos if there is none. What
-    lies in a file of the folder `frozen` stays there, in the dtype that it has, and the file is linked."""
-    if data is None:
-        return {name: tensor(name, np.asarray(array, dtype)) for name, array, dtype in tensors}
+def store(tensors: Iterable[Tensor], data: Path, frozen: Path | None = None) -> dict[str, TensorProto]:
+    """The tensors, each in its dtype, their numbers in the file `data`. What lies in a file of the folder `frozen`
+    stays there, in the dtype that it has, and the file is linked."""
     protos: dict[str, TensorProto] = {}
     linked: dict[str, Path] = {}
     with data.open("wb", buffering=0) as file:
@@ -64,6 +63,57 @@ def store(tensors: Iterable[Tensor], data: Path | None, frozen: Path | None = No
     if not written:
         data.unlink()
     return protos
+
+
+def inline(model: ModelProto, data: Path, out: Path) -> None:
+    """The model as a file that holds the numbers which lie in `data`, as protobuf has them, with its fields in an order
+    of their own."""
+    rest, graph = ModelProto(), GraphProto()
+    rest.CopyFrom(model)
+    graph.CopyFrom(model.graph)
+    rest.ClearField("graph")
+    del graph.initializer[:]
+    held = [(*whole(t), *span(t)) for t in model.graph.initializer]
+    begin = graph.SerializeToString()
+    length = len(begin) + sum(len(field(INITIALIZER, n)) + n for _, n, *_ in held)
+    with data.open("rb") as source, out.open("wb") as file:
+        file.write(rest.SerializeToString() + field(GRAPH, length) + begin)
+        for head, n, offset, size in held:
+            file.write(field(INITIALIZER, n) + head)
+            source.seek(offset)
+            while size:
+                block = source.read(min(size, BLOCK))
+                size -= len(block)
+                file.write(block)
+
+
+GRAPH, INITIALIZER, RAW = 7, 5, 9  # fields of ModelProto, GraphProto and TensorProto
+
+
+def whole(t: TensorProto) -> tuple[bytes, int]:
+    """A tensor's bytes before those of its numbers, if these lie elsewhere, and how many it has with them."""
+    if not t.external_data:
+        head = t.SerializeToString()
+        return head, len(head)
+    own = TensorProto(name=t.name, data_type=t.data_type, dims=t.dims)
+    _, size = span(t)
+    head = own.SerializeToString() + field(RAW, size)
+    return head, len(head) + size
+
+
+def span(t: TensorProto) -> tuple[int, int]:
+    """Where its numbers lie, if not within it: offset and length."""
+    said = {e.key: e.value for e in t.external_data}
+    return int(said.get("offset", 0)), int(said.get("length", 0))
+
+
+def field(number: int, length: int) -> bytes:
+    """What stands before bytes in protobuf: which field they are, and how many."""
+    found, n = bytearray([number << 3 | 2]), length
+    while n > 127:
+        found.append(n & 127 | 128)
+        n >>= 7
+    return bytes([*found, n])
 
 
 def write(file: Any, block: Array) -> None:

@@ -12,98 +12,121 @@ from rich.table import Table
 
 from refpeft.cli import stop
 
+WHAT, FORM, NUMBERS = "What is exported", "Its form", "Numbers: how many bits, and in which arithmetic"
+DECODING, WHERE, SAFETY = "Writing text, and speed", "Where it goes", "Safety"
+
+
+def option(panel: str, *names: str, about: str, meta: str | None = None, default: str | bool = True) -> Any:
+    return typer.Option(*names, help=about, rich_help_panel=panel, metavar=meta, show_default=default)
+
 
 def export(
-    out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="DIR", help="The folder (or file) to make. It must not exist.")
-    ],
+    *,
     model: Annotated[
         Path | None,
         typer.Argument(metavar="MODEL", help="The base model: an HF folder (config.json, *.safetensors)."),
     ] = None,
     adapter: Annotated[
         list[Path] | None,
-        typer.Option("--adapter", "-a", metavar="DIR", help="A PEFT adapter folder. Give several to combine them."),
-    ] = None,
-    form: Annotated[
-        str, typer.Option("--form", "-f", help="What is in the graph, and what comes from outside.")
-    ] = "merged",
-    decode: Annotated[
-        bool, typer.Option("--decode", help="Keys and values as inputs and outputs, to write token by token.")
-    ] = False,
-    last_logits: Annotated[
-        bool, typer.Option("--last-logits", help="With --decode: logits of the last position only, which is faster.")
-    ] = False,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="[b]float32[/], [b]float16[/]; [b]bfloat16[/]: weights of 16 bits, arithmetic in float32; [b]int4[/]: "
-            "the layers' matrices of 4 bits, adapters, embeddings, heads and arithmetic in float32."
-        ),
-    ] = "float32",
-    block_size: Annotated[
-        int | None, typer.Option(help="Of int4: how many numbers of a row share a scale.", show_default="32")
-    ] = None,
-    zero_points: Annotated[
-        bool, typer.Option("--zero-points", help="Of int4: blocks have a zero point too, of 4 bits.")
-    ] = False,
-    int4_head: Annotated[
-        bool, typer.Option("--int4-head", help="Of int4: a language model's head too, and the embedding if it is tied.")
-    ] = False,
-    accuracy_level: Annotated[
-        int | None,
-        typer.Option(
-            help="Of int4: 1 multiplies in float32; 4 lets onnxruntime round activations to 8 bits, which is faster "
-            "and measured, not verified.",
-            show_default="1",
-        ),
-    ] = None,
-    weights: Annotated[
-        str,
-        typer.Option(
-            help="[b]copy[/]: all are in the folder. [b]link[/]: what no adapter changes stays in MODEL's own files, "
-            "which get a second name (a hard link) in the folder and must not be edited in place."
-        ),
-    ] = "copy",
-    graph: Annotated[
-        str,
-        typer.Option(
-            help="[b]portable[/], or [b]fast[/]: fewer nodes, of standard operators too, for onnxruntime on CPUs."
-        ),
-    ] = "portable",
-    external_data: Annotated[
-        bool | None,
-        typer.Option(help="Keep the weights in model.onnx.data beside the graph.", show_default="above 100 MB"),
+        option(WHAT, "--adapter", "-a", meta="DIR", about="A PEFT adapter folder. Give several to combine them."),
     ] = None,
     adapter_only: Annotated[
         Path | None,
-        typer.Option(
-            "--adapter-only",
-            metavar="FOLDER",
-            help="Make no model, but a file of the adapter for this folder: of the form inputs, prompt or prefix. "
+        option(
+            WHAT, "--adapter-only", meta="FOLDER",
+            about="Make no model, but a file of the adapter for this folder: of the form inputs, prompt or prefix. "
             "Of the form training: an adapter folder of what was trained, the safetensors file that --adapter names.",
         ),
     ] = None,
+    form: Annotated[
+        str, option(FORM, "--form", "-f", meta="FORM", about="What is in the graph, and what is not: see above.")
+    ] = "merged",
     optimizer: Annotated[
         str | None,
-        typer.Option(help="Of --form training: adamw, adam or sgd.", show_default="adamw"),
+        option(FORM, "--optimizer", meta="NAME", about="Of training: adamw, adam or sgd.", default="adamw"),
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set",
-            "-s",
-            metavar="OPTION=VALUE",
-            help="Of --form training: weight_decay=0.1, betas=\\[0.9,0.95], eps, momentum, dampening, nesterov, clip, "
+        option(
+            FORM, "--set", "-s", meta="NAME=VALUE",
+            about="Of training: weight_decay=0.1, betas=\\[0.9,0.95], eps, momentum, dampening, nesterov, clip, "
             "loraplus_ratio (repeatable).",
         ),
     ] = None,
-    verify: Annotated[bool, typer.Option(help="Run the result on onnxruntime against the specification.")] = True,
-    device: Annotated[
-        str | None, typer.Option(help="Where it is verified: [b]cpu[/] or [b]cuda[/].", show_default="cuda, else cpu")
+    dtype: Annotated[
+        str,
+        option(
+            NUMBERS, "--dtype", meta="DTYPE",
+            about="[b]float32[/], [b]float16[/]; [b]bfloat16[/]: weights of 16 bits, arithmetic in float32; "
+            "[b]int4[/]: the layers' matrices of 4 bits, adapters, embeddings, heads and arithmetic in float32.",
+        ),
+    ] = "float32",
+    block_size: Annotated[
+        int | None,
+        option(NUMBERS, "--block-size", meta="N", about="Of int4: numbers of a row that share a scale.", default="32"),
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")] = None,
-) -> None:
+    zero_points: Annotated[
+        bool, option(NUMBERS, "--zero-points", about="Of int4: blocks have a zero point too, of 4 bits.")
+    ] = False,
+    int4_head: Annotated[
+        bool,
+        option(NUMBERS, "--int4-head", about="Of int4: a language model's head too, and the embedding if it is tied."),
+    ] = False,
+    accuracy_level: Annotated[
+        int | None,
+        option(
+            NUMBERS, "--accuracy-level", meta="N", default="1",
+            about="Of int4: 1 multiplies in float32; 4 lets onnxruntime round activations to 8 bits, which is faster "
+            "and measured, not verified.",
+        ),
+    ] = None,
+    decode: Annotated[
+        bool, option(DECODING, "--decode", about="Keys and values as inputs and outputs, to write token by token.")
+    ] = False,
+    last_logits: Annotated[
+        bool,
+        option(DECODING, "--last-logits", about="With --decode: logits of the last position only, which is faster."),
+    ] = False,
+    graph: Annotated[
+        str,
+        option(
+            DECODING, "--graph", meta="GRAPH",
+            about="[b]portable[/], or [b]fast[/]: the same function by fewer nodes, in the shape that onnxruntime's "
+            "CPU kernels run quickest; any dtype, any form.",
+        ),
+    ] = "portable",
+    out: Annotated[
+        Path, option(WHERE, "--out", "-o", meta="DIR", about="The folder (or file) to make. It must not exist.")
+    ],
+    weights: Annotated[
+        str,
+        option(
+            WHERE, "--weights", meta="HOW",
+            about="[b]copy[/]: all are in the folder. [b]link[/]: what no adapter changes stays in MODEL's own files, "
+            "which get a second name (a hard link) in the folder and must not be edited in place.",
+        ),
+    ] = "copy",
+    external_data: Annotated[
+        bool | None,
+        option(
+            WHERE, "--external-data/--no-external-data", default="above 100 MB",
+            about="Keep the weights in model.onnx.data beside the graph, or within it.",
+        ),
+    ] = None,
+    json_file: Annotated[
+        Path | None, option(WHERE, "--json", meta="FILE", about="Write what was made, and measured, as JSON.")
+    ] = None,
+    verify: Annotated[
+        bool, option(SAFETY, "--verify/--no-verify", about="Run the result on onnxruntime against the specification.")
+    ] = True,
+    device: Annotated[
+        str | None,
+        option(
+            SAFETY, "--device", meta="DEVICE", about="Where that runs: [b]cpu[/] or [b]cuda[/].",
+            default="cuda, else cpu",
+        ),
+    ] = None,
+) -> None:  # fmt: skip
     """Export a model, with or without adapters, as an [b]ONNX[/] folder that is proven equal to what was trained.
 
     The folder holds model.onnx (opset 23, standard operators, any batch and

@@ -1,7 +1,7 @@
 """A LLaMA of 7 billion parameters that takes no room: sparse files, of which only the first bytes of each tensor are
 written. Run as a program, it exports one and prints how much memory that took:
 
-    python -m tests.export.giant MODEL OUT FORM DTYPE [link]
+    python -m tests.export.giant MODEL OUT FORM DTYPE [link|inside]
 """
 
 import json
@@ -104,7 +104,8 @@ def main(model: str, out: str, form: str, dtype: str, *rest: str) -> None:
         targets = {"r": 8, "target_modules": names, "init_lora_weights": False}
         few = {} if form != "merged" else {"layers_to_transform": [base.config.num_layers - 1]}
         adapter = refpeft.init("lora", targets | few, base)
-        export(base, adapter, out, form, dtype, verify=False, source=model, decode=True, link="link" in rest)
+        how: dict[str, Any] = {"link": "link" in rest, "external": False if "inside" in rest else None}
+        export(base, adapter, out, form, dtype, verify=False, source=model, decode=True, **how)
 
     start = time.perf_counter()
     above, whole = peak(run)

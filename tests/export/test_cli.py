@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -121,6 +122,26 @@ def test_help_teaches_every_form() -> None:
     lines = runner.invoke(app, ["export", "--help"]).stdout.splitlines()
     start = next(k for k, line in enumerate(lines) if line.strip() == "--form")
     assert [line.split()[0] for line in lines[start + 1 : start + 1 + len(FORMS)]] == list(FORMS)
+
+
+@pytest.mark.parametrize("width", ["80", "120"])
+def test_help_groups_the_options(width: str) -> None:
+    """Each in a panel that says what it decides; only --help is in none of them."""
+    shown = runner.invoke(app, ["export", "--help"], env={"COLUMNS": width, "TERMINAL_WIDTH": width}).stdout
+    titles = ["What is exported", "Its form", "Numbers", "Writing text, and speed", "Where it goes", "Safety"]
+    shown = re.sub("\x1b\\[[0-9;]*m", "", shown)  # colours, where a terminal is forced
+    panels = [(m.group(1), m.end()) for m in re.finditer("╭─ (.*?) ─+╮", shown)]
+    assert [title.split(":")[0] for title, _ in panels] == ["Arguments", "Options", *titles]
+    found = {title.split(":")[0]: shown[at:].partition("╰")[0] for title, at in panels}
+    own = {title: re.findall(r"^│ [*]? *--([a-z0-9-]+)", text, re.MULTILINE) for title, text in found.items()}
+    assert own["Options"] == ["help"]
+    assert own["What is exported"] == ["adapter", "adapter-only"]
+    assert own["Its form"] == ["form", "optimizer", "set"]
+    assert own["Numbers"] == ["dtype", "block-size", "zero-points", "int4-head", "accuracy-level"]
+    assert own["Writing text, and speed"] == ["decode", "last-logits", "graph"]
+    assert own["Where it goes"] == ["out", "weights", "external-data", "json"]
+    assert own["Safety"] == ["verify", "device"]
+    assert max(map(len, shown.splitlines())) <= int(width)
 
 
 @pytest.mark.ort

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -11,6 +10,7 @@ import pytest
 import refpeft
 from refpeft.export.program import export
 from refpeft.export.verification import LIMIT
+from refpeft.tune import LINEAR
 from tests.export.adapters import CASES, made
 from tests.export.test_decode import WRITERS
 from tests.models import ENCODER_DECODERS, tiny
@@ -23,7 +23,7 @@ def nodes(folder: Path) -> Counter[str]:
 
 
 @pytest.mark.ort
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int4"])
 @pytest.mark.parametrize("form", ["merged", "unmerged", "inputs"])
 @pytest.mark.parametrize("family", WRITERS)
 def test_graphs_that_decode(family: str, form: str, dtype: str, tmp_path: Path) -> None:
@@ -78,6 +78,27 @@ def test_encoder_decoders(name: str, tmp_path: Path) -> None:
     assert max(c["ratio"] for c in result.cases) <= LIMIT
 
 
+TWO = [("T5", form, dtype) for form in ("merged", "unmerged", "inputs") for dtype in ("float32", "int4")]
+TWO += [("T5 v1.1", "unmerged", "float32"), ("BART", "inputs", "float32"), ("BART", "merged", "bfloat16")]
+TWO += [("BART, scaled", "merged", "float16"), ("T5", "multi", "float32"), ("T5", "prompt", "float32")]
+
+
+@pytest.mark.ort
+@pytest.mark.parametrize(("name", "form", "dtype"), TWO)
+def test_encoder_decoders_that_decode(name: str, form: str, dtype: str, tmp_path: Path) -> None:
+    """Two graphs, each with sizes that its own inputs tell; a last product that is scaled, where a head is tied."""
+    family, architecture, config = ENCODER_DECODERS[name]
+    model = tiny(family, architecture, dtype=F32, **config)
+    options = {"r": 2, "target_modules": "all-linear", "init_lora_weights": False}
+    method, own = ("prompt_tuning", {"num_virtual_tokens": 3}) if form == "prompt" else ("lora", options)
+    adapter = refpeft.init(method, own, model)
+    blocks = {"head": True} if dtype == "int4" else None
+    result = export(model, adapter, tmp_path / "out", form, dtype, decode=True, graph="fast", blocks=blocks)
+    assert max(c["ratio"] for c in result.cases) <= LIMIT
+    plain = export(model, adapter, tmp_path / "plain", form, dtype, verify=False, decode=True, blocks=blocks)
+    assert (result.inputs, result.outputs, result.encoder) == (plain.inputs, plain.outputs, plain.encoder)
+
+
 # ── what the rewrites are ────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -123,16 +144,12 @@ def test_a_graph_is_one_of_two(tmp_path: Path) -> None:
         export(tiny("gpt2", dtype=F32), None, tmp_path / "out", graph="quick")
 
 
-@pytest.mark.parametrize(
-    ("family", "options", "words"),
-    [
-        ("gpt2", {"dtype": "int4"}, "stored as they are computed with, found dtype int4"),
-        ("gpt2", {"dtype": "bfloat16"}, "found dtype bfloat16"),
-        ("t5", {"decode": True}, "an encoder-decoder that decodes has two"),
-    ],
-)
-def test_graphs_that_are_not_rewritten(family: str, options: dict[str, Any], words: str, tmp_path: Path) -> None:
-    model = tiny(family, "ForConditionalGeneration" if family == "t5" else "LMHeadModel")
-    with pytest.raises(ValueError, match=words):
-        export(model, None, tmp_path / "out", graph="fast", verify=False, **options)
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("family", WRITERS)
+def test_matrices_of_4_bits_stay_so(family: str, tmp_path: Path) -> None:
+    """Each is read by one MatMulNBits, as in the portable graph, and none is dequantised."""
+    model, adapter = made("lora", family)
+    for graph in ("fast", "portable"):
+        export(model, adapter, tmp_path / graph, "unmerged", "int4", verify=False, decode=True, graph=graph)
+    fast, portable = (nodes(tmp_path / graph) for graph in ("fast", "portable"))
+    assert fast["MatMulNBits"] == portable["MatMulNBits"] == sum(s.kind in LINEAR for s in model.sites.values()) - 1
+    assert fast["BitShift"] == 0

@@ -96,15 +96,17 @@ def test_seven_billion_parameters(form: str, checkpoint: Path, tmp_path: Path) -
 
 @pytest.mark.ort
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(("form", "dtype", "link", "limit"), [
+@pytest.mark.parametrize(("form", "dtype", "weights", "limit"), [
     ("merged", "float32", "link", 45e6), ("inputs", "float32", "link", 45e6), ("merged", "float32", "copy", 100e6),
     ("unmerged", "bfloat16", "copy", 100e6), ("inputs", "int4", "link", 100e6),
+    ("merged", "int4", "inside", 100e6),
 ])  # fmt: skip
-def test_a_small_gpt2_takes_little_memory(form: str, dtype: str, link: str, limit: float, tmp_path: Path) -> None:
+def test_a_small_gpt2_takes_little_memory(form: str, dtype: str, weights: str, limit: float, tmp_path: Path) -> None:
     """Its largest tensor has 154 MB."""
     model = giant.make(tmp_path / "model", np.float32, giant.GPT2)
-    measured = exported(model, tmp_path / "out", form, dtype, link)
+    measured = exported(model, tmp_path / "out", form, dtype, weights)
     assert measured["above"] <= limit
+    assert (tmp_path / "out" / "model.onnx").stat().st_size > (200e6 if weights == "inside" else 0)
     shutil.rmtree(tmp_path / "out")
 
 

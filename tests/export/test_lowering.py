@@ -5,9 +5,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import checker
 
 from refpeft import ops
 from refpeft.export.lowering import RULES
+from refpeft.export.proto import to_model
+from refpeft.export.signature import KNOWN
+from refpeft.export.symbols import Graph
 from refpeft.export.verification import ratio
 from tests.export.graphs import Array, ops_of, run, traced
 
@@ -99,6 +103,34 @@ def test_fused_node_equals_the_formula(case: str) -> None:
     assert nodes <= set(ops_of(fused))
     for model in (fused, formula):
         assert ratio(run(model, feeds)["y"], ref, spec, F32) <= LIMIT
+
+
+@pytest.mark.ort
+@pytest.mark.parametrize(("known", "new"), [(5, 0), (0, 5)])
+def test_attention_to_what_is_known_or_new(known: int, new: int) -> None:
+    """One of two pasts is empty: the formula on both joined, which the graph does not do."""
+    rng = np.random.default_rng(0)
+    feeds = {"q": rng.normal(size=(2, 3, 4, 2))} | {n: rng.normal(size=(2, 4, known, 2)) for n in ("K", "V")}
+    feeds |= {n: rng.normal(size=(2, new, 4, 2)) for n in ("k", "v")}
+    feeds = {n: a.astype(np.float32) for n, a in feeds.items()}
+    seen = np.array([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]], bool)[:, None, None]
+
+    def f(q: Any, K: Any, V: Any, k: Any, v: Any, mask: Any) -> Any:
+        pair = (np.concatenate([a.swapaxes(1, 2), b], axis=1) for a, b in ((K, k), (V, v)))
+        return ops.attention(q, *pair, mask, scale=0.5)[0]
+
+    past, fresh = (F32, (B, 4, KNOWN, 2)), (F32, (B, "fresh", 4, 2))
+    inputs = {"q": (F32, (B, S, 4, 2)), "K": past, "V": past, "k": fresh, "v": fresh}
+    graph = Graph(RULES)
+    symbols = {n: graph.input(n, dtype, shape) for n, (dtype, shape) in inputs.items()}
+    mask = graph.input("mask", bool, (B, 1, 1, symbols["K"].shape[2] + symbols["k"].shape[1]))
+    model = to_model(graph, [*inputs, "mask"], {"y": f(**symbols, mask=mask)}, {})
+    checker.check_model(model, full_check=True)
+    assert "If" in ops_of(model)
+    assert {n.op_type for n in model.graph.node if {"K", "V"} & set(n.input)} == {"Shape"}
+    ref = f(**{n: a.astype(np.float64) for n, a in feeds.items()}, mask=seen)
+    got = run(model, {**feeds, "mask": seen})["y"]
+    assert ratio(got, ref, f(**feeds, mask=seen), F32) <= LIMIT
 
 
 def test_every_rule_is_tested_and_names_an_op() -> None:

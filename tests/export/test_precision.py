@@ -60,6 +60,16 @@ def test_every_number_is_half_a_step_off_at_most(blocks: Blocks, columns: int) -
     assert off.max() > 0.3 * step.max()
 
 
+def test_what_larger_blocks_take_and_cost() -> None:
+    """The figures of docs/export.md."""
+    W = matrix(512, 1024)
+    found = {k: int4.quantise(W, Blocks(k)) for k in (32, 128)}
+    off = {k: float(np.linalg.norm(int4.dequantise(p, 1024) - W) / np.linalg.norm(W)) for k, p in found.items()}
+    room = {k: p.q.nbytes + p.s.nbytes for k, p in found.items()}
+    assert room[128] / room[32] == pytest.approx(0.85, abs=1e-3)
+    assert off == pytest.approx({32: 0.086, 128: 0.103}, abs=5e-4)
+
+
 def test_the_largest_and_zero_are_kept() -> None:
     """Q1, Q3"""
     W = matrix(4, 64)

@@ -137,6 +137,23 @@ def test_external_data(dtype: str, tmp_path: Path) -> None:
     assert all(np.array_equal(a[n], b[n]) and a[n].dtype == b[n].dtype for n in a)
 
 
+def test_a_graph_that_holds_its_weights_is_what_protobuf_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The streamed file is the other one with its numbers inside; lengths of one byte and of several, empty tensors."""
+    monkeypatch.setattr("refpeft.export.weights.BLOCK", 100)
+    model = tiny("gpt2", dtype=F32)
+    adapters = adapters_of(model, ADAPTERS["lora"])
+    for name, external in (("beside", True), ("inside", False)):
+        export(model, adapters, tmp_path / name, "inputs", external=external, verify=False)
+    beside, inside = (onnx.load(str(tmp_path / name / "model.onnx")) for name in ("beside", "inside"))
+    for t in beside.graph.initializer:
+        del t.external_data[:]
+        t.ClearField("data_location")
+    for t in inside.graph.initializer:
+        assert not t.HasField("data_location")
+    assert inside.SerializeToString(deterministic=True) == beside.SerializeToString(deterministic=True)
+    assert 0 in {len(t.raw_data) for t in inside.graph.initializer}
+
+
 def test_large_weights_are_external_unless_told_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("refpeft.export.program.INLINE_LIMIT", 1000)
     model = tiny("gpt2", dtype=F32)

@@ -17,6 +17,7 @@ from tests.export.pairs import NAMES, PROMPTS, base, made, specified, written
 from tests.models import ENCODER_DECODERS, tiny
 
 F32 = np.float32
+NEW = "sequence - past_encoder_sequence"
 CASES = {
     "merged": ("lora", {}), "unmerged": ("houlsby", {}), "inputs": ("dora", {}), "multi": ("lora", {}),
     "prompt": ("p_tuning", {}), "unmerged prompt": ("prompt_tuning", {}), "unmerged prefix": ("prefix_tuning", {}),
@@ -63,7 +64,7 @@ def test_float16_and_the_last_logits(name: str, form: str, tmp_path: Path) -> No
     result = export(model, adapter, tmp_path / "out", form, "float16", decode=True, last_logits=True)
     assert max(c["ratio"] for c in result.cases) <= LIMIT
     assert result.outputs["logits"] == ["batch", 1, 29]
-    assert result.outputs["present.2.encoder.value"] == ["batch", 4, "sequence", model.config.head_dim]
+    assert result.outputs["present.2.encoder.value"] == ["batch", 4, NEW, model.config.head_dim]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -84,7 +85,7 @@ def test_names_and_shapes_are_those_of_optimum(name: str, tmp_path: Path) -> Non
     assert result.inputs["past_key_values.0.encoder.key"] == ["batch", 4, "past_encoder_sequence", width]
     assert list(result.outputs) == ["logits", *(n.replace("past_key_values", "present") for n in past)]
     assert result.outputs["present.1.decoder.key"] == ["batch", 4, "decoder_sequence + past_sequence", e]
-    assert result.outputs["present.1.encoder.key"] == ["batch", 4, "3 + sequence", e]
+    assert result.outputs["present.1.encoder.key"] == ["batch", 4, f"3 + {NEW}", e]
 
 
 def test_both_graphs_share_the_weights(tmp_path: Path) -> None:
@@ -131,6 +132,42 @@ def test_the_encoder_is_read_once(name: str, tmp_path: Path) -> None:
     ]
     assert np.isfinite(then[1]).all()
     assert (then[0] == then[1]).all()
+
+
+@pytest.mark.ort
+@pytest.mark.parametrize("graph", ["portable", "fast"])
+@pytest.mark.parametrize("name", ["T5", "BART"])
+def test_no_step_copies_what_the_encoder_made(name: str, graph: str, tmp_path: Path) -> None:
+    """Nothing but its size is read outside of the attention to it, and it comes out once; whoever feeds what came out
+    of every step, nothing where it is empty, gets the same answers."""
+    model, _, _ = exported("merged", name, tmp_path / "out", verify=False, graph=graph)
+    nodes = onnx.load(str(tmp_path / "out" / runtime.DECODER), load_external_data=False).graph.node
+    read = {n.op_type for n in nodes for a in n.input if a.startswith("past_key_values") and ".encoder." in a}
+    assert read == {"Shape"}
+    assert sum(n.op_type == "If" for n in nodes) == model.config.num_decoder_layers
+    runner = runtime.open_folder(tmp_path / "out")
+    ids = np.array([[3, 1, 4, 1, 5]])
+    (states,) = runner.encoded({"input_ids": ids, "attention_mask": np.ones_like(ids)}).values()
+    known = {seq2seq.MASK: np.ones_like(ids), seq2seq.STATES: states}
+    past = seq2seq.start(model.config, F32, 1)
+    first = stepped(runner, known, past, 2)
+    after = renewed(past, first, every=True)
+    second = stepped(runner, known, after, 7)
+    assert {a.shape[2] for n, a in first.items() if ".encoder." in n} == {5}
+    assert {a.shape[2] for n, a in second.items() if ".encoder." in n} == {0}
+    again, once = (stepped(runner, known, renewed(after, second, every), 9) for every in (True, False))
+    assert {a.shape[2] for n, a in again.items() if ".encoder." in n} == {5}
+    assert gap(once["logits"], again["logits"]) < 1e-6
+
+
+def stepped(runner: runtime.Runner, known: Any, past: Any, token: int) -> dict[str, Any]:
+    return runner.run({"input_ids": np.array([[token]]), **known, **past})
+
+
+def renewed(past: Any, out: Any, every: bool) -> dict[str, Any]:
+    """What is fed next: all that came out, or what is not kept."""
+    names = seq2seq.renewed(past, first=every)
+    return {**past, **{n: out[n.replace("past_key_values", "present")] for n in names}}
 
 
 @pytest.mark.ort

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from scipy import special
 
-from refpeft.export.symbols import Graph
+from refpeft.export.proto import to_model
+from refpeft.export.symbols import END, Graph
 from tests.export.graphs import ops_of, run, traced
 
 B, S = "batch", "sequence"
@@ -179,3 +180,33 @@ def test_what_changes_nothing_is_no_node() -> None:
     y = x + 0
     y += 1
     assert (x.node.name, y.node.op) == ("x", "Add")
+
+
+@pytest.mark.ort
+@pytest.mark.parametrize("known", [0, 2, 3])
+def test_axes_may_be_without_places(known: int) -> None:
+    """[b (s − known), 4] → [b, s − known, 2, 2], whatever is left: beside 0 places nothing else can be worked out."""
+    x, past = np.arange(24, dtype=np.float32).reshape(2, 3, 4), np.zeros((2, known), np.float32)
+    graph = Graph()
+    a, b = graph.input("x", np.float32, (B, S, 4)), graph.input("past", np.float32, (B, "known"))
+    places = [graph.ints([b.shape[1]]), *(graph.constant([k], np.int64) for k in (END, 1))]
+    rest = graph.emit("Slice", (a, *places), np.float32, (a.shape[0], a.shape[1] - b.shape[1], 4))
+    flat = np.exp(rest.reshape(rest.shape[0] * rest.shape[1], 4))
+    y = flat.reshape(*rest.shape[:2], 2, 2)
+    assert str(y.shape[1]) == "sequence - known"
+    model = to_model(graph, ["x", "past"], {"y": y + 1}, {})
+    got = run(model, {"x": x, "past": past})["y"]
+    assert np.allclose(got, np.exp(x[:, known:]).reshape(2, -1 if known < 3 else 0, 2, 2) + 1, rtol=1e-6)
+
+
+@pytest.mark.ort
+def test_each_file_asks_its_own_inputs() -> None:
+    """A size is told by the first input that has it, or by those of the file that is made."""
+    graph = Graph()
+    x = graph.input("x", np.float32, (B, 2))
+    z = graph.input("z", np.float32, (S, B))
+    first = to_model(graph, ["x"], {"y": (x * 2).reshape(2, x.shape[0])}, {})
+    graph.tell([z])
+    second = to_model(graph, ["z"], {"y": (z * 2).reshape(x.shape[0], z.shape[0])}, {})
+    for model, feeds, shape in ((first, {"x": np.ones((3, 2))}, (2, 3)), (second, {"z": np.ones((4, 3))}, (3, 4))):
+        assert run(model, {n: a.astype(np.float32) for n, a in feeds.items()})["y"].shape == shape

@@ -1,0 +1,225 @@
+"""Encoder-decoders that write, on onnxruntime: the fast graph against the portable one, and both against optimum's.
+
+    python bench/seq2seq.py [--cpu] [--rounds 4] [--processes 4] [--shape t5-small] [--json FILE]
+
+The shapes of T5-small and BART-base with random weights; two graphs each. Every folder has a process of its own, all
+take turns, and a ratio is the median over the rounds; as it is a matter of luck which pages of memory a process gets,
+all are started several times anew, each time in the opposite order. The first step makes keys and values of 128 places
+of the encoder, decode writes a token after 128 others. One thread; `--cpu` takes the processor's time, for a machine
+that does other things too.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from bench.exporters import INT8, Figure, exported, python_of, table
+from bench.step import write
+
+T5 = {
+    "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "d_model": 512, "d_kv": 64, "d_ff": 2048,
+    "num_layers": 6, "num_decoder_layers": 6, "num_heads": 8, "vocab_size": 32128, "feed_forward_proj": "relu",
+    "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128, "tie_word_embeddings": True,
+    "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1, "is_encoder_decoder": True,
+}  # fmt: skip
+BART = {
+    "model_type": "bart", "architectures": ["BartForConditionalGeneration"], "d_model": 768, "encoder_layers": 6,
+    "decoder_layers": 6, "encoder_attention_heads": 12, "decoder_attention_heads": 12, "encoder_ffn_dim": 3072,
+    "decoder_ffn_dim": 3072, "vocab_size": 50265, "max_position_embeddings": 1024, "activation_function": "gelu",
+    "scale_embedding": False, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2,
+    "is_encoder_decoder": True,
+}  # fmt: skip
+SHAPES: dict[str, dict[str, Any]] = {"t5-small": T5, "bart-base": BART}
+GRAPHS = {
+    "fast": {"graph": "fast"}, "portable": {}, "fast, int4": {"graph": "fast", "dtype": "int4", "blocks": INT8},
+}  # fmt: skip
+CASES = {  # graph, batch, places of the encoder, of the decoder
+    "encoder 4×128": ("encoder_model", 4, 128, 0), "first step 4": ("first", 4, 128, 0),
+    "decode 1": ("decoder_model_merged", 1, 128, 128), "decode 4": ("decoder_model_merged", 4, 128, 128),
+}  # fmt: skip
+AGAINST_PORTABLE, AGAINST_OPTIMUM = 1.05, 1.0  # where the one has little to gain it ties with the other
+
+
+def export(name: str, model: Path, out: Path) -> None:
+    import refpeft
+    from refpeft.export import export as run
+
+    options: dict[str, Any] = GRAPHS[name]
+    run(refpeft.load(model), None, out, verify=False, decode=True, source=model, **options)
+
+
+# ── runs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def serve(folder: Path, cpu: bool) -> None:
+    """Both sessions; answers each line on standard input, a case and a number of runs, with the seconds of each."""
+    import onnxruntime
+
+    clock = time.process_time if cpu else time.perf_counter
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    sessions = {
+        name: onnxruntime.InferenceSession(folder / f"{name}.onnx", options, ["CPUExecutionProvider"])
+        for name in ("encoder_model", "decoder_model_merged")
+    }
+    config = json.loads((folder / "config.json").read_text())
+    print("ready", flush=True)
+    for line in sys.stdin:
+        case, runs = line.rstrip().rsplit(" ", 1)
+        graph, b, t, past = CASES[case]
+        session = sessions.get(graph, sessions["decoder_model_merged"])
+        fed = feeds(session, config, b, t, past)
+        session.run(None, fed)
+        seconds = []
+        for _ in range(int(runs)):
+            begin = clock()
+            session.run(None, fed)
+            seconds.append(clock() - begin)
+        print(json.dumps(seconds), flush=True)
+
+
+def feeds(session: Any, c: dict[str, Any], b: int, t: int, past: int) -> dict[str, Any]:
+    """What a graph wants, by the names of its inputs: `past` places of the decoder, and all of the encoder if any."""
+    rng = np.random.default_rng(0)
+    heads = c.get("num_heads") or c["decoder_attention_heads"]
+    width, d = c.get("d_kv") or c["d_model"] // heads, c["d_model"]
+    whole = {
+        "attention_mask": np.ones((b, t), np.int64), "encoder_attention_mask": np.ones((b, t), np.int64),
+        "encoder_hidden_states": rng.standard_normal((b, t, d), np.float32),
+        "use_cache_branch": np.array([past > 0]),
+    }  # fmt: skip
+    decodes = any(i.name == "encoder_hidden_states" or "past" in i.name for i in session.get_inputs())
+    whole["input_ids"] = rng.integers(3, 20000, (b, 1 if decodes else t))
+
+    def fed(name: str) -> Any:
+        if name in whole:
+            return whole[name]
+        places = 0 if not past else t if ".encoder." in name else past
+        return rng.standard_normal((b, heads, places, width), np.float32)
+
+    return {i.name: fed(i.name) for i in session.get_inputs()}
+
+
+class Worker:
+    """A process with the graphs of one folder."""
+
+    def __init__(self, folder: Path, cpu: bool) -> None:
+        words = [sys.executable, __file__, "--serve", str(folder), *["--cpu"] * cpu]
+        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.answer()
+
+    def answer(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError("onnxruntime cannot load or run it, see above")
+        return line
+
+    def run(self, case: str, runs: int) -> float:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{case} {runs}\n")
+        self.process.stdin.flush()
+        return 1e3 * statistics.median(json.loads(self.answer()))
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def repeated(folders: dict[str, Path], options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+    found: dict[str, dict[str, list[float]]] = {case: {name: [] for name in folders} for case in CASES}
+    for k in range(options.processes):
+        order = dict(reversed(folders.items())) if k % 2 else folders
+        for case, times in latencies(order, options.rounds, options.cpu).items():
+            for name, t in times.items():
+                found[case][name] += t
+    return found
+
+
+def latencies(folders: dict[str, Path], rounds: int, cpu: bool) -> dict[str, dict[str, list[float]]]:
+    """Case → graph → milliseconds of every round."""
+    workers = {name: Worker(folder, cpu) for name, folder in folders.items()}
+    found: dict[str, dict[str, list[float]]] = {case: {name: [] for name in folders} for case in CASES}
+    try:
+        for case, times in found.items():
+            runs = 8 if case.startswith("decode") else 2
+            for _ in range(rounds):
+                for name, worker in workers.items():
+                    times[name].append(worker.run(case, runs))
+    finally:
+        for worker in workers.values():
+            worker.close()
+    return found
+
+
+# ── figures ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def figures(shape: str, found: dict[str, dict[str, list[float]]]) -> Iterator[Figure]:
+    for case, times in found.items():
+        yield f"{shape}, {case}: fast against portable", ratio(times, "fast", "portable"), AGAINST_PORTABLE, ""
+        if "optimum" in times:
+            yield f"{shape}, {case}: fast against optimum", ratio(times, "fast", "optimum"), AGAINST_OPTIMUM, ""
+
+
+def ratio(times: dict[str, list[float]], a: str, b: str) -> float:
+    return statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
+
+
+def measured(shape: str, root: Path, options: argparse.Namespace, console: Any) -> list[Figure]:
+    model = root / shape
+    write(str(model), SHAPES[shape])
+    folders = {name: root / f"{shape} {name}" for name in GRAPHS}
+    for name, folder in folders.items():
+        export(name, model, folder)
+    if python_of("optimum"):
+        folders["optimum"] = root / f"{shape} optimum"
+        exported("optimum", model, folders["optimum"], "decoder_model_merged.onnx")
+    found = repeated(folders, options)
+    rows = [[name, *(f"{statistics.median(t[name]):.2f}" for t in found.values())] for name in folders]
+    what = "of the processor" if options.cpu else "on onnxruntime"
+    rounds = f"{options.processes}×{options.rounds}"
+    console.print(table(f"{shape}: milliseconds {what}, medians of {rounds} rounds", ("", *CASES), rows))
+    return list(figures(shape, found))
+
+
+def main(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    console, found = Console(width=120), list[Figure]()
+    with tempfile.TemporaryDirectory() as root:
+        for shape in options.shape or SHAPES:
+            found += measured(shape, Path(root), options, console)
+    rows = [
+        [what, f"{x:.3g}", f"{limit:g}", "reached" if x <= limit else "[red]missed[/]"] for what, x, limit, _ in found
+    ]
+    console.print(table("What was to be reached", ("figure", "measured", "at most", ""), rows))
+    if python_of("optimum") is None:
+        console.print("[red]optimum is not measured: python bench/exporters.py --install optimum[/]")
+    if options.json:
+        options.json.write_text(json.dumps({"figures": found}))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--serve", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
+    parser.add_argument("--shape", choices=SHAPES, action="append", help="only these (default: all)")
+    parser.add_argument("--rounds", type=int, default=4, help="of each process (default: 4)")
+    parser.add_argument("--processes", type=int, default=4, help="of each graph, one after another (default: 4)")
+    parser.add_argument("--cpu", action="store_true", help="processor time: for a machine that does other things too")
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    chosen = parser.parse_args()
+    if chosen.serve:
+        serve(chosen.serve, chosen.cpu)
+    else:
+        main(chosen)
