@@ -11,10 +11,13 @@ n are the rows that a soft prompt puts before the text, 0 without one. Both past
 first step and all others without a branch: of m, the rows from `known` on are turned to keys and values, K = [known;
 k m[known:]], which are all at first and none from then on.
 
+A prefix is a past that is there before the first step. One of the attention to the encoder is known for n rows that
+come before those of m, whatever these hold, with as many ones before the mask: K = [P_K; k m] (`behind`).
+
 Both are traced into one graph of symbols, from which each file takes what its outputs need.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,10 +47,10 @@ def inputs(model: Model) -> tuple[list[str], list[str]]:
     return [IDS, "attention_mask"], [DECODER_IDS, MASK, STATES, *caches(model.config, "past_key_values")]
 
 
-def run(graph: Graph, model: Model, hooks: Hooks, subject: Subject) -> tuple[list[str], Outputs]:
-    """Both graphs on inputs of their kinds: their names, and the outputs."""
+def run(graph: Graph, model: Model, hooks: Hooks, subject: Subject, own: Hooks) -> tuple[list[str], Outputs]:
+    """Both graphs on inputs of their kinds: their names, and the outputs. `own`: the hooks of the decoder."""
     encoded = encoder(graph, model, hooks)
-    outputs = decoder(graph, model, hooks, subject)
+    outputs = decoder(graph, model, own, subject)
     return [name for names in inputs(model) for name in names], {**encoded, **outputs}
 
 
@@ -106,6 +109,14 @@ def after(x: Symbol, n: Size) -> Any:
     return g.emit("Slice", (x, *bounds), x.dtype, (x.shape[0], length - n, *x.shape[2:]))
 
 
-def start(c: Config, dtype: Any, batch: int) -> dict[str, Any]:
-    """The keys and values before the first step: none."""
-    return {name: np.zeros((batch, c.num_heads, 0, c.head_dim), dtype) for name in caches(c, "past_key_values")}
+def start(c: Config, dtype: Any, batch: int, first: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The keys and values before the first step: none, or those of a prefix, of one row each."""
+    none = np.zeros((1, c.num_heads, 0, c.head_dim), dtype)
+    return {name: np.repeat((first or {}).get(name, none), batch, axis=0) for name in caches(c, "past_key_values")}
+
+
+def behind(past: Mapping[str, Any], states: Any, mask: Any) -> tuple[Any, Any]:
+    """What the encoder answered, and its mask, behind the rows of a prefix, of which keys and values are known."""
+    n = max((k.shape[2] for name, k in past.items() if ".encoder." in name), default=0)
+    front = np.zeros((states.shape[0], n, *states.shape[2:]), states.dtype)
+    return np.concatenate([front, states], axis=1), np.concatenate([np.ones((len(mask), n), mask.dtype), mask], axis=1)

@@ -117,8 +117,13 @@ def slots(adapters: Sequence[Adapter], model: Model, dtype: Any) -> dict[str, Sl
     """All inputs of these adapters by name, for a graph of the model in this dtype."""
     found: dict[str, Slot] = {}
     for adapter, at in zip(map(trained, adapters), prefixes(adapters), strict=True):
-        found |= {at + name: slot for name, slot in of_one(adapter, model, dtype).items()}
+        found |= {at + name: told_apart(slot, at) for name, slot in of_one(adapter, model, dtype).items()}
     return found
+
+
+def told_apart(slot: Slot, at: str) -> Slot:
+    """With names for its sizes that no other adapter's have, which may be of another rank or length."""
+    return replace(slot, shape=[n if isinstance(n, int) else at.removeprefix("adapter.") + n for n in slot.shape])
 
 
 def of_one(adapter: Adapter, model: Model, dtype: Any) -> dict[str, Slot]:

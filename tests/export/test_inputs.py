@@ -194,6 +194,19 @@ def test_tensors_to_be_fed_by_hand(tmp_path: Path) -> None:
 
 
 @pytest.mark.ort
+@pytest.mark.parametrize("methods", [("prefix_tuning", "prefix_tuning"), ("prompt_tuning", "prefix_tuning")])
+def test_adapters_of_different_lengths_together(methods: tuple[str, str], tmp_path: Path) -> None:
+    """Each has a length of its own: onnxruntime takes two sizes of one name for one size."""
+    model = tiny("llama", dtype=np.float32)
+    adapters = [
+        moved(refpeft.init(m, {"num_virtual_tokens": n}, model, n), n) for m, n in zip(methods, (2, 5), strict=True)
+    ]
+    result = export(model, adapters, tmp_path / "out", "inputs")
+    assert max(c["ratio"] for c in result.cases) <= LIMIT
+    assert len({shape[0] for shape in result.optional_inputs.values()}) == 2
+
+
+@pytest.mark.ort
 def test_several_adapters_together(tmp_path: Path) -> None:
     model = tiny("llama", dtype=F32)
     lora, dora = (moved(refpeft.init(m, {"r": 2}, model, seed), seed) for seed, m in enumerate(("lora", "dora")))
