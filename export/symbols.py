@@ -22,6 +22,7 @@ from numpy.lib.mixins import NDArrayOperatorsMixin
 from scipy import special
 
 from refpeft.export.sizes import Dim, Shape, Size, broadcast, complete, product_shape, total
+from refpeft.export.solving import solve
 
 DType = np.dtype[Any]
 INT = np.dtype(np.int64)
@@ -210,6 +211,9 @@ class Symbol(NDArrayOperatorsMixin):
     def sum(self, axis: Any = None, keepdims: bool = False) -> "Symbol":
         return reduced(np.add, self, axis, keepdims)
 
+    def mean(self, axis: int) -> Any:
+        return self.sum(axis) / self.shape[axis]
+
     def max(self, axis: Any = None, keepdims: bool = False) -> "Symbol":
         return reduced(np.maximum, self, axis, keepdims)
 
@@ -244,10 +248,10 @@ def undone(x: Node, perm: Sequence[int]) -> bool:
 
 UFUNCS: Mapping[np.ufunc, str] = {
     np.add: "Add", np.subtract: "Sub", np.multiply: "Mul", np.true_divide: "Div", np.power: "Pow", np.matmul: "MatMul",
-    np.negative: "Neg", np.exp: "Exp", np.log: "Log", np.sqrt: "Sqrt", np.tanh: "Tanh", np.cos: "Cos", np.sin: "Sin",
-    np.maximum: "Max", np.minimum: "Min", np.bitwise_and: "And", np.bitwise_or: "Or", special.erf: "Erf",
+    np.negative: "Neg", np.absolute: "Abs", np.exp: "Exp", np.log: "Log", np.sqrt: "Sqrt", np.tanh: "Tanh",
+    np.cos: "Cos", np.sin: "Sin", np.maximum: "Max", np.minimum: "Min", np.bitwise_and: "And", np.bitwise_or: "Or",
     np.equal: "Equal", np.not_equal: "Equal", np.less: "Less", np.less_equal: "LessOrEqual", np.greater: "Greater",
-    np.greater_equal: "GreaterOrEqual",
+    np.greater_equal: "GreaterOrEqual", special.erf: "Erf",
 }  # fmt: skip
 
 
@@ -394,4 +398,5 @@ FUNCTIONS: Mapping[Any, Callable[..., Any]] = {
     np.sum: lambda g, x, axis=None, **options: reduced(np.add, x, axis, **options),
     np.max: lambda g, x, axis=None, **options: reduced(np.maximum, x, axis, **options),
     np.swapaxes: lambda g, x, i, j: x.swapaxes(i, j), np.vdot: lambda g, x, y: (x * y).sum(),
+    np.linalg.solve: solve,
 }  # fmt: skip
