@@ -249,7 +249,11 @@ def cast(model: Model, dtype: Any) -> Model:
 
 
 def in_dtype(a: Adapter, dtype: Any) -> Adapter:
-    params, frozen = ({n: v.astype(dtype, copy=False) for n, v in values.items()} for values in (a.params, a.frozen))
+    """What is no float stays as it is."""
+    params, frozen = (
+        {n: v if v.dtype.kind in "iub" else v.astype(dtype, copy=False) for n, v in values.items()}
+        for values in (a.params, a.frozen)
+    )
     return replace(a, params=params, frozen=frozen)
 
 
