@@ -110,11 +110,8 @@ def open_writer(
     if bare or not (adapter is not None or file.is_file()):
         return writer
     if card["form"] == "prefix":
-        past = files.read(file, runner.base)
-        check_past(file, past, runner)
         (facts,) = needed(folder, card, "facts")
-        moved = all(isinstance(fact, dict) and fact.get("position_shift") for fact in facts)
-        return replace(writer, past=past, shift=next(iter(past.values())).shape[2] if moved else 0)
+        return prefixed(writer, file, all(isinstance(fact, dict) and fact.get("position_shift") for fact in facts))
     loaded = runner.load(file)
     writer = replace(writer, runner=runner.using(loaded))
     if card["form"] != "prompt":
@@ -126,12 +123,21 @@ def open_writer(
     return replace(writer, front=range(writer.vocabulary, writer.vocabulary + len(rows)))
 
 
-def check_past(file: Path, past: Mapping[str, Array], runner: Runner) -> None:
-    wanted = {i.name: i for i in runner.session.get_inputs() if i.name.startswith(steps.PAST)}
-    if wanted.keys() != past.keys():
-        raise ValueError(f"{file}: it must hold {', '.join(wanted)}, found {', '.join(past)}")
-    for name, a in past.items():
+def prefixed(writer: Writer, file: Path, moved: bool) -> Writer:
+    """With the prefix of a file: what is a past, and of an encoder-decoder what its graphs take besides."""
+    runner, given = writer.runner, files.read(file, writer.runner.base)
+    past = {i.name: i for i in runner.session.get_inputs() if i.name.startswith(steps.PAST)}
+    if runner.encoder is not None and not moved:  # then the decoder's own is no past
+        past = {name: i for name, i in past.items() if ".decoder." not in name}
+    besides = {i.name: i for i in runner.session.get_overridable_initializers()}
+    wanted = {**past, **besides}
+    if wanted.keys() != given.keys():
+        raise ValueError(f"{file}: it must hold {', '.join(wanted)}, found {', '.join(given)}")
+    for name, a in given.items():
         runtime.fits(file, name, a, wanted[name])
+    first = {name: given[name] for name in past}
+    n = next(iter(first.values())).shape[2] if moved else 0
+    return replace(writer, runner=runner.feeding({name: given[name] for name in besides}), past=first, shift=n)
 
 
 def begun(writer: Writer, folder: Path) -> Writer:
@@ -189,7 +195,7 @@ def write(writer: Writer, prompts: Sequence[Sequence[int]], options: Options) ->
 def stepping(writer: Writer, rows: Sequence[Sequence[int]]) -> steps.Step:
     if writer.start is None:
         return steps.alone(writer.runner, rows, writer.past, writer.shift)
-    return steps.across(writer.runner, rows, writer.plan.config, writer.start)
+    return steps.across(writer.runner, rows, writer.plan.config, writer.start, writer.past)
 
 
 def at(writer: Writer, n: int, options: Options) -> int | None:
@@ -220,7 +226,7 @@ def left(writer: Writer, rows: Sequence[Sequence[int]]) -> int:
         return 1 << 30
     if longest > room:
         raise ValueError(f"a prompt of {longest} positions does not fit the model, which has {room}")
-    return (writer.room("decoder.") or 0) if apart else room - longest + 1
+    return (writer.room("decoder.") or 0) - writer.shift if apart else room - longest + 1
 
 
 # ── which token ──────────────────────────────────────────────────────────────────────────────────────────────────────

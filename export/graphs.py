@@ -31,10 +31,13 @@ def apart(subject: Subject) -> bool:
     return subject.decode and subject.model.config.encoder_decoder
 
 
-def run(graph: Graph, model: Model, hooks: Hooks, subject: Subject) -> tuple[list[str], Outputs]:
-    """The model on the inputs that the subject's graphs have: their names, and the outputs."""
+def run(
+    graph: Graph, model: Model, hooks: Hooks, subject: Subject, decoder: Hooks | None = None
+) -> tuple[list[str], Outputs]:
+    """The model on the inputs that the subject's graphs have: their names, and the outputs. `decoder`: the hooks of
+    that graph, where there are two and its own are others."""
     if apart(subject):
-        return seq2seq.run(graph, model, hooks, subject)
+        return seq2seq.run(graph, model, hooks, subject, decoder)
     return signature.run(graph, model, hooks, subject)
 
 

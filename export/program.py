@@ -115,10 +115,11 @@ def export(
     checked(FORMS[form], subject)
     if os.path.lexists(out):
         raise FileExistsError(f"{out} exists already: an export never overwrites anything")
-    beside = link or outside(subject, external)
-    needs = 0 if link else weights.size(model, subject.precision) * (1 if beside else 2)
-    with new_folder(out, needs=needs) as folder:
-        report("tracing the specification, writing the weights")
+    own = held(subject, FORMS[form])
+    beside = link or outside(subject, external, own)
+    size = own if link else own + weights.size(model, subject.precision)
+    with new_folder(out, needs=size if beside else 2 * size) as folder:
+        report(f"tracing the specification, writing {size / 1e6:,.1f} MB of weights")
         symbols = Graph(RULES)
         frozen = Path(source) if link and source is not None else None
         made = traced(form, subject, symbols, folder / weights.DATA, frozen)
@@ -192,9 +193,16 @@ def modelled(subject: Subject, symbols: Graph, made: Made, graph: str) -> dict[s
     return protos
 
 
-def outside(subject: Subject, external: bool | None) -> bool:
-    """Do the weights lie beside the graph? Those of two graphs do, so that both share them."""
-    size = weights.size(subject.model, subject.precision)
+def held(subject: Subject, form: Form) -> int:
+    """Bytes of what the adapters bring, about; folded into the weights it takes no room."""
+    tensors = [a for adapter in subject.adapters for a in (*adapter.params.values(), *adapter.frozen.values())]
+    return 0 if form.FOLDS else sum(a.nbytes for a in tensors)
+
+
+def outside(subject: Subject, external: bool | None, own: int) -> bool:
+    """Do the weights lie beside the graph, `own` bytes of which the adapters bring? Those of two graphs do, so that
+    both share them."""
+    size = weights.size(subject.model, subject.precision) + own
     if external is False and size > PROTOBUF_LIMIT:
         raise ValueError(
             f"{size / 1e9:.1f} GB of weights do not fit into model.onnx, which can hold 2 GB: keep them beside it"

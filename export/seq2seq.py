@@ -13,10 +13,14 @@ are all at first and none from then on. `present` of the encoder is what is new,
 first, whose keys and values are fed in all others: as optimum's graphs have it, and whoever runs them. That saves a
 copy of them in every step; K is not joined either, but the one or the other (`refpeft.export.lowering`).
 
+A prefix is a past that is there before the first step. One of the attention to the encoder is known for n rows that
+come before those of m, whatever these hold, with as many ones before the mask: K = [P_K; k m] (`behind`), which is
+joined, and whole in `present`.
+
 Both are traced into one graph of symbols, from which each file takes what its outputs need.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +35,7 @@ from refpeft.inputs import extended, visible
 from refpeft.layers import Encoded, Pair, Parts, encoded_pair, head, stack
 from refpeft.model import Model
 
+BEGUN = "prefix_and_past_encoder_sequence"
 IDS, DECODER_IDS, MASK, STATES = "input_ids", "decoder_input_ids", "encoder_attention_mask", "encoder_hidden_states"
 
 
@@ -45,10 +50,13 @@ def inputs(model: Model) -> tuple[list[str], list[str]]:
     return [IDS, "attention_mask"], [DECODER_IDS, MASK, STATES, *caches(model.config, "past_key_values")]
 
 
-def run(graph: Graph, model: Model, hooks: Hooks, subject: Subject) -> tuple[list[str], Outputs]:
-    """Both graphs on inputs of their kinds: their names, and the outputs."""
+def run(
+    graph: Graph, model: Model, hooks: Hooks, subject: Subject, begun: Hooks | None = None
+) -> tuple[list[str], Outputs]:
+    """Both graphs on inputs of their kinds: their names, and the outputs. `begun`: the hooks of the decoder, if its
+    past begins with a prefix."""
     encoded = encoder(graph, model, hooks)
-    outputs = decoder(graph, model, hooks, subject)
+    outputs = decoder(graph, model, hooks if begun is None else begun, subject, begun is not None)
     return [name for names in inputs(model) for name in names], {**encoded, **outputs}
 
 
@@ -59,7 +67,7 @@ def encoder(graph: Graph, model: Model, hooks: Hooks) -> Outputs:
     return {HIDDEN: x}
 
 
-def decoder(graph: Graph, model: Model, hooks: Hooks, subject: Subject) -> Outputs:
+def decoder(graph: Graph, model: Model, hooks: Hooks, subject: Subject, begun: bool) -> Outputs:
     c, m, dtype = model.config, model.parts(hooks), subject.dtype
     ids = graph.input(DECODER_IDS, INT, (BATCH, DECODED))
     seen = graph.input(MASK, INT, (BATCH, SEQUENCE))
@@ -69,15 +77,15 @@ def decoder(graph: Graph, model: Model, hooks: Hooks, subject: Subject) -> Outpu
     rows = seen.shape[1] + (prompt.length if prompt else 0)
     states = graph.input(STATES, dtype, (BATCH, rows, c.hidden_size))
     names = caches(c, "past_key_values")
-    lengths = {"decoder": PAST, "encoder": KNOWN}
+    lengths = {"decoder": PAST, "encoder": BEGUN if begun else KNOWN}
     shapes = [(BATCH, c.num_heads, lengths[n.split(".")[2]], c.head_dim) for n in names]
     given = [graph.input(n, dtype, shape, shown(model, shape)) for n, shape in zip(names, shapes, strict=True)]
     past, new = pairs(m, states, [x.swapaxes(1, 2) for x in given])
     target: Any = model.target(seen, ids, None, hooks, past)
     x, _, present = stack(m, "decoder.", c.num_decoder_layers or 0, target, past, Encoded(states, mask))
     logits: Any = head(m, x, target)[0]
-    joined = [present[n] if n % 2 == 0 else new[n // 2] for n in range(len(present))]  # own, across, own, …
-    kept: list[Any] = [y.swapaxes(1, 2) for pair in joined for y in pair]
+    alone = [present[n] if n % 2 == 0 else new[n // 2] for n in range(len(present))]  # own, across, own, …
+    kept: list[Any] = [y.swapaxes(1, 2) for pair in (present if begun else alone) for y in pair]
     logits = last(logits, {*graph.live(kept)}, {}) if subject.last_logits else logits
     return {output_name(model): logits, **dict(zip(caches(c, "present"), kept, strict=True))}
 
@@ -116,6 +124,14 @@ def after(x: Symbol, n: Size) -> Any:
     return g.emit("Slice", (x, *bounds), x.dtype, (x.shape[0], length - n, *x.shape[2:]))
 
 
-def start(c: Config, dtype: Any, batch: int) -> dict[str, Any]:
-    """The keys and values before the first step: none."""
-    return {name: np.zeros((batch, c.num_heads, 0, c.head_dim), dtype) for name in caches(c, "past_key_values")}
+def start(c: Config, dtype: Any, batch: int, first: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The keys and values before the first step: none, or those of a prefix, of one row each."""
+    none = np.zeros((1, c.num_heads, 0, c.head_dim), dtype)
+    return {name: np.repeat((first or {}).get(name, none), batch, axis=0) for name in caches(c, "past_key_values")}
+
+
+def behind(past: Mapping[str, Any], states: Any, mask: Any) -> tuple[Any, Any]:
+    """What the encoder answered, and its mask, behind the rows of a prefix, of which keys and values are known."""
+    n = max((k.shape[2] for name, k in past.items() if ".encoder." in name), default=0)
+    front = np.zeros((states.shape[0], n, *states.shape[2:]), states.dtype)
+    return np.concatenate([front, states], axis=1), np.concatenate([np.ones((len(mask), n), mask.dtype), mask], axis=1)

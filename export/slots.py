@@ -9,6 +9,8 @@
     ia3                           <module>.ia3_l            [o, 1], [1, i]  l                    1
     vera                          <module>.vera_lambda_b    [o]             λb                   0
                                   <module>.vera_lambda_d    [r]             λd                   0
+    did, said                     did.theta                 [d]             θ                    0
+                                  said.theta, said.lambda   [d − m], [m]    θ, λ                 0
     loha                          <module>.hada_sw1_a       [o, r]          s B₁                 rank 0
                                   <module>.hada_w1_b, …     [r, i], …       A₁, B₂, A₂           rank 0
       with cores                  <module>.hada_t1, …       [r, r, k], …    T₁, T₂               rank 0
@@ -33,7 +35,8 @@ thing that the norm of W + s B A is needed for, which would be computed again in
 A bottleneck adapter of rank 0 gives 0; where the sublayer is not the model's own then, there are no slots for it.
 
 Of (IA)³ the shape of l says which side of a layer it scales, and an adapter that scales the other is refused. VeRA's
-random matrices lie in the graph, and an adapter that has others is refused too.
+random matrices lie in the graph, as the factors of DID's and SAID's projections do, and an adapter that has others is
+refused too.
 
 What is own to a graph, and must be the same in every adapter for it, is its facts.
 """
@@ -62,7 +65,7 @@ ROTATIONS = ("oft", "boft")
 SCALED = {"B1": "hada_sw1_a", "C": "lokr_sw1", "Cb": "lokr_sw1_a"}  # what is fed with the scale in it
 PROMPTS = ("prompt_tuning", "p_tuning")
 PREFIXES = ("prefix_tuning", "p_tuning_v2")
-VECTORS = {"ia3": 1, "vera": 0}  # what is fed is what the method has, and this where it does nothing
+VECTORS = {"ia3": 1, "vera": 0, "did": 0, "said": 0}  # what is fed is what it has, and this where it does nothing
 INPUT = {"A": "lora_A", "B": "lora_sB", "β": "lora_sbias", "g": "lora_gain"}
 NECKS = ("houlsby", "pfeiffer", "parallel")
 NECK = {
@@ -99,16 +102,17 @@ def facts(adapters: Sequence[Adapter]) -> list[dict[str, Any]]:
 
 
 def projection(adapter: Adapter) -> dict[str, Any]:
-    """A digest of VeRA's A∗ and B∗, which lie in the graph."""
-    values = kept([adapter]).values()
-    digest = hashlib.sha256(b"".join(np.ascontiguousarray(v, "<f4").tobytes() for v in values)).hexdigest()
+    """A digest of VeRA's A∗ and B∗, or of DID's and SAID's B, Π and G, which lie in the graph."""
+    values = [v for _, v in sorted(kept([adapter]).items())]
+    digest = hashlib.sha256(b"".join(v.astype(v.dtype.newbyteorder("<")).tobytes() for v in values)).hexdigest()
     return {"projection": digest[:16]} if values else {}
 
 
 def kept(adapters: Sequence[Adapter]) -> dict[str, Array]:
-    """What all adapters for a graph must have in common: the projections of VeRA, by their names in a graph."""
+    """What all adapters for a graph must have in common: the projections of VeRA, DID and SAID, by their names in a
+    graph."""
     return {
-        at + n: np.asarray(v, np.float32)
+        at + n: v if v.dtype.kind in "iub" else np.asarray(v, np.float32)
         for adapter, at in zip(adapters, prefixes(adapters), strict=True)
         for n, v in (adapter.frozen.items() if adapter.method in VECTORS else ())
     }
@@ -118,8 +122,13 @@ def slots(adapters: Sequence[Adapter], model: Model, dtype: Any) -> dict[str, Sl
     """All inputs of these adapters by name, for a graph of the model in this dtype."""
     found: dict[str, Slot] = {}
     for adapter, at in zip(map(trained, adapters), prefixes(adapters), strict=True):
-        found |= {at + name: slot for name, slot in of_one(adapter, model, dtype).items()}
+        found |= {at + name: told_apart(slot, at) for name, slot in of_one(adapter, model, dtype).items()}
     return found
+
+
+def told_apart(slot: Slot, at: str) -> Slot:
+    """With names for its sizes that no other adapter's have, which may be of another rank or length."""
+    return replace(slot, shape=[n if isinstance(n, int) else at.removeprefix("adapter.") + n for n in slot.shape])
 
 
 def of_one(adapter: Adapter, model: Model, dtype: Any) -> dict[str, Slot]:

@@ -42,14 +42,20 @@ def alone(runner: Runner, rows: Sequence[Sequence[int]], prefix: Mapping[str, Ar
     return step
 
 
-def across(runner: Runner, rows: Sequence[Sequence[int]], c: Config, start: int) -> Step:
-    """Two graphs: the encoder reads the rows, once; what is written begins with `start`."""
+def across(runner: Runner, rows: Sequence[Sequence[int]], c: Config, start: int, prefix: Mapping[str, Array]) -> Step:
+    """Two graphs: the encoder reads the rows, once; what is written begins with `start`. `prefix`: keys and values
+    before all others, of one row."""
     ids, mask = padded(rows, left=False)
     assert runner.encoder is not None
     (states,) = runner.encoder.run_values(values({"input_ids": ids, "attention_mask": mask}), [HIDDEN])
-    known = {seq2seq.STATES: states, **values({seq2seq.MASK: mask})}
     kind = next(i.type for i in runner.session.get_inputs() if i.name.startswith(PAST))
-    past: Mapping[str, Any] = values(seq2seq.start(c, np.float16 if "float16" in kind else np.float32, len(rows)))
+    begin = seq2seq.start(c, np.float16 if "float16" in kind else np.float32, len(rows), prefix)
+    known = {seq2seq.STATES: states, **values({seq2seq.MASK: mask})}
+    if prefix:
+        known = values(
+            dict(zip((seq2seq.STATES, seq2seq.MASK), seq2seq.behind(begin, states.numpy(), mask), strict=True))
+        )
+    past: Mapping[str, Any] = values(begin)
 
     def step(chosen: Array | None) -> Array:
         nonlocal past

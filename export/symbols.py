@@ -21,6 +21,7 @@ import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from refpeft.export.sizes import Dim, Shape, Size, broadcast, complete, least, product_shape, total
+from refpeft.export.solving import solve
 
 DType = np.dtype[Any]
 INT = np.dtype(np.int64)
@@ -230,6 +231,9 @@ class Symbol(NDArrayOperatorsMixin):
     def sum(self, axis: Any = None, keepdims: bool = False) -> "Symbol":
         return reduced(np.add, self, axis, keepdims)
 
+    def mean(self, axis: int) -> Any:
+        return self.sum(axis) / self.shape[axis]
+
     def max(self, axis: Any = None, keepdims: bool = False) -> "Symbol":
         return reduced(np.maximum, self, axis, keepdims)
 
@@ -264,8 +268,8 @@ def undone(x: Node, perm: Sequence[int]) -> bool:
 
 UFUNCS: Mapping[str, str] = {  # by name, since erf is SciPy's, and importing that takes as long as all the rest
     "add": "Add", "subtract": "Sub", "multiply": "Mul", "divide": "Div", "power": "Pow", "matmul": "MatMul",
-    "negative": "Neg", "exp": "Exp", "log": "Log", "sqrt": "Sqrt", "tanh": "Tanh", "cos": "Cos", "sin": "Sin",
-    "maximum": "Max", "minimum": "Min", "bitwise_and": "And", "bitwise_or": "Or", "erf": "Erf",
+    "negative": "Neg", "absolute": "Abs", "exp": "Exp", "log": "Log", "sqrt": "Sqrt", "tanh": "Tanh", "cos": "Cos",
+    "sin": "Sin", "maximum": "Max", "minimum": "Min", "bitwise_and": "And", "bitwise_or": "Or", "erf": "Erf",
     "equal": "Equal", "not_equal": "Equal", "less": "Less", "less_equal": "LessOrEqual", "greater": "Greater",
     "greater_equal": "GreaterOrEqual",
 }  # fmt: skip
@@ -414,4 +418,5 @@ FUNCTIONS: Mapping[Any, Callable[..., Any]] = {
     np.sum: lambda g, x, axis=None, **options: reduced(np.add, x, axis, **options),
     np.max: lambda g, x, axis=None, **options: reduced(np.maximum, x, axis, **options),
     np.swapaxes: lambda g, x, i, j: x.swapaxes(i, j), np.vdot: lambda g, x, y: (x * y).sum(),
+    np.linalg.solve: solve,
 }  # fmt: skip

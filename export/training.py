@@ -28,7 +28,7 @@ from refpeft.export.card import CARD, whole
 from refpeft.methods import METHODS
 from refpeft.model import Model
 from refpeft.objectives import Batch, Loss, loss_of
-from refpeft.train import OPTIMIZERS, checked, fitting, norms
+from refpeft.train import OPTIMIZERS, OWN, State, checked, fitting, followed, norms, penalised, remembered, trained
 from refpeft.tune import configured
 
 Array = np.ndarray[Any, Any]
@@ -47,18 +47,21 @@ class Optimizer:
     name: str
     options: Named = field(default_factory=dict)
 
-    def start(self, params: Mapping[str, Array]) -> dict[str, Array]:
-        return OPTIMIZERS[self.name][0](params)
+    def start(self, adapter: Adapter) -> dict[str, Array]:
+        return {**OPTIMIZERS[self.name][0](adapter.params), **remembered(adapter)}
 
-    def step(self, model: Model, params: Named, grads: Named, state: Named, lr: Any) -> optim.Updated:
-        """The new parameters and the new state."""
-        own = {n: v for n, v in self.options.items() if n not in OURS}
+    def step(self, model: Model, adapter: Adapter, grads: Named, state: Named, lr: Any) -> tuple[Named, Named]:
+        """The new parameters and the new state, with what a method does and remembers besides (`refpeft.train`)."""
+        params, own = adapter.params, {n: v for n, v in self.options.items() if n not in OURS}
+        grads = penalised(adapter, grads)
         if self.options["clip"]:
             grads, _ = optim.clip_by_global_norm(grads, self.options["clip"])
         if ratio := self.options["loraplus_ratio"]:
             slow = self.options["loraplus_embedding"]
             lr, own["weight_decay"] = optim.loraplus(params, lr, ratio, own["weight_decay"], slow, norms(model))
-        return OPTIMIZERS[self.name][1](params, grads, state, lr=lr, **own)
+        moments = {n: v for n, v in state.items() if not n.startswith(OWN)}
+        new, moments = OPTIMIZERS[self.name][1](params, grads, moments, lr=lr, **own)
+        return followed(adapter, State(state["step"], params, state), grads, new, moments)
 
 
 def optimizer(given: Named) -> Optimizer:
@@ -105,7 +108,7 @@ def loss_for(model: Model) -> Callable[[Any, Batch], Loss]:
 
 def starting(adapter: Adapter, o: Optimizer) -> dict[str, Array]:
     """All that goes round, before the first step: the adapter's parameters and the optimiser's state."""
-    state = o.start(adapter.params)
+    state = o.start(adapter)
     return {ADAPTER + n: np.asarray(a) for n, a in adapter.params.items()} | {STATE + n: a for n, a in state.items()}
 
 
@@ -126,7 +129,9 @@ def adapter_of(folder: str | os.PathLike[str], tensors: Mapping[str, Array]) -> 
     config = configured(METHODS[method], method, config, base(path, card))
     found = {**tensors, **carried(tensors)}
     params = own({n: fitting_tensor(found, n, shape) for n, shape in card["inputs"].items() if n.startswith(ADAPTER)})
-    return Adapter(method, config, params, own(initialisers.read(path / "model.onnx")))
+    adapter = Adapter(method, config, params, own(initialisers.read(path / "model.onnx")))
+    kept = {n.removeprefix(STATE): a for n, a in found.items() if n.startswith(STATE + OWN)}
+    return trained(adapter, State(0, params, kept))
 
 
 def described(folder: Path, card: Named) -> tuple[str, Named]:

@@ -200,9 +200,9 @@ def decoded(
     return Check(batch, ids.shape[1], alone(answer, which), ask, "decoding")
 
 
-def across(subject: Subject, batch: int, length: int, which: Array | None = None) -> Check:
+def across(subject: Subject, batch: int, length: int, which: Array | None = None, first: Past | None = None) -> Check:
     """An encoder-decoder: the encoder once, and the decoder in two steps, of which the second has keys and values of
-    both from the first."""
+    both from the first. `first`: those of a prefix, [1, h, n, e] each."""
     inputs = example(subject.model, batch, length, virtual_ids(subject))
     ids, mask, target = inputs["input_ids"], inputs["attention_mask"], inputs["decoder_input_ids"]
     steps = ((0, target.shape[1] - 2), (target.shape[1] - 2, target.shape[1]))
@@ -215,9 +215,10 @@ def across(subject: Subject, batch: int, length: int, which: Array | None = None
         return np.concatenate(found, axis=1)
 
     def ask(runner: Runner) -> Array:
-        (states,) = runner.encoded({"input_ids": ids, "attention_mask": mask}).values()
-        known = {seq2seq.MASK: mask, seq2seq.STATES: states}
-        past, found = seq2seq.start(subject.model.config, subject.dtype, batch), list[Array]()
+        (encoded,) = runner.encoded({"input_ids": ids, "attention_mask": mask}).values()
+        past, found = seq2seq.start(subject.model.config, subject.dtype, batch, first), list[Array]()
+        states, seen = seq2seq.behind(past, encoded, mask)
+        known = {seq2seq.MASK: seen, seq2seq.STATES: states}
         for a, z in steps:
             out = runner.run({"input_ids": target[:, a:z], **known, **past})
             new = seq2seq.renewed(past, first=not found)
@@ -249,7 +250,11 @@ def cast(model: Model, dtype: Any) -> Model:
 
 
 def in_dtype(a: Adapter, dtype: Any) -> Adapter:
-    params, frozen = ({n: v.astype(dtype, copy=False) for n, v in values.items()} for values in (a.params, a.frozen))
+    """What is no float stays as it is."""
+    params, frozen = (
+        {n: v if v.dtype.kind in "iub" else v.astype(dtype, copy=False) for n, v in values.items()}
+        for values in (a.params, a.frozen)
+    )
     return replace(a, params=params, frozen=frozen)
 
 

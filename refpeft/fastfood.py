@@ -61,9 +61,7 @@ def fastfood(θ: Array, B: Array, Π: Array, G: Array, D: int, c: float | None =
         h *= γ
         return h
 
-    x = padded(θ, n)
-    x[:d] *= B[:d]
-    x *= γ
+    x = padded(θ * B[:d] * γ, n)
     return hadamard(gathered(hadamard(x), Π, G))[:D], lambda dy: (lambda: dθ(dy), None, None, None)
 
 
@@ -74,6 +72,9 @@ def padded(x: Array, n: int) -> Array:
 
 def gathered(h: Array, Π: Array, G: Array) -> Array:
     """G Π u,   u = (h, h, …) [L]      h [n], n a divisor of L"""
+    if not isinstance(h, np.ndarray):
+        u: Array = np.broadcast_to(h, (G.shape[0] // h.shape[0], h.shape[0])).reshape(-1)
+        return u[Π] * G
     v, index = np.empty(Π.shape[0], h.dtype), np.empty(min(BLOCK, Π.shape[0]), np.intp)
     for k in range(0, Π.shape[0], BLOCK):
         part = v[k : k + BLOCK]
@@ -85,6 +86,10 @@ def gathered(h: Array, Π: Array, G: Array) -> Array:
 
 def scattered(v: Array, Π: Array, G: Array) -> Array:
     """Πᵀ G v      v [L] → [L]"""
+    if not isinstance(v, np.ndarray):
+        u = np.zeros_like(v)
+        np.put_along_axis(u, Π, v * G, 0)
+        return u
     n = min(BLOCK, v.shape[0])
     u, part, index = np.empty_like(v), np.empty(n, v.dtype), np.empty(n, np.intp)
     for k in range(0, v.shape[0], n):
@@ -95,6 +100,8 @@ def scattered(v: Array, Π: Array, G: Array) -> Array:
 
 def hadamard(x: Array) -> Array:
     """x ← H x, in place: x [L] must be the caller's own."""
+    if not isinstance(x, np.ndarray):
+        return product(x)
     L = x.shape[0]
     n = min(L, BLOCK)
     width = max(BLOCK * n // L, min(n, LANES // 2))
@@ -109,6 +116,14 @@ def hadamard(x: Array) -> Array:
         for k in range(0, n, width):
             part = table[:, k : k + width]
             columns(part, spare[: part.size].reshape(part.shape), part)
+    return x
+
+
+def product(x: Array) -> Array:
+    """H x, for an array that cannot be written into: the factors one after the other, each on the last axis, which then
+    becomes the first."""
+    for r in radices(x.shape[0]):
+        x = (x.reshape(-1, r) @ H(r, x.dtype)).T.reshape(x.shape[0])
     return x
 
 

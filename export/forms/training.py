@@ -25,7 +25,6 @@ from refpeft.export.runtime import Runner
 from refpeft.export.signature import BATCH, DECODED, INT, SEQUENCE, output_name, tokens
 from refpeft.export.symbols import Graph
 from refpeft.export.training import ADAPTER, NEXT, STATE, Optimizer
-from refpeft.methods import METHODS
 from refpeft.model import Model
 from refpeft.objectives import IGNORE
 from refpeft.train import answer_and_gradient
@@ -43,16 +42,9 @@ def check(subject: Subject) -> None:
         raise ValueError("the form training reads whole texts, and does not decode")
     if subject.dtype != np.float32:
         raise ValueError(f"the form training computes in float32, found {subject.dtype}")
-    if not getattr(subject.adapters[0].config, "use_cayley_neumann", True):
-        raise ValueError("use_cayley_neumann=False needs the inverse of a matrix, which ONNX does not have")
-    if subject.adapters[0].method == "boft":
-        raise ValueError("BOFT needs the inverse of a matrix, which ONNX does not have")
     training.objective(subject.model)
     training.optimizer(subject.options)
     contents(subject.adapters[0])  # refused if it could not be saved
-    method = subject.adapters[0].method
-    if hasattr(METHODS[method], "follow"):
-        raise ValueError(f"{method} changes its ranks while it is trained, which a graph of fixed shapes cannot")
 
 
 def trainee(subject: Subject) -> Adapter:
@@ -78,9 +70,9 @@ def make(subject: Subject, graph: Graph, store: Store) -> Made:
     own = adapter.replace(params=picked(fed, adapter.params), frozen=picked(fed, adapter.frozen))
     out, L, _, grads = answer_and_gradient(model, own, training.loss_for(model), batch)
     state = {n.removeprefix(STATE): x for n, x in fed.items() if n.startswith(STATE)}
-    params, state = o.step(model, own.params, grads, state, rate)
+    params, after = o.step(model, own, grads, state, rate)
     outputs = {"loss": L, output_name(model): out}
-    outputs |= {NEXT + ADAPTER + n: x for n, x in params.items()} | {NEXT + STATE + n: x for n, x in state.items()}
+    outputs |= {NEXT + ADAPTER + n: x for n, x in params.items()} | {NEXT + STATE + n: x for n, x in after.items()}
     frozen = [(n, a, types[n]) for n, a in values.items() if n not in start]
     tensors = store(needed(graph, outputs, [*base_tensors(subject), *frozen]))
     card = {"training": {"optimizer": o.name, **o.options, "objective": training.objective(model)}}
@@ -146,8 +138,8 @@ def specified(
         own = adapter.replace(params=picked(values, adapter.params))
         _, L, _, grads = answer_and_gradient(model, own, loss, dict(batch))
         state = {n.removeprefix(STATE): a for n, a in values.items() if n.startswith(STATE)}
-        params, state = o.step(model, own.params, grads, state, float(LR))
-        new = {NEXT + ADAPTER + n: a for n, a in params.items()} | {NEXT + STATE + n: a for n, a in state.items()}
+        params, after = o.step(model, own, grads, state, float(LR))
+        new = {NEXT + ADAPTER + n: a for n, a in params.items()} | {NEXT + STATE + n: a for n, a in after.items()}
         return {"loss": np.asarray(L), **new}
 
     start = training.starting(adapter, o)

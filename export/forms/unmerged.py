@@ -22,7 +22,10 @@ from refpeft.export.form import (
     with_values,
 )  # fmt: skip
 from refpeft.export.graphs import run
+from refpeft.export.precision import Tensor
 from refpeft.export.symbols import Graph
+from refpeft.hooks import Hooks
+from refpeft.model import Model
 
 FOLDS = False
 
@@ -48,13 +51,18 @@ def no_prompts(subject: Subject) -> None:
 
 
 def make(subject: Subject, graph: Graph, store: Store) -> Made:
+    model, hooks, own = beside(subject, graph)
+    inputs, outputs = run(graph, model, hooks, subject)
+    return Made(inputs, outputs, store(needed(graph, outputs, [*base_tensors(subject), *own])), subject.model)
+
+
+def beside(subject: Subject, graph: Graph) -> tuple[Model, Hooks, list[Tensor]]:
+    """The model on symbols, the adapters' hooks, and what these hold."""
     adapters = [trained(a) for a in subject.adapters]
     values, types = named(adapters), dtypes(subject, adapters)
     model = symbolic(graph, subject.model, subject.dtype)
     hooks = hooks_of(with_values(adapters, symbols(graph, values, types)), model)
-    inputs, outputs = run(graph, model, hooks, subject)
-    own = [(name, a, types[name]) for name, a in values.items()]
-    return Made(inputs, outputs, store(needed(graph, outputs, [*base_tensors(subject), *own])), subject.model)
+    return model, hooks, [(name, a, types[name]) for name, a in values.items()]
 
 
 def checks(subject: Subject) -> list[Check]:

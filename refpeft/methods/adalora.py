@@ -248,11 +248,10 @@ def scores(memory: Named) -> dict[str, Array]:
 
 
 def allocate(S: Named, b: int) -> dict[str, Array]:
-    """Which triplets stay, by the path of their matrix: those above the one that is the first of too many. Of equals
-    at the border none stays, as in HF peft."""
-    every = np.sort(np.concatenate([*S.values()]))
-    over = len(every) - b
-    return {path: v > every[over - 1] if over > 0 else v == v for path, v in S.items()}
+    """Which triplets stay, by the path of their matrix: those with at least as many below them as are too many. Of
+    equals at the border none stays, as in HF peft."""
+    every = np.concatenate([*S.values()])
+    return {path: (every < v[:, None]).sum(1) >= every.shape[0] - b for path, v in S.items()}
 
 
 def names(params: Named) -> list[str]:
@@ -271,18 +270,30 @@ def remembered(cfg: Config, params: Named) -> dict[str, Array]:
 def follow(
     cfg: Config, t: int, params: Named, grads: Named, memory: Named
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """After step t of the optimiser, counted from 1: the parameters, Λ cut to the budget, and what is remembered."""
-    memory, last = dict(memory), cfg.steps - cfg.tfinal
-    if t < last:
-        memory |= importance(cfg, params, grads, memory)
-    if t == last or (cfg.tinit < t < last and t % cfg.deltaT == 0):
-        S = scores(memory)
-        for path, stays in allocate(S, budget(cfg, t, len(S))).items():
-            n = path + LEAVES["Λ"]
-            memory["keep." + n] = stays[:, None].astype(params[n].dtype)
-    elif t < last:
-        return dict(params), memory
-    return {n: v * memory["keep." + n] if n.endswith(LEAVES["Λ"]) else v for n, v in params.items()}, memory
+    """After step t of the optimiser, counted from 1: the parameters, Λ cut to the budget, and what is remembered. In a
+    graph that is made for all steps t is known only when it runs."""
+    last, memory = cfg.steps - cfg.tfinal, dict(memory)
+    memory |= {n: np.where(t < last, v, memory[n]) for n, v in importance(cfg, params, grads, memory).items()}
+    S = scores(memory)
+    b = due(cfg, t, len(S))
+    found = dict(params)
+    for path, stays in allocate(S, b).items():
+        n = path + LEAVES["Λ"]
+        keep = np.where(b >= 0, stays[:, None].astype(params[n].dtype), memory["keep." + n])
+        memory["keep." + n] = keep
+        found[n] = np.where((b >= 0) | (t > last), params[n] * keep, params[n])
+    return found, memory
+
+
+def due(cfg: Config, t: int, K: int) -> int:
+    """b(t) if step t cuts, else −1: one of a table, where t is not known."""
+    if not isinstance(t, int | np.integer):
+        table = [due(cfg, n, K) for n in range(cfg.steps + 2)]  # after the last step nothing is cut
+        found: int = (np.zeros_like(t) + np.array(table))[np.minimum(t, cfg.steps + 1)]
+        return found
+    last = cfg.steps - cfg.tfinal
+    cuts = t == last or (cfg.tinit < t < last and t % cfg.deltaT == 0)
+    return budget(cfg, t, K) if cuts else -1
 
 
 def finished(adapter: "Adapter", memory: Named) -> "Adapter":

@@ -32,8 +32,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 CLASSIFIER = {"p_tuning_v2": "ForSequenceClassification"}
 UNDEFINED = {("bitfit", "llama")}  # it has no biases
-TRACED = [m for m in METHODS if m not in ("did", "said")]
-CASES = [(m, f) for m in TRACED for f in FAMILIES if (m, f) not in UNDEFINED]
+CASES = [(m, f) for m in METHODS for f in FAMILIES if (m, f) not in UNDEFINED]
 
 
 def made(method: str, family: str, **config: Any) -> tuple[Model, Adapter]:

@@ -1,6 +1,7 @@
 """--form inputs: one session for the base model and for many adapters, fed as inputs or from files."""
 
 import gc
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +11,15 @@ import pytest
 import refpeft
 from refpeft.checkpoint import safetensors
 from refpeft.export import adapters as files
-from refpeft.export import verification
+from refpeft.export import slots, verification
 from refpeft.export.program import export
 from refpeft.export.readapter import adapter_only
 from refpeft.export.runtime import Runner, open_folder
 from refpeft.export.verification import LIMIT, example, ratio
-from tests.export.adapters import CASES, made, moved
+from tests.export.adapters import CASES, SMALL, made, moved
 from tests.models import tiny
 
 F32 = np.dtype(np.float32)
-
-
-@pytest.mark.parametrize("method", ["did", "said"])
-def test_a_method_without_slots_is_refused(method: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"{method} cannot be exported in the form inputs: {method} has no slots"):
-        export(*made(method, "gpt2"), tmp_path / "out", "inputs")
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.ort
@@ -195,6 +189,19 @@ def test_tensors_to_be_fed_by_hand(tmp_path: Path) -> None:
 
 
 @pytest.mark.ort
+@pytest.mark.parametrize("methods", [("prefix_tuning", "prefix_tuning"), ("prompt_tuning", "prefix_tuning")])
+def test_adapters_of_different_lengths_together(methods: tuple[str, str], tmp_path: Path) -> None:
+    """Each has a length of its own: onnxruntime takes two sizes of one name for one size."""
+    model = tiny("llama", dtype=np.float32)
+    adapters = [
+        moved(refpeft.init(m, {"num_virtual_tokens": n}, model, n), n) for m, n in zip(methods, (2, 5), strict=True)
+    ]
+    result = export(model, adapters, tmp_path / "out", "inputs")
+    assert max(c["ratio"] for c in result.cases) <= LIMIT
+    assert len({shape[0] for shape in result.optional_inputs.values()}) == 2
+
+
+@pytest.mark.ort
 def test_several_adapters_together(tmp_path: Path) -> None:
     model = tiny("llama", dtype=F32)
     lora, dora = (moved(refpeft.init(m, {"r": 2}, model, seed), seed) for seed, m in enumerate(("lora", "dora")))
@@ -206,8 +213,31 @@ def test_several_adapters_together(tmp_path: Path) -> None:
         assert max(c["ratio"] for c in result.cases) <= LIMIT
 
 
-@pytest.mark.parametrize("method", ["did", "said"])
-def test_methods_without_slots_are_refused(method: str, tmp_path: Path) -> None:
-    model, adapter = made(method, "gpt2")
-    with pytest.raises(ValueError, match=rf"^{method} cannot be exported in the form inputs: {method} has no slots"):
+def test_a_method_without_slots_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All have some; this is for those to come."""
+    model, adapter = made("did", "gpt2")
+    monkeypatch.setattr(slots, "VECTORS", {})
+    with pytest.raises(ValueError, match=r"^did cannot be exported in the form inputs: did has no slots"):
         export(model, adapter, tmp_path / "out", "inputs", verify=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.ort
+@pytest.mark.parametrize("method", ["did", "said"])
+def test_an_adapter_of_d_numbers(method: str, tmp_path: Path) -> None:
+    """Another θ for the same projection is a file of d numbers; with another projection it is refused."""
+    model, adapter = made(method, "gpt2")
+    other, foreign = moved(adapter, 9), refpeft.init(method, SMALL[method], model, seed=2)
+    export(model, adapter, tmp_path / "out", "inputs", verify=False)
+    for name, a in (("other", other), ("foreign", foreign)):
+        refpeft.save_adapter(a, tmp_path / name)
+    tensors = adapter_only(tmp_path / "out", [tmp_path / "other"], tmp_path / "other.onnx_adapter")
+    assert sum(math.prod(shape) for shape in tensors.values()) == adapter.config.d
+    inputs, runner = example(model, 2, 5), open_folder(tmp_path / "out")
+    got = answer(runner.using(runner.load(tmp_path / "other.onnx_adapter")), inputs)
+    wide = other.replace(params={n: a.astype(np.float64) for n, a in other.params.items()})
+    rest = {n: a for n, a in inputs.items() if n != "input_ids"}
+    expected = model.astype(np.float64)(inputs["input_ids"], wide, **rest)[0]
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="projection is"):
+        adapter_only(tmp_path / "out", [tmp_path / "foreign"], tmp_path / "foreign.onnx_adapter")

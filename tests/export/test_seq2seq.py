@@ -25,6 +25,7 @@ CASES = {
     "multi prefix": ("prefix_tuning", {}), "inputs norms": ("ln_tuning", {}),
     "inputs necks": ("houlsby", {"cross_adapter": True}),
     "unmerged prefix without places": ("prefix_tuning", {"position_shift": False}),
+    "prefix": ("prefix_tuning", {}), "prefix without places": ("prefix_tuning", {"position_shift": False}),
 }  # fmt: skip
 EACH = [(name, case) for name in ("T5", "BART") for case in CASES]
 EACH += [("T5 v1.1", case) for case in ("merged", "inputs", "multi", "unmerged prompt")]  # whose head is another one
@@ -46,7 +47,7 @@ def test_every_form(name: str, case: str, tmp_path: Path) -> None:
     """Verified in steps, rows padded on either side; and then the tokens of the specification, each row by itself."""
     model, result, each = exported(case, name, tmp_path / "out")
     assert max(c["ratio"] for c in result.cases) <= LIMIT
-    assert {c["what"] for c in result.cases} <= {"decoding", "no adapter, decoding"}
+    assert {c["what"] for c in result.cases} <= {"decoding", "no adapter, decoding", "no prefix, decoding"}
     ids = {"adapter_ids": [0, -1, 1]} if case.startswith("multi") else {}
     found = written(tmp_path / "out", PROMPTS, **ids)
     assert found == specified(model, each, PROMPTS)
@@ -208,7 +209,7 @@ def test_what_does_not_write_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"decoding needs a causal language model, and {architecture} is none"):
             export(tiny(family, own, dtype=F32, **config), None, tmp_path / "out", verify=False, decode=True)
     for form, method, message in (
-        ("prefix", "prefix_tuning", "no past: --form inputs has prefixes from outside"),
+        ("prefix", "lora", "needs an adapter that is a prefix"),
         ("merged", "prompt_tuning", "has no merge"),
         ("multi", "prompt_tuning", "makes a row longer"),
     ):  # fmt: skip

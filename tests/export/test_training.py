@@ -20,8 +20,10 @@ from refpeft.export.forms import training as form
 from refpeft.export.program import export
 from refpeft.export.runtime import open_folder
 from refpeft.export.verification import LIMIT, MismatchError
+from refpeft.methods import adalora
 from refpeft.objectives import Objective, class_loss, next_token_loss, token_loss
 from refpeft.train import Plan, start, step
+from refpeft.train import trained as finished
 from tests.export.adapters import SMALL, moved
 from tests.models import tiny
 
@@ -31,6 +33,7 @@ F32 = np.float32
 LORA = {"r": 2, "lora_alpha": 6}
 HEAD = {**LORA, "modules_to_save": ["classifier"]}
 PLUS = {**LORA, "target_modules": ["q_proj", "embed_tokens"]}
+TURNS = {**SMALL["adalora"], "tinit": 2, "tfinal": 3, "deltaT": 2}
 CASES: dict[str, tuple[str, str, str, Named]] = {  # family, architecture, method, its config
     "adamw": ("gpt2", "LMHeadModel", "lora", LORA),
     "sgd": ("gpt2", "LMHeadModel", "lora", LORA),
@@ -45,6 +48,11 @@ CASES: dict[str, tuple[str, str, str, Named]] = {  # family, architecture, metho
     "loha with cores": ("bert", "ForSequenceClassification", "loha", {"r": 2, "taps": 4, "target_modules": ["query"]}),
     "lokr": ("bert", "ForSequenceClassification", "lokr", {"r": 1, "alpha": 6, "decompose_both": True}),
     "oft": ("gpt2", "LMHeadModel", "oft", {"oft_block_size": 4, "target_modules": ["c_attn", "wte"]}),
+    "oft, exact": ("gpt2", "LMHeadModel", "oft", {"oft_block_size": 8, "use_cayley_neumann": False}),
+    "boft": ("gpt2", "LMHeadModel", "boft", SMALL["boft"]),
+    "boft, three butterflies": ("bert", "ForSequenceClassification", "boft", {"boft_n_butterfly_factor": 3}),
+    "adalora": ("gpt2", "LMHeadModel", "adalora", SMALL["adalora"]),
+    "adalora, by turns": ("llama", "ForCausalLM", "adalora", TURNS),
     "a prompt": ("gpt2", "LMHeadModel", "prompt_tuning", SMALL["prompt_tuning"]),
     "a prompt that a network makes": ("bert", "ForSequenceClassification", "p_tuning", SMALL["p_tuning"]),
     "a prefix": ("llama", "ForCausalLM", "prefix_tuning", SMALL["prefix_tuning"]),
@@ -128,7 +136,14 @@ def trained(folder: Path, steps: Sequence[Mapping[str, Array]], lr: float) -> tu
 @pytest.mark.ort
 @pytest.mark.parametrize(
     ("case", "loss"),
-    [("adamw", next_token_loss), ("adam", class_loss), ("dora", token_loss), ("a prompt", next_token_loss)],
+    [
+        ("adamw", next_token_loss),
+        ("adam", class_loss),
+        ("dora", token_loss),
+        ("a prompt", next_token_loss),
+        ("adalora", next_token_loss),
+        ("boft", next_token_loss),
+    ],
 )
 def test_it_is_what_refpeft_train_does(case: str, loss: Any, tmp_path: Path) -> None:
     """The same losses and adapters as `refpeft train`'s own loop, in float64: to what float32 has."""
@@ -184,6 +199,8 @@ KEPT = {
     "a bottleneck": ("pfeiffer", {}),
     "a projection that is frozen": ("vera", SMALL["vera"]),
     "vectors": ("ia3", {"modules_to_save": ["ln_f"]}),
+    "blocks of butterflies": ("boft", SMALL["boft"]),
+    "triplets that may be cut": ("adalora", SMALL["adalora"]),
 }
 
 
@@ -204,12 +221,50 @@ def test_the_way_back_keeps_everything(case: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(model(ids, loaded)[0], model(ids, adapter)[0], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("method", "config"), [("oft", {"use_cayley_neumann": False}), ("boft", {})])
-def test_the_exact_cayley_transform_is_refused(method: str, config: Named, tmp_path: Path) -> None:
-    model = tiny("gpt2", dtype=F32)
-    adapter = refpeft.init(method, config, model)
-    with pytest.raises(ValueError, match="needs the inverse of a matrix, which ONNX does not"):
-        export(model, adapter, tmp_path / "out", "training", verify=False)
+@pytest.mark.ort
+def test_adalora_ends_as_refpeft_train_ends(tmp_path: Path) -> None:
+    """The choice of the graph is the specification's, and what is saved is without the triplets that it cut; from the
+    parameters alone, without the state, nothing is known of a choice."""
+    model, adapter = made("adalora")
+    export(model, adapter, tmp_path / "out", "training", verify=False)
+    turns = batches(model, lambda ids, rng: ids) * 2
+    _, values = trained(tmp_path / "out", turns[:10], 2.0**-6)
+    plan = Plan(10, 1, 2.0**-6, "constant", weight_decay=0.01)
+    wide = adapter.replace(params={n: a.astype(np.float64) for n, a in adapter.params.items()})
+    state, base = start(plan, wide), model.astype(np.float64)
+    for batch in turns[:10]:
+        state = step(plan, base, wide, Objective(lambda rows, rng, b=batch: b, next_token_loss), [{}], state)  # type: ignore[misc]
+    expected = finished(wide, state)
+    back = training.save(tmp_path / "out", values, tmp_path / "back")
+    assert back.config.rank_pattern == expected.config.rank_pattern
+    assert {n: a.shape for n, a in back.params.items()} == {n: a.shape for n, a in expected.params.items()}
+    assert sum(a.shape[0] for n, a in back.params.items() if n.endswith("lora_E")) == 2
+    for n, a in expected.params.items():
+        assert np.linalg.norm(back.params[n] - a) <= 1e-5 * np.linalg.norm(a)
+    ids = np.arange(8)[None]
+    whole = training.adapter_of(tmp_path / "out", {n: a for n, a in values.items() if n.startswith("adapter.")})
+    assert {n: a.shape for n, a in whole.params.items()} == {n: a.shape for n, a in adapter.params.items()}
+    np.testing.assert_allclose(model(ids, back)[0], model(ids, whole)[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.ort
+@pytest.mark.parametrize("wrong", ["budget", "penalty"])
+def test_what_adalora_does_besides_is_verified(wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that cuts less, or whose P and Q are not kept orthogonal, is not kept."""
+    model, adapter = made("adalora")
+    make, found = form.make, getattr(adalora, wrong)
+
+    def tampered(cfg: Any, *args: Any) -> Any:
+        return found(cfg, *args) + 1 if wrong == "budget" else found(replace(cfg, orth_reg_weight=0.499), *args)
+
+    def made_wrong(*args: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(adalora, wrong, tampered)
+            return make(*args)
+
+    monkeypatch.setattr(form, "make", made_wrong)
+    with pytest.raises(MismatchError, match="10 steps of adamw"):
+        export(model, adapter, tmp_path / "out", "training")
 
 
 def test_what_does_not_come_out_is_said(tmp_path: Path) -> None:

@@ -38,14 +38,6 @@ def test_every_method_on_every_family(method: str, family: str, tmp_path: Path) 
     assert any(n.startswith("adapter.") for n in weights)
 
 
-@pytest.mark.parametrize("method", ["did", "said"])
-def test_what_cannot_be_traced_is_refused(method: str, tmp_path: Path) -> None:
-    model, adapter = made(method, "gpt2")
-    with pytest.raises(ValueError, match=rf"^{method} cannot be exported in the form unmerged: "):
-        export(model, adapter, tmp_path / "out", "unmerged", verify=False)
-    assert not any(tmp_path.iterdir())
-
-
 VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "lora on embeddings": ("lora", "gpt2", {"target_modules": ["wte", "c_attn"]}),
     "lora that started from pissa": ("lora", "llama", {"init_lora_weights": "pissa"}),
@@ -59,6 +51,8 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "a prompt made by an LSTM": ("p_tuning", "gpt2", {"encoder_reparameterization_type": "LSTM"}),
     "a prefix that moves nothing": ("prefix_tuning", "roberta", {"position_shift": False}),
     "a prefix of one layer": ("prefix_tuning", "llama", {"leave_out": [0], "prefix_projection": False}),
+    "a subspace of norms and biases": ("did", "gpt2", {"target_modules": ["ln_1", "c_attn.bias", "wte"], "d": 40}),
+    "a subspace beyond a tensor": ("said", "bert", {"target_modules": ["query"], "d": 600, "columns": "tensor"}),
     "tokens that a head shares": ("trainable_tokens", "roberta", {"target_modules": ["word_embeddings"]}),
 }
 
@@ -80,7 +74,9 @@ def test_several_adapters(dtype: str, tmp_path: Path) -> None:
     lora, dora = (moved(refpeft.init(m, {"r": 2}, model, seed), seed) for seed, m in enumerate(("lora", "dora")))
     prefix = moved(refpeft.init("prefix_tuning", {"num_virtual_tokens": 2}, model))
     prompt = moved(refpeft.init("prompt_tuning", {"num_virtual_tokens": 2}, model))
-    for n, adapters in enumerate(([lora, dora], [dora, lora], [prefix, lora, prompt], [prefix, prefix])):
+    did = moved(refpeft.init("did", {"d": 5}, model))
+    each = ([lora, dora], [dora, lora], [prefix, lora, prompt], [prefix, prefix], [did, lora], [dora, did])
+    for n, adapters in enumerate(each):
         result = export(model, adapters, tmp_path / str(n), "unmerged", dtype)
         assert max(c["ratio"] for c in result.cases) <= LIMIT
     assert any(n.startswith("adapter.1.") for n in stored(tmp_path / "0"))
