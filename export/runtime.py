@@ -25,11 +25,13 @@ from typing import Any
 
 import numpy as np
 
+from refpeft.export import devices
+from refpeft.export.devices import CPU as CPU
+from refpeft.export.devices import CUDA as CUDA
+
 Array = np.ndarray[Any, Any]
 
 WHEELS = ("onnxruntime", "onnxruntime-gpu")
-CUDA = "CUDAExecutionProvider"
-CPU = "CPUExecutionProvider"
 MODEL, ENCODER, DECODER = "model.onnx", "encoder_model.onnx", "decoder_model_merged.onnx"
 
 
@@ -63,37 +65,51 @@ def require() -> Any:
 def session(path: Path, device: str | None = None) -> Any:
     """A session on CUDA where onnxruntime offers it and it works, else on the CPU; `device` ('cuda', 'cpu') insists.
 
-    onnxruntime falls back to the CPU without a word, so what it really took is looked up. TF32 is off: float32 means
-    float32.
+    onnxruntime falls back to the CPU without a word, when a session is made and when it runs, and for single nodes. It
+    may do none of these where CUDA was asked for; only what reckons with shapes stays on the CPU. TF32 is off.
     """
-    cuda, ort = offered(device) and device != "cpu", require()
-    if cuda and hasattr(ort, "preload_dlls"):
-        ort.preload_dlls()  # CUDA's libraries from the nvidia wheels, where those are installed
+    cuda, ort = offered(device), require()
     options = ort.SessionOptions()
-    options.log_severity_level = 3 if device else 4  # falling back is no error unless CUDA was asked for
+    options.log_severity_level = 3 if device else 4
+    options.add_session_config_entry(devices.RECORD, "1")
+    providers = [(CUDA, devices.OPTIONS), CPU] if cuda else [CPU]
     try:
-        made = ort.InferenceSession(str(path), options, [(CUDA, {"use_tf32": "0"}), CPU] if cuda else [CPU])
+        made = ort.InferenceSession(str(path), options, providers, enable_fallback=0)
     except Exception as error:  # of types of its own
         raise ValueError(f"{path}: onnxruntime cannot load it: {' '.join(str(error).split())[:300]}") from None
-    if device == "cuda" and provider(made) != CUDA:
-        raise ValueError(
-            f"CUDA was asked for, and onnxruntime fell back to {provider(made)}: it needs an NVIDIA GPU with its "
-            "driver, and CUDA's libraries, which 'refpeft[gpu]' brings"
-        )
+    if device == "cuda":
+        insisted(made, path)
     return made
 
 
+def insisted(made: Any, path: Path) -> None:
+    """All that should run on CUDA does."""
+    if provider(made) != CUDA:
+        raise ValueError(f"CUDA was asked for, and onnxruntime fell back to {provider(made)} for {path}")
+    if lacking := devices.placement(made, path).lacking:
+        raise ValueError(
+            f"CUDA was asked for, and onnxruntime {require().__version__} has no CUDA kernel for "
+            f"{devices.listed(lacking)} of {path}: without --device these run on the CPU"
+        )
+
+
 def offered(device: str | None = None) -> bool:
-    """Does onnxruntime offer CUDA? If that is asked for and it does not, one sentence says what is missing."""
+    """Is there CUDA, and does it work? If it is asked for and does not, one sentence says what is missing."""
     if device not in (None, "cpu", "cuda"):
         raise ValueError(f"device must be cpu or cuda, found {device!r}")
-    there = CUDA in require().get_available_providers()
+    ort = require()
+    if device == "cpu":
+        return False
+    there = CUDA in ort.get_available_providers()
     if device == "cuda" and not there:
         raise ValueError(
             "CUDA was asked for, which this onnxruntime does not offer: pip uninstall onnxruntime, then "
             "pip install 'refpeft[gpu]'"
         )
-    return there
+    why = devices.trouble(ort) if there else ""
+    if device == "cuda" and why:
+        raise ValueError(f"CUDA was asked for, and onnxruntime-gpu {ort.__version__} cannot use it: {why}")
+    return there and not why
 
 
 def provider(made: Any) -> str:
