@@ -10,6 +10,7 @@ reckon with shapes. What computes with the numbers of a model does not.
 import contextlib
 import ctypes
 import io
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -46,8 +47,15 @@ def trouble(ort: Any) -> str:
             if probe.get_providers()[0] == CUDA:
                 return ""
         except Exception as error:  # of types of its own
-            said = " ".join(str(error).split())
-    return missing(ort) or (f"onnxruntime says: {said[:300]}" if said else "nvidia-smi may say more")
+            said = gist(str(error))
+    return missing(ort) or (f"it says: {said}" if said else "it does not say why; nvidia-smi may say more")
+
+
+def gist(message: str) -> str:
+    """What CUDA said, without the C++ around it."""
+    line = " ".join(message.split())
+    found = re.search(r"CUDA (?:failure|error)[^;]*", line)
+    return (found[0].strip() if found else line)[:300]
 
 
 def missing(ort: Any) -> str:
@@ -123,7 +131,7 @@ def integers(path: Path) -> frozenset[str]:
 def copies(ort: Any, path: Path) -> int:
     """How many tensors a run carries between CPU and GPU, besides inputs and outputs: nodes that onnxruntime adds."""
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = FATAL
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = str(Path(folder) / "placed.onnx")
         ort.InferenceSession(str(path), options, [(CUDA, OPTIONS), CPU], enable_fallback=0)

@@ -14,10 +14,12 @@ onnxruntime itself does not object when
 A `Runner` holds on to what it loaded, refuses the second, and binds only where no adapter is active.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -70,7 +72,7 @@ def session(path: Path, device: str | None = None) -> Any:
     """
     cuda, ort = offered(device), require()
     options = ort.SessionOptions()
-    options.log_severity_level = 3 if device else 4
+    options.log_severity_level = devices.FATAL  # what goes wrong is raised
     options.add_session_config_entry(devices.RECORD, "1")
     providers = [(CUDA, devices.OPTIONS), CPU] if cuda else [CPU]
     try:
@@ -114,6 +116,16 @@ def offered(device: str | None = None) -> bool:
 
 def provider(made: Any) -> str:
     return str(made.get_providers()[0])
+
+
+def on_cpu(runner: "Runner") -> dict[str, int]:
+    """Of sessions on CUDA, the operators of the nodes that stayed on the CPU, and how many."""
+    found = Counter[str]()
+    made = [r.session for r in (runner.encoder, runner) if r is not None]
+    for one, path in zip(made, graphs(runner.folder), strict=True):
+        if provider(one) == CUDA:
+            found.update(devices.placement(one, path).on_cpu)
+    return dict(found)
 
 
 # ── runs with adapters ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -171,7 +183,9 @@ class Runner:
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """All outputs by name."""
-        values = self.session.run(None, {**self.fixed, **feeds}, self.options(feeds))
+        options = self.options(feeds)
+        with running(self.folder):
+            values = self.session.run(None, {**self.fixed, **feeds}, options)
         return dict(zip(self.outputs, values, strict=True))
 
     def encoded(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -179,28 +193,25 @@ class Runner:
         assert self.encoder is not None
         return self.encoder.run(feeds)
 
-    def run_values(self, feeds: Mapping[str, Any], wanted: Sequence[str]) -> list[Any]:
-        """The same with values that stay where they are: on a GPU inputs and outputs are bound to it, but not with an
-        adapter file, of which bound runs take no notice."""
+    def run_values(self, feeds: Mapping[str, Any], wanted: Sequence[str], looked: int = 1) -> list[Any]:
+        """The same with values that stay where they are, but for the first of those wanted, which are `looked` at: on a
+        GPU inputs and outputs are bound to it, but not with an adapter file, of which bound runs take no notice."""
         fixed = {name: require().OrtValue.ortvalue_from_numpy(a) for name, a in self.fixed.items()}
         values = {**fixed, **feeds}
         options = self.options(feeds)
-        try:
+        with running(self.folder):
             if provider(self.session) == CUDA and not self.active:
-                return self.bound(values, wanted, "cuda")
+                return self.bound(values, wanted, "cuda", looked)
             found: list[Any] = self.session.run_with_ort_values(list(wanted), values, options)
-        except Exception as error:  # of types of its own
-            words = " ".join(str(error).split())
-            raise ValueError(f"{self.folder}: onnxruntime cannot run it: {words[:300]}") from None
         return found
 
-    def bound(self, values: Mapping[str, Any], wanted: Sequence[str], device: str) -> list[Any]:
-        """A run whose outputs are left on the device, but for the first that is wanted, which is looked at."""
+    def bound(self, values: Mapping[str, Any], wanted: Sequence[str], device: str, looked: int) -> list[Any]:
+        """A run whose outputs are left on the device, but for the first ones."""
         binding = self.session.io_binding()
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
         for n, name in enumerate(wanted):
-            binding.bind_output(name, device if n else "cpu")
+            binding.bind_output(name, "cpu" if n < looked else device)
         self.session.run_with_iobinding(binding)
         found: list[Any] = binding.get_outputs()
         return found
@@ -223,6 +234,16 @@ class Runner:
         return [o.name for o in self.session.get_outputs()]
 
 
+@contextlib.contextmanager
+def running(folder: Path) -> Iterator[None]:
+    """What onnxruntime says of a run that fails, in one sentence; its errors are of types of their own."""
+    try:
+        yield
+    except Exception as error:
+        words = " ".join(str(error).split())
+        raise ValueError(f"{folder}: onnxruntime cannot run it: {words[:300]}") from None
+
+
 def fits(path: Any, name: str, a: Array, wanted: Any) -> None:
     kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
     shape = list(wanted.shape)
@@ -237,6 +258,7 @@ def open_folder(folder: str | os.PathLike[str], device: str | None = None) -> Ru
     from refpeft.export import initialisers
     from refpeft.export.card import whole
 
+    offered(device)  # said before all files are read
     card = whole(Path(folder))
     for file in graphs(Path(folder)):
         initialisers.read(file)

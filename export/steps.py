@@ -45,7 +45,7 @@ def across(runner: Runner, rows: Sequence[Sequence[int]], c: Config, start: int)
     """Two graphs: the encoder reads the rows, once; what is written begins with `start`."""
     ids, mask = padded(rows, left=False)
     assert runner.encoder is not None
-    (states,) = runner.encoder.run_values(values({"input_ids": ids, "attention_mask": mask}), [HIDDEN])
+    (states,) = runner.encoder.run_values(values({"input_ids": ids, "attention_mask": mask}), [HIDDEN], looked=0)
     known = {seq2seq.STATES: states, **values({seq2seq.MASK: mask})}
     kind = next(i.type for i in runner.session.get_inputs() if i.name.startswith(PAST))
     past: Mapping[str, Any] = values(seq2seq.start(c, np.float16 if "float16" in kind else np.float32, len(rows)))

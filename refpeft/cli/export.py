@@ -228,6 +228,9 @@ def show(result: Any, console: Console) -> None:
         worst = max(case["ratio"] for case in result.cases)
         same = " on the rounded weights" if "rounding" in result.cases[0] else ""
         console.print(f"Equal to the specification{same} on {result.provider}: ratio {worst:.2f} at most (limit 10).")
+        if result.on_cpu:
+            kept = ", ".join(f"{count} {name}" for name, count in sorted(result.on_cpu.items()))
+            console.print(f"On the CPU stayed {kept}.")
         if same:
             far = max(case["rounding"] for case in result.cases)
             console.print(
