@@ -167,7 +167,13 @@ def main() -> int:
         return 2
     with tempfile.TemporaryDirectory() as folder:
         build(provider, Path(folder))
-        command = [sys.executable, "-W", "ignore", "-c", "import sys; from bench.standin import inside; sys.exit(inside())"]
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-c",
+            "import sys; from bench.standin import inside; sys.exit(inside())",
+        ]
         return subprocess.run(command, env={**os.environ, "LD_LIBRARY_PATH": folder}, check=False).returncode
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from refpeft.cli import stop
+from refpeft.cli.errors import put
 
 
 def export(
@@ -153,7 +154,7 @@ def export(
     else:
         content = export_adapter(adapter_only, adapter or [], out)
     if json_file:
-        json_file.write_text(json.dumps(content, indent=2) + "\n")
+        put(json_file, json.dumps(content, indent=2) + "\n")
 
 
 def export_model(model: Path, adapters: list[Path], *options: Any) -> Any:
