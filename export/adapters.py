@@ -6,6 +6,7 @@ Such a file has a number for the version of its model. Ours is drawn from the ba
 same shape differ in it, which names and shapes would not tell. 1, which others write, says nothing.
 """
 
+import errno
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,7 +34,10 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Array], base: int 
     file.set_model_version(base)
     held = {n: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for n, a in tensors.items()}
     file.set_parameters(held)
-    file.export_adapter(str(path))
+    try:
+        file.export_adapter(str(path))
+    except RuntimeError:
+        raise OSError(errno.EIO, "onnxruntime could not write it; is the disk full?", str(path)) from None
 
 
 def read(path: str | os.PathLike[str], base: int = UNSAID) -> dict[str, Array]:

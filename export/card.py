@@ -7,7 +7,7 @@ what is small, the graph above all; a change of few bytes in large weights may n
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,12 @@ FIELDS: Mapping[str, type] = {
 }  # fmt: skip
 OWN: Mapping[str, type] = {  # of some forms, or of later releases
     "facts": list, "unread": list, "prompt": str, "training": dict, "base": int, "files": dict,
+}  # fmt: skip
+SHAPE = "shapes, of numbers and names", lambda s: isinstance(s, list) and all(isinstance(d, (int, str)) for d in s)
+WITHIN: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "inputs": SHAPE, "optional_inputs": SHAPE, "unread": ("names", lambda n: isinstance(n, str)),
+    "adapters": ("what is said of each", lambda a: isinstance(a, dict)),
+    "facts": ("what is said of each adapter", lambda f: isinstance(f, dict)),
 }  # fmt: skip
 MB = 1 << 20
 PIECES = 64
@@ -36,6 +42,13 @@ def read_card(folder: Path) -> dict[str, Any]:
     for name, kind in {**FIELDS, **{n: k for n, k in OWN.items() if n in card}}.items():
         if not isinstance(card.get(name), kind):
             raise Malformed(f"{folder / CARD}: {name} must be a {kind.__name__}, found {show(card.get(name))}")
+    for name, (what, well) in WITHIN.items():
+        inside = card.get(name, {})
+        for value in inside.values() if isinstance(inside, dict) else inside:
+            if not well(value):
+                raise Malformed(f"{folder / CARD}: {name} must hold {what}, found {show(value)}")
+    if not 0 <= card.get("base", 0) < 1 << 31:
+        raise Malformed(f"{folder / CARD}: base must be a natural number below 2³¹, found {show(card['base'])}")
     return card
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-from onnx import ModelProto, TensorProto, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from refpeft.checkpoint.safetensors import Malformed, show
 
@@ -53,6 +53,9 @@ def read(path: Path) -> dict[str, Array]:
             raise Malformed(f"{path.name}: there are two tensors {show(name)}")
         if proto.data_type in DTYPES:  # others, 8-bit floats or strings, are no weights that could be compared
             found[name] = tensor(path, name, proto, spans)
+    for proto in every(model):
+        if proto.data_location == TensorProto.EXTERNAL:
+            inside(path, f"{path.name}: tensor {show(text(proto.name))}", located(proto).get("location", ""))
     for file, where in spans.items():
         check_overlap(file, where)
     return found
@@ -65,6 +68,35 @@ def tensors(model: ModelProto) -> Iterator[tuple[str, TensorProto]]:
         for attribute in node.attribute if node.op_type == "Constant" and node.output else ():
             if attribute.name == "value" and attribute.HasField("t"):
                 yield text(node.output[0]), attribute.t
+
+
+def every(model: ModelProto) -> Iterator[TensorProto]:
+    """All tensors, those of other dtypes, of subgraphs, functions and attributes too."""
+    yield from within(model.graph)
+    for function in model.functions:
+        for node in function.node:
+            yield from attributes(node)
+
+
+def within(graph: GraphProto) -> Iterator[TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for node in graph.node:
+        yield from attributes(node)
+
+
+def attributes(node: NodeProto) -> Iterator[TensorProto]:
+    for a in node.attribute:
+        yield from (a.t, *a.tensors)
+        for sparse in (a.sparse_tensor, *a.sparse_tensors):
+            yield from (sparse.values, sparse.indices)
+        for graph in (a.g, *a.graphs) if a.HasField("g") or a.graphs else ():
+            yield from within(graph)
+
+
+def located(proto: TensorProto) -> dict[str, str]:
+    return {text(entry.key): text(entry.value) for entry in proto.external_data}
 
 
 def tensor(model: Path, name: str, proto: TensorProto, spans: dict[Path, list[Span]]) -> Array:
@@ -95,7 +127,7 @@ def beside(
     spans: dict[Path, list[Span]],
 ) -> Array:
     """A tensor in another file, mapped."""
-    said = {text(entry.key): text(entry.value) for entry in proto.external_data}
+    said = located(proto)
     file = inside(model, where, said.get("location", ""))
     size = file.stat().st_size
     offset = natural(where, "offset", said.get("offset", "0"))

@@ -13,7 +13,7 @@ either all of it or none.
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from refpeft.export.precision import DTYPES, Tensor, encoded, matrices, precisio
 from refpeft.export.proto import IR_VERSION, OPSET, to_model
 from refpeft.export.rewriting import Stored, relevel, rewritten
 from refpeft.export.symbols import Graph
+from refpeft.export.verification import Verified
 from refpeft.model import Model, adapter_list
 
 GRAPHS: Mapping[str, Callable[[Graph, Outputs], Outputs]] = {"portable": lambda graph, outputs: outputs, "fast": fast}
@@ -45,7 +46,8 @@ Report = Callable[[str], None]
 @dataclass(frozen=True)
 class Exported:
     """What `export` made. `cases` are the measured ratios, empty if it was not verified; with the distance from what
-    weights that are not rounded give, where they are. Where there are two graphs, `inputs` and `outputs` are the
+    weights that are not rounded give, where they are; `on_cpu` counts, where that was on CUDA, the operators of the
+    nodes that stayed on the CPU. Where there are two graphs, `inputs` and `outputs` are the
     decoder's, and `encoder` has those of the other."""
 
     folder: Path
@@ -63,6 +65,7 @@ class Exported:
     provider: str | None
     cases: Sequence[Mapping[str, Any]]
     encoder: Mapping[str, Mapping[str, Sequence[int | str]]] = field(default_factory=dict)
+    on_cpu: Mapping[str, int] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "folder": str(self.folder)}
@@ -102,6 +105,8 @@ def export(
     chosen(dtype, DTYPES, "dtype")
     if verify:
         verification.ready(device)
+    elif device is not None:
+        raise ValueError(f"device says where an export is verified, and this one is not to be, found {device}")
     elif hasattr(FORMS[form], "values"):
         runtime.require()  # which writes the adapter's file
     adapters = adapter_list(adapter)
@@ -131,10 +136,10 @@ def export(
         genai.write(folder, form, subject, made)
         if verify:
             report("running it on onnxruntime")
-        provider, cases = proven(folder, subject, FORMS[form], protos, beside, verify, device)
+        verified = proven(folder, subject, FORMS[form], protos, beside, verify, device)
         if not beside:
             (folder / weights.DATA).unlink(missing_ok=True)
-        result = described(folder, Path(out), form, subject, made, protos, beside, provider, cases)
+        result = described(folder, Path(out), form, subject, made, protos, beside, verified)
         write_card(folder, made, subject, result)
     return result
 
@@ -218,18 +223,18 @@ def proven(
     beside: bool,
     verify: bool,
     device: str | None,
-) -> tuple[str | None, Sequence[Mapping[str, Any]]]:
-    """The device and the cases. Graphs whose accuracy level lets activations be rounded too are verified without."""
+) -> Verified:
+    """What verification found. Graphs whose accuracy level lets activations be rounded too are verified without."""
     p = subject.precision
-    provider, cases = verification.verify(folder, subject, form, device) if verify else (None, [])
+    verified = verification.verify(folder, subject, form, device) if verify else Verified()
     if p.blocks and p.blocks.accuracy_level != 1:
         for name, proto in protos.items():
             relevel(proto, p.blocks.accuracy_level)
             save(proto, folder / name, beside)
     if p.exact or not verify:
-        return provider, cases
+        return verified
     far = verification.rounding(folder, subject, form, device)
-    return provider, [{**case, "rounding": r} for case, r in zip(cases, far, strict=True)]
+    return replace(verified, cases=[{**case, "rounding": r} for case, r in zip(verified.cases, far, strict=True)])
 
 
 def finish(form: Form, folder: Path, subject: Subject, made: Made) -> None:
@@ -269,7 +274,7 @@ def location(t: TensorProto) -> str:
 
 def described(
     folder: Path, out: Path, form: str, subject: Subject, made: Made, protos: Mapping[str, ModelProto], beside: bool,
-    provider: str | None, cases: Sequence[Any],
+    verified: Verified,
 ) -> Exported:  # fmt: skip
     def shapes(values: Any) -> dict[str, list[int | str]]:
         return {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
@@ -285,8 +290,8 @@ def described(
     files = sorted({location(t) for p in protos.values() for t in p.graph.initializer if beside} - {""})
     return Exported(
         out, form, subject.precision.name, subject.decode, subject.last_logits, inputs, optional,
-        shapes(proto.graph.output), sum(len(p.graph.node) for p in protos.values()), size, bool(files), files, provider,
-        cases, encoder,
+        shapes(proto.graph.output), sum(len(p.graph.node) for p in protos.values()), size, bool(files), files,
+        verified.provider, verified.cases, encoder, verified.on_cpu,
     )  # fmt: skip
 
 

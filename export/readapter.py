@@ -4,7 +4,6 @@ Everything that is needed is in the folder: the base weights are in the graph, w
 """
 
 import os
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 from refpeft.adapter import Adapter
 from refpeft.checkpoint import load_adapter
 from refpeft.checkpoint.families import plan
+from refpeft.checkpoint.folder import new_file
 from refpeft.checkpoint.safetensors import read_json, show
 from refpeft.export import adapters as files
 from refpeft.export import initialisers, runtime
@@ -35,12 +35,8 @@ def adapter_only(
     model = base(Path(folder), card)
     loaded = [load_adapter(path, model) for path in adapters]
     tensors = fitting(card, loaded, model)
-    part = Path(out).with_name(f".{uuid.uuid4().hex[:8]}.{Path(out).name}")
-    try:
+    with new_file(out) as part:
         files.write(part, tensors, card.get("base", files.UNSAID))
-        part.rename(out)
-    finally:
-        part.unlink(missing_ok=True)
     return {name: list(a.shape) for name, a in tensors.items()}
 
 

@@ -14,10 +14,12 @@ onnxruntime itself does not object when
 A `Runner` holds on to what it loaded, refuses the second, and binds only where no adapter is active.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -25,11 +27,13 @@ from typing import Any
 
 import numpy as np
 
+from refpeft.export import devices
+from refpeft.export.devices import CPU as CPU
+from refpeft.export.devices import CUDA as CUDA
+
 Array = np.ndarray[Any, Any]
 
 WHEELS = ("onnxruntime", "onnxruntime-gpu")
-CUDA = "CUDAExecutionProvider"
-CPU = "CPUExecutionProvider"
 MODEL, ENCODER, DECODER = "model.onnx", "encoder_model.onnx", "decoder_model_merged.onnx"
 
 
@@ -63,41 +67,65 @@ def require() -> Any:
 def session(path: Path, device: str | None = None) -> Any:
     """A session on CUDA where onnxruntime offers it and it works, else on the CPU; `device` ('cuda', 'cpu') insists.
 
-    onnxruntime falls back to the CPU without a word, so what it really took is looked up. TF32 is off: float32 means
-    float32.
+    onnxruntime falls back to the CPU without a word, when a session is made and when it runs, and for single nodes. It
+    may do none of these where CUDA was asked for; only what reckons with shapes stays on the CPU. TF32 is off.
     """
-    cuda, ort = offered(device) and device != "cpu", require()
-    if cuda and hasattr(ort, "preload_dlls"):
-        ort.preload_dlls()  # CUDA's libraries from the nvidia wheels, where those are installed
+    cuda, ort = offered(device), require()
     options = ort.SessionOptions()
-    options.log_severity_level = 3 if device else 4  # falling back is no error unless CUDA was asked for
+    options.log_severity_level = devices.FATAL  # what goes wrong is raised
+    options.add_session_config_entry(devices.RECORD, "1")
+    providers = [(CUDA, devices.OPTIONS), CPU] if cuda else [CPU]
     try:
-        made = ort.InferenceSession(str(path), options, [(CUDA, {"use_tf32": "0"}), CPU] if cuda else [CPU])
+        made = ort.InferenceSession(str(path), options, providers, enable_fallback=0)
     except Exception as error:  # of types of its own
         raise ValueError(f"{path}: onnxruntime cannot load it: {' '.join(str(error).split())[:300]}") from None
-    if device == "cuda" and provider(made) != CUDA:
-        raise ValueError(
-            f"CUDA was asked for, and onnxruntime fell back to {provider(made)}: it needs an NVIDIA GPU with its "
-            "driver, and CUDA's libraries, which 'refpeft[gpu]' brings"
-        )
+    if device == "cuda":
+        insisted(made, path)
     return made
 
 
+def insisted(made: Any, path: Path) -> None:
+    """All that should run on CUDA does."""
+    if provider(made) != CUDA:
+        raise ValueError(f"CUDA was asked for, and onnxruntime fell back to {provider(made)} for {path}")
+    if lacking := devices.placement(made, path).lacking:
+        raise ValueError(
+            f"CUDA was asked for, and onnxruntime {require().__version__} has no CUDA kernel for "
+            f"{devices.listed(lacking)} of {path}: without --device these run on the CPU"
+        )
+
+
 def offered(device: str | None = None) -> bool:
-    """Does onnxruntime offer CUDA? If that is asked for and it does not, one sentence says what is missing."""
+    """Is there CUDA, and does it work? If it is asked for and does not, one sentence says what is missing."""
     if device not in (None, "cpu", "cuda"):
         raise ValueError(f"device must be cpu or cuda, found {device!r}")
-    there = CUDA in require().get_available_providers()
+    ort = require()
+    if device == "cpu":
+        return False
+    there = CUDA in ort.get_available_providers()
     if device == "cuda" and not there:
         raise ValueError(
             "CUDA was asked for, which this onnxruntime does not offer: pip uninstall onnxruntime, then "
             "pip install 'refpeft[gpu]'"
         )
-    return there
+    why = devices.trouble(ort) if there else ""
+    if device == "cuda" and why:
+        raise ValueError(f"CUDA was asked for, and onnxruntime-gpu {ort.__version__} cannot use it: {why}")
+    return there and not why
 
 
 def provider(made: Any) -> str:
     return str(made.get_providers()[0])
+
+
+def on_cpu(runner: "Runner") -> dict[str, int]:
+    """Of sessions on CUDA, the operators of the nodes that stayed on the CPU, and how many."""
+    found = Counter[str]()
+    made = [r.session for r in (runner.encoder, runner) if r is not None]
+    for one, path in zip(made, graphs(runner.folder), strict=True):
+        if provider(one) == CUDA:
+            found.update(devices.placement(one, path).on_cpu)
+    return dict(found)
 
 
 # ── runs with adapters ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -155,7 +183,9 @@ class Runner:
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """All outputs by name."""
-        values = self.session.run(None, {**self.fixed, **feeds}, self.options(feeds))
+        options = self.options(feeds)
+        with running(self.folder):
+            values = self.session.run(None, {**self.fixed, **feeds}, options)
         return dict(zip(self.outputs, values, strict=True))
 
     def encoded(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -163,28 +193,25 @@ class Runner:
         assert self.encoder is not None
         return self.encoder.run(feeds)
 
-    def run_values(self, feeds: Mapping[str, Any], wanted: Sequence[str]) -> list[Any]:
-        """The same with values that stay where they are: on a GPU inputs and outputs are bound to it, but not with an
-        adapter file, of which bound runs take no notice."""
+    def run_values(self, feeds: Mapping[str, Any], wanted: Sequence[str], looked: int = 1) -> list[Any]:
+        """The same with values that stay where they are, but for the first of those wanted, which are `looked` at: on a
+        GPU inputs and outputs are bound to it, but not with an adapter file, of which bound runs take no notice."""
         fixed = {name: require().OrtValue.ortvalue_from_numpy(a) for name, a in self.fixed.items()}
         values = {**fixed, **feeds}
         options = self.options(feeds)
-        try:
+        with running(self.folder):
             if provider(self.session) == CUDA and not self.active:
-                return self.bound(values, wanted, "cuda")
+                return self.bound(values, wanted, "cuda", looked)
             found: list[Any] = self.session.run_with_ort_values(list(wanted), values, options)
-        except Exception as error:  # of types of its own
-            words = " ".join(str(error).split())
-            raise ValueError(f"{self.folder}: onnxruntime cannot run it: {words[:300]}") from None
         return found
 
-    def bound(self, values: Mapping[str, Any], wanted: Sequence[str], device: str) -> list[Any]:
-        """A run whose outputs are left on the device, but for the first that is wanted, which is looked at."""
+    def bound(self, values: Mapping[str, Any], wanted: Sequence[str], device: str, looked: int) -> list[Any]:
+        """A run whose outputs are left on the device, but for the first ones."""
         binding = self.session.io_binding()
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
         for n, name in enumerate(wanted):
-            binding.bind_output(name, device if n else "cpu")
+            binding.bind_output(name, "cpu" if n < looked else device)
         self.session.run_with_iobinding(binding)
         found: list[Any] = binding.get_outputs()
         return found
@@ -207,6 +234,16 @@ class Runner:
         return [o.name for o in self.session.get_outputs()]
 
 
+@contextlib.contextmanager
+def running(folder: Path) -> Iterator[None]:
+    """What onnxruntime says of a run that fails, in one sentence; its errors are of types of their own."""
+    try:
+        yield
+    except Exception as error:
+        words = " ".join(str(error).split())
+        raise ValueError(f"{folder}: onnxruntime cannot run it: {words[:300]}") from None
+
+
 def fits(path: Any, name: str, a: Array, wanted: Any) -> None:
     kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
     shape = list(wanted.shape)
@@ -221,6 +258,7 @@ def open_folder(folder: str | os.PathLike[str], device: str | None = None) -> Ru
     from refpeft.export import initialisers
     from refpeft.export.card import whole
 
+    offered(device)  # said before all files are read
     card = whole(Path(folder))
     for file in graphs(Path(folder)):
         initialisers.read(file)

@@ -47,7 +47,7 @@ def across(runner: Runner, rows: Sequence[Sequence[int]], c: Config, start: int,
     before all others, of one row."""
     ids, mask = padded(rows, left=False)
     assert runner.encoder is not None
-    (states,) = runner.encoder.run_values(values({"input_ids": ids, "attention_mask": mask}), [HIDDEN])
+    (states,) = runner.encoder.run_values(values({"input_ids": ids, "attention_mask": mask}), [HIDDEN], looked=0)
     kind = next(i.type for i in runner.session.get_inputs() if i.name.startswith(PAST))
     begin = seq2seq.start(c, np.float16 if "float16" in kind else np.float32, len(rows), prefix)
     known = {seq2seq.STATES: states, **values({seq2seq.MASK: mask})}

@@ -10,7 +10,7 @@ weights.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,35 @@ def ready(device: str | None = None) -> None:
         raise ImportError(f"{error} (verification runs the export; --no-verify leaves it out)") from error
 
 
-def verify(folder: Path, subject: Subject, form: Form, device: str | None = None) -> tuple[str, list[dict[str, Any]]]:
-    """onnxruntime's device and the ratio of each check. One of the three is in memory at a time."""
+@dataclass(frozen=True)
+class Verified:
+    """Where it ran, and the measured ratios. `on_cpu`: on a GPU, the operators of the nodes that stayed on the CPU."""
+
+    provider: str | None = None
+    cases: Sequence[Mapping[str, Any]] = ()
+    on_cpu: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def worst(self) -> Mapping[str, Any]:
+        return max(self.cases, key=lambda c: float(c["ratio"]))
+
+
+def verify(folder: Path, subject: Subject, form: Form, device: str | None = None) -> Verified:
+    """What was measured, if all of it is within the limit."""
+    found = measured(folder, subject, form, device)
+    worst = found.worst
+    if not all(c["ratio"] <= LIMIT for c in found.cases):
+        where = " on CUDA" if found.provider == runtime.CUDA else ""
+        raise MismatchError(
+            f"the exported graph differs from the specification by {worst['ratio']:.3g} times what rounding explains"
+            f"{where} ({worst['what'] + ', ' if worst['what'] else ''}batch {worst['batch']}, length "
+            f"{worst['length']}; the limit is {LIMIT:g}), so it was not kept"
+        )
+    return found
+
+
+def measured(folder: Path, subject: Subject, form: Form, device: str | None = None) -> Verified:
+    """The ratio of each check. One of the three is in memory at a time."""
     checks = form.checks(subject)
     model, adapters = rounded(subject, form.FOLDS)
     specs = [check.spec(model, adapters) for check in checks]
@@ -57,14 +84,7 @@ def verify(folder: Path, subject: Subject, form: Form, device: str | None = None
         got, moved = named_answer(check.ask(runner)), amplified(check, model, adapters)
         off = largest(got, named_answer(ref), named_answer(spec), subject.dtype, moved)
         cases.append({"batch": check.batch, "length": check.length, "what": check.what, "ratio": off})
-    worst = max(cases, key=lambda c: c["ratio"])
-    if not all(c["ratio"] <= LIMIT for c in cases):
-        raise MismatchError(
-            f"the exported graph differs from the specification by {worst['ratio']:.3g} times what rounding explains "
-            f"({worst['what'] + ', ' if worst['what'] else ''}batch {worst['batch']}, length {worst['length']}; "
-            f"the limit is {LIMIT:g}), so it was not kept"
-        )
-    return runtime.provider(runner.session), cases
+    return Verified(runtime.provider(runner.session), cases, runtime.on_cpu(runner))
 
 
 def rounding(folder: Path, subject: Subject, form: Form, device: str | None = None) -> list[float]:

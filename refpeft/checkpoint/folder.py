@@ -89,6 +89,21 @@ def new_folder(path: str | os.PathLike[str], needs: int = 0) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
+@contextmanager
+def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """The same of a file."""
+    target = Path(path).absolute()
+    part = target.with_name(f".{uuid.uuid4().hex[:8]}.{target.name}")
+    try:
+        yield part
+        part.rename(target)
+    except OSError as e:
+        why = "no space is left on the device" if e.errno == errno.ENOSPC else e.strerror or str(e)
+        raise OSError(f"{path}: could not be written: {why}") from e
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def check_free(target: Path) -> None:
     if not target.parent.is_dir():
         raise Malformed(f"{target}: the folder {target.parent} does not exist")

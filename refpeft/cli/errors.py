@@ -1,5 +1,7 @@
 """What went wrong, in one sentence."""
 
+from pathlib import Path
+
 EXTRAS = {
     "onnxruntime": "cpu",
     "torch": "peft",
@@ -16,6 +18,14 @@ def sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def put(file: Path, text: str) -> None:
+    """A result into a file. What a full disk says does not name it."""
+    try:
+        file.write_text(text, "utf-8")
+    except OSError as error:
+        raise OSError(f"{file}: could not be written: {(error.strerror or str(error)).lower()}") from None
 
 
 def missing(package: str) -> str:

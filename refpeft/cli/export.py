@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from refpeft.cli import stop
+from refpeft.cli.errors import put
 
 WHAT, FORM, NUMBERS = "What is exported", "Its form", "Numbers: how many bits, and in which arithmetic"
 DECODING, WHERE, SAFETY = "Writing text, and speed", "Where it goes", "Safety"
@@ -177,7 +178,7 @@ def export(
     else:
         content = export_adapter(adapter_only, adapter or [], out)
     if json_file:
-        json_file.write_text(json.dumps(content, indent=2) + "\n")
+        put(json_file, json.dumps(content, indent=2) + "\n")
 
 
 def export_model(model: Path, adapters: list[Path], *options: Any) -> Any:
@@ -252,6 +253,9 @@ def show(result: Any, console: Console) -> None:
         worst = max(case["ratio"] for case in result.cases)
         same = " on the rounded weights" if "rounding" in result.cases[0] else ""
         console.print(f"Equal to the specification{same} on {result.provider}: ratio {worst:.2f} at most (limit 10).")
+        if result.on_cpu:
+            kept = ", ".join(f"{count} {name}" for name, count in sorted(result.on_cpu.items()))
+            console.print(f"On the CPU stayed {kept}.")
         if same:
             far = max(case["rounding"] for case in result.cases)
             console.print(

@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from refpeft.cli.errors import put
+
 
 def generate(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder made by [b]refpeft export --decode[/].")],
@@ -69,7 +71,7 @@ def generate(
     if len(prompts) == 1:
         typer.echo(results[0]["text"].removeprefix(shown))
     if json_file:
-        json_file.write_text(json.dumps({"results": results}, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        put(json_file, json.dumps({"results": results}, indent=2, ensure_ascii=False) + "\n")
 
 
 def identified(words: Any, token: str) -> int:

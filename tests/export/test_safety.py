@@ -1,9 +1,11 @@
 """What can go wrong around an export: one sentence, nothing lost, no wrong answer."""
 
+import contextlib
 import json
 import os
+import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +113,25 @@ def test_a_card_names_no_files_elsewhere(files: Any, served: Path) -> None:
     where.write_text(json.dumps(json.loads(where.read_text()) | {"files": files}))
     with pytest.raises(ValueError, match="files must map names to sizes and hashes"):
         open_folder(served / "out")
+
+
+@pytest.mark.ort
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [("facts", ["lora"], "facts must hold what is said of each adapter"),
+     ("unread", [["x"]], "unread must hold names"),
+     ("adapters", [3], "adapters must hold what is said of each"),
+     ("inputs", {"input_ids": 3}, "inputs must hold shapes, of numbers and names"),
+     ("optional_inputs", {"x": [None]}, "optional_inputs must hold shapes"),
+     ("base", 10**30, "base must be a natural number below"),
+     ("base", -1, "base must be a natural number below")],
+)  # fmt: skip
+def test_what_a_card_holds_is_looked_at(field: str, value: Any, words: str, served: Path) -> None:
+    where = served / "out" / "refpeft.json"
+    where.write_text(json.dumps(json.loads(where.read_text()) | {field: value}))
+    command = ["export", "--adapter-only", served / "out", "--adapter", served / "lora", "--out", served / "new"]
+    assert f"refpeft.json: {words}" in sentence(command)
+    assert "refpeft.json" in sentence(["generate", served / "out", "a"])
 
 
 def test_hashes_of_large_files_see_pieces_of_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,6 +254,38 @@ def test_an_export_that_is_broken_off_changes_nothing(
         export(model, lora(model), tmp_path / "out", external=True, link=link, source=tmp_path / "model", verify=False)
     assert tree(tmp_path) == before
     assert all(f.stat().st_nlink == 1 for f in (tmp_path / "model").iterdir())
+
+
+@contextlib.contextmanager
+def full(size: int) -> Iterator[None]:
+    """A disk that takes so many bytes of a file, and no more."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.ort
+@pytest.mark.parametrize("out", ["new.onnx_adapter", "new.safetensors", "new"])
+def test_a_full_disk(out: str, served: Path) -> None:
+    """Of real writes, onnxruntime's too. The sentence names what was to be written, and nothing is left of it."""
+    before = tree(served)
+    what = ["--adapter-only", served / "out"] if out != "new" else [served / "model"]
+    command = ["export", *what, "--adapter", served / "lora", "--out", served / out]
+    with full(1000):
+        found = sentence(command if out != "new" else [*command, "--form", "inputs", "--external-data", "--no-verify"])
+    assert f"{served / out}: could not be written: " in found
+    assert tree(served) == before
+
+
+@pytest.mark.ort
+def test_a_full_disk_for_the_result(served: Path) -> None:
+    json_file = served / "result.json"
+    with full(10):
+        found = sentence(["generate", served / "out", "a", "--json", json_file])
+    assert f"{json_file}: could not be written: file too large" in found
 
 
 def test_removing_a_linked_folder_leaves_the_checkpoint(tmp_path: Path) -> None:
