@@ -378,7 +378,8 @@ static int check(const char *path, const char *id, const char *regime, const cha
 static int able(const char *method, const char *level, const Json *want) {
     int mine = same(method, "lora") || same(method, "rslora") || same(method, "dora") || same(method, "ia3");
     if (!same(level, "layer") || !mine) return 0;
-    return !has(want, "trained") && !has(want, "fresh") && !has(want, "unmerged") && !has(want, "disabled");
+    return !has(want, "trained") && !has(want, "fresh") && !has(want, "unmerged") && !has(want, "unloaded") &&
+           !has(want, "disabled");
 }
 
 int main(int n, char **words) {
