@@ -77,6 +77,8 @@ def lives(m: str) -> list[Question]:
         layer("changed", "Something cached that new values of the parameters make stale.", ["sensitive"], m),
         layer("unmerged", "Unmerging along the other axis of a square W, or with another scale than was merged.",
               ["unmerge"], m, o=4, i=4, kind="conv1d", regime="exact"),
+        layer("unloaded", "A plain layer of another kind around the merged weights of a square one, or not merged.",
+              ["unload"], m, o=4, i=4, kind="conv1d", regime="exact"),
         layer("disabled", "Disabled and enabled again, the adapter stays away.", ["disable"], m),
     ]  # fmt: skip
 
@@ -138,5 +140,7 @@ def vectors() -> list[Question]:
             ["frozen", "init"]),
         ask("changed", "Something cached that new values of the parameters make stale.", ["sensitive"]),
         ask("unmerged", "Unmerging by a division that does not give back what was there.", ["unmerge"], **exact),
+        ask("unloaded", "A plain layer of another kind around the merged weights of a square one, or not merged.",
+            ["unload"], **{**square, **conv}),
         ask("disabled", "Disabled and enabled again, the adapter stays away.", ["disable"]),
     ]  # fmt: skip

@@ -35,6 +35,8 @@ def sums(m: str) -> list[Question]:
         "loha": [
             layer("rank-one", "A rank's axis squeezed away where r = 1.", ALL, m, config={"r": 1, "alpha": 3.0}),
             layer("rank-above", "A rank larger than both sides of W.", ALL, m, config={"r": 6}, o=4, i=3),
+            layer("cores", "One core for both products, ΔW as [o, k, i]; dB₁ with the core of the other product.",
+                  ["cores-grads", "cores"], m, i=3),
         ],
         "lokr": [
             layer("full", "Both factors full: α/r left out of the scale, though no rank is there.", ALL, m,

@@ -381,7 +381,8 @@ static int known(const char *method, const char *level) {
 }
 
 static int able(const Json *want) {
-    return !has(want, "trained") && !has(want, "fresh") && !has(want, "unmerged") && !has(want, "disabled");
+    return !has(want, "trained") && !has(want, "fresh") && !has(want, "unmerged") && !has(want, "unloaded") &&
+           !has(want, "disabled");
 }
 
 int main(int n, char **words) {

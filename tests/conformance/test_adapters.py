@@ -164,3 +164,16 @@ def test_layers_options_and_settings_that_a_target_declares_are_those_it_is_aske
     asked = logits.case("lora", corners[1], 0)
     assert asked.meta["settings"] == corners[1]["settings"]
     assert "settings" not in case("model", "logits", "lora", "bert").meta
+
+
+def test_a_setting_can_be_of_some_methods_only() -> None:
+    class Set(Spec):
+        def info(self) -> dict[str, object]:
+            settings = {"attention": ["a", "b"], "alpha": [1, 2]}
+            return {**super().info(), "settings": settings, "without": {"lora": ["alpha", "cache"]}}
+
+    told = {method: engine.told(Set(), engine.Options(), method) for method in ("lora", "ia3")}
+    assert told["lora"]["settings"] == {"attention": ["a", "b"]}
+    assert told["ia3"]["settings"] == {"attention": ["a", "b"], "alpha": [1, 2]}
+    assert "cache" not in told["lora"]["features"]
+    assert "cache" in told["ia3"]["features"]
