@@ -192,7 +192,9 @@ class Symbol(NDArrayOperatorsMixin):
             0 if k < x.ndim and isinstance(d, Dim) and d == x.shape[k] else d for k, d in enumerate(shape)
         ]
         unknown = [k for k, d in enumerate(spec) if isinstance(d, Dim)]
-        if unknown:
+        if unknown and any(isinstance(d, Dim) and not d.least() for k, d in enumerate(shape) if k != unknown[0]):
+            return self.graph.emit("Reshape", (x, self.graph.ints(shape)), x.dtype, shape, allowzero=1)
+        if unknown:  # which follows from the others, if none of these is 0
             spec[unknown[0]] = -1
         return self.graph.emit("Reshape", (x, self.graph.ints(spec)), x.dtype, shape)
 
