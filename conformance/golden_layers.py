@@ -20,10 +20,19 @@ USUAL: Mapping[str, Any] = {
 def questions(method: str) -> Sequence[Question]:
     if method == "ia3":
         return vectors()
+    if method == "adalora":
+        return [triplets()]
     if method not in LORA:
         return []
     found = [*shapes(method), *numbers(method), *lives(method)]
     return [*found, *(of_dora() if method == "dora" else biased(method))]
+
+
+def triplets() -> Question:
+    """Of AdaLoRA, whose s is never exact: how it begins."""
+    config = {"init_r": 2, "target_r": 1, "lora_alpha": 6.0, "total_step": 10}
+    hunts = "Singular values that are not zero at first; the layer's own W and b trained too."
+    return Question("trained", hunts, "layer", ["frozen", "init"], {**USUAL, "config": config})
 
 
 def layer(name: str, hunts: str, properties: Sequence[str], method: str, **fields: Any) -> Question:

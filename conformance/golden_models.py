@@ -68,6 +68,10 @@ def matrices(m: str) -> list[Question]:
               m, "gpt2", which="lm_head"),
         model("tied-embedding", "An embedding tied to the head, which is adapted alone: the head must stay.", ["tied"],
               m, "gpt2", which="wte"),
+        model("head", "A head that is trained whole, and not in the place of the model's own; that one trained too.",
+              ["modules-to-save"], m, "bert", HEAD),
+        model("trained-float64", "What is trained in float32 only, or besides where a model is of another dtype.",
+              ["trained"], m, "gpt2", dtype="float64"),
     ]  # fmt: skip
 
 

@@ -70,10 +70,6 @@ Size = int | Dim
 Shape = tuple[Size, ...]
 
 
-def least(size: Size) -> int:
-    return size.least() if isinstance(size, Dim) else size
-
-
 def polynomial(size: Size) -> Mapping[tuple[str, ...], int]:
     return size.terms if isinstance(size, Dim) else {(): size}
 

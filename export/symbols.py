@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
-from refpeft.export.sizes import Dim, Shape, Size, broadcast, complete, least, product_shape, total
+from refpeft.export.sizes import Dim, Shape, Size, broadcast, complete, product_shape, total
 from refpeft.export.solving import solve
 
 DType = np.dtype[Any]
@@ -211,9 +211,11 @@ class Symbol(NDArrayOperatorsMixin):
             0 if k < x.ndim and isinstance(d, Dim) and d == x.shape[k] else d for k, d in enumerate(shape)
         ]
         unknown = [k for k, d in enumerate(spec) if isinstance(d, Dim)]
-        empty = [k for k in unknown if not least(spec[k])]
-        if unknown and len(empty) < 2:  # beside an axis of no places there is nothing to tell −1 by
-            spec[(empty or unknown)[0]] = -1
+        empty = [k for k, d in enumerate(shape) if isinstance(d, Dim) and not d.least()]
+        for first in [k for k in unknown if k in empty][:1] or unknown[:1]:
+            if set(empty) - {first}:  # beside an axis of no places there is nothing to tell −1 by
+                return self.graph.emit("Reshape", (x, self.graph.ints(shape)), x.dtype, shape, allowzero=1)
+            spec[first] = -1
         return self.graph.emit("Reshape", (x, self.graph.ints(spec)), x.dtype, shape)
 
     def astype(self, dtype: Any, copy: bool = True) -> "Symbol":

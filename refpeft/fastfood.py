@@ -120,11 +120,14 @@ def hadamard(x: Array) -> Array:
 
 
 def product(x: Array) -> Array:
-    """H x, for an array that cannot be written into: the factors one after the other, each on the last axis, which then
-    becomes the first."""
-    for r in radices(x.shape[0]):
-        x = (x.reshape(-1, r) @ H(r, x.dtype)).T.reshape(x.shape[0])
-    return x
+    """H x, for an array that cannot be written into: the factors one after the other, on entries that lie `done` apart.
+    Larger ones than where it can, since each is a pass over memory."""
+    n, done = x.shape[0], 1
+    for r in radices(n, bits=5):
+        h = H(r, x.dtype)
+        x = x.reshape(-1, r) @ h if done == 1 else h @ x.reshape(-1, r, done)
+        done *= r
+    return x.reshape(n)
 
 
 def columns(a: Array, b: Array, out: Array) -> None:
@@ -148,11 +151,11 @@ def tiles(a: Array, r: int, done: int, dense: bool) -> Array:
 
 
 @functools.cache
-def radices(n: int) -> tuple[int, ...]:
-    """Factors of n, a power of two: as few as possible, at most 16 each, about equal."""
-    bits = n.bit_length() - 1
-    count = -(-bits // 4)
-    return tuple(1 << (bits * (k + 1) // count - bits * k // count) for k in range(count)) or (1,)
+def radices(n: int, bits: int = 4) -> tuple[int, ...]:
+    """Factors of n, a power of two: as few as possible, at most 2^bits each, about equal."""
+    all_bits = n.bit_length() - 1
+    count = -(-all_bits // bits)
+    return tuple(1 << (all_bits * (k + 1) // count - all_bits * k // count) for k in range(count)) or (1,)
 
 
 @functools.cache

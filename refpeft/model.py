@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from refpeft.adapter import Adapter, check_rows, each, fits, stepwise
+from refpeft.adapter import Adapter, check_rows, each, fits, numbered, stepwise
 from refpeft.config import Config, Site
 from refpeft.hooks import Hooks
 from refpeft.inputs import Inputs, read, shift_right
@@ -112,7 +112,18 @@ class Model:
         if any(a.rows is not None for a in adapters) and ids is not None:
             check_rows(adapters, len(ids))
         fits(adapters, {site.path for site in self.sites.values()} if adapters else ())
+        self.apart(adapters)
         return adapters
+
+    def apart(self, adapters: Sequence[Adapter]) -> None:
+        """Refuses an adapter for some rows that changes what all rows share: the biases of relative positions."""
+        shared = [self.part(role) for role in self.sites if role.endswith("embed.relative")]
+        for a in adapters if shared else ():
+            if a.rows is None or numbered(a):
+                continue
+            part = each([a.replace(rows=None)], self).part
+            if found := [p.path for p in shared if part(p) is not p]:
+                raise ValueError(f"{found[0]} is one table for all rows of a batch, and an adapter for some adapts it")
 
     def part(self, role: str, frozen: bool = False) -> Part:
         site = self.sites[role]

@@ -7,6 +7,9 @@
 The base weights are inside and frozen. The gradients are those of the specification, derived by hand; the optimiser is
 `refpeft.optim`, the same lines. Labels are as in transformers: not shifted, −100 where nothing is predicted; of a
 classifier, a class for each row. Without dropout.
+
+What a method does in training besides (`refpeft.train`), AdaLoRA's penalty and budget, is in the step, and what it
+remembers in the state, state.method.<…>. The loss is without the penalty.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -37,7 +37,7 @@ def vectors(
     by rounding, as on another processor, are counted.
     [cyan]refpeft vectors my-vectors --check[/cyan]
 
-    How to read them, with programs in C and JavaScript that do:
+    How to read them, with programs in C, JavaScript and Rust that do:
     docs/vectors.md and examples/vectors.
 
     Exit code 0: made, or as they should be. 1: something differs.

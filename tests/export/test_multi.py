@@ -28,6 +28,8 @@ OTHERS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "tasks with heads": [("p_tuning_v2", {"num_virtual_tokens": n}) for n in (2, 4)],
     "vectors and lora": [("ia3", {}), ("lora", {"r": 2})],
     "projections": [("vera", {"r": 2}), ("vera", {"r": 3, "projection_prng_key": 1})],
+    "subspaces": [("did", {"d": 5}), ("said", {"d": 80})],
+    "butterflies": [("boft", {"boft_block_size": 2, "boft_n_butterfly_factor": n}) for n in (1, 2)],
     "biases and norms": [("bitfit", {}), ("ln_tuning", {})],
     "embeddings": [("lora", {"r": 2, "target_modules": ["wte", "embed_tokens", "word_embeddings"]})],
     "with a bias": [("lora", {"r": 2, "lora_bias": True, "target_modules": ["c_attn", "q_proj", "query"]})],

@@ -24,6 +24,9 @@ CASES = {
     "inputs prompt": ("prompt_tuning", {}), "inputs prefix": ("prefix_tuning", {}),
     "multi prefix": ("prefix_tuning", {}), "inputs norms": ("ln_tuning", {}),
     "inputs necks": ("houlsby", {"cross_adapter": True}),
+    "unmerged butterflies": ("boft", {}), "inputs butterflies": ("boft", {}), "multi butterflies": ("boft", {}),
+    "unmerged subspace": ("did", {}), "multi rotations": ("oft", {}),
+    "multi subspace": ("said", {"d": 99, "target_modules": ["q", "q_proj"]}),
     "unmerged prefix without places": ("prefix_tuning", {"position_shift": False}),
     "prefix": ("prefix_tuning", {}), "prefix without places": ("prefix_tuning", {"position_shift": False}),
 }  # fmt: skip

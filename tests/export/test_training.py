@@ -51,6 +51,8 @@ CASES: dict[str, tuple[str, str, str, Named]] = {  # family, architecture, metho
     "oft, exact": ("gpt2", "LMHeadModel", "oft", {"oft_block_size": 8, "use_cayley_neumann": False}),
     "boft": ("gpt2", "LMHeadModel", "boft", SMALL["boft"]),
     "boft, three butterflies": ("bert", "ForSequenceClassification", "boft", {"boft_n_butterfly_factor": 3}),
+    "a subspace": ("gpt2", "LMHeadModel", "did", {"d": 40, "target_modules": ["c_attn", "ln_1", "wte"]}),
+    "a subspace with shares": ("bert", "ForSequenceClassification", "said", {"d": 30, "target_modules": ["query"]}),
     "adalora": ("gpt2", "LMHeadModel", "adalora", SMALL["adalora"]),
     "adalora, by turns": ("llama", "ForCausalLM", "adalora", TURNS),
     "a prompt": ("gpt2", "LMHeadModel", "prompt_tuning", SMALL["prompt_tuning"]),

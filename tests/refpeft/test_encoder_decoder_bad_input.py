@@ -45,6 +45,23 @@ def test_inputs(family: str, inputs: dict[str, Array], words: str) -> None:
         tiny(family, "ForConditionalGeneration")(IDS, **inputs)
 
 
+@pytest.mark.parametrize(
+    ("method", "config"),
+    [("lora", {"target_modules": ["relative_attention_bias"]}), ("did", {"d": 5}), ("full", {})],
+)
+def test_a_table_that_all_rows_share_is_not_adapted_for_some(method: str, config: dict[str, Any]) -> None:
+    """T5's biases of relative positions. What leaves them alone gives each row what it gives it alone."""
+    model = tiny("t5", "ForConditionalGeneration")
+    adapter = refpeft.init(method, config, model)
+    with pytest.raises(ValueError, match="relative_attention_bias is one table for all rows of a batch"):
+        model(IDS, refpeft.by_row([adapter], np.array([0, -1])), decoder_input_ids=DECODED)
+    lora = refpeft.init("lora", {"init_lora_weights": False}, model)
+    got, _ = model(IDS, refpeft.by_row([lora], np.array([0, -1])), decoder_input_ids=DECODED)
+    for k, own in enumerate(([lora], [])):
+        alone, _ = model(IDS[k : k + 1], own, decoder_input_ids=DECODED[k : k + 1])
+        assert np.allclose(got[k], alone[0], rtol=0, atol=1e-12)
+
+
 def test_a_model_of_one_stack_takes_no_input_for_a_decoder() -> None:
     for given in ({"decoder_input_ids": DECODED}, {"decoder_attention_mask": DECODED}):
         with pytest.raises(ValueError, match=f"a gpt2 model has no decoder of its own, but {next(iter(given))}"):
