@@ -117,11 +117,10 @@ class Model:
 
     def apart(self, adapters: Sequence[Adapter]) -> None:
         """Refuses an adapter for some rows that changes what all rows share: the biases of relative positions."""
-        shared = [self.part(role) for role in self.sites if role.endswith("embed.relative")]
-        for a in adapters if shared else ():
-            if a.rows is None or numbered(a):
-                continue
-            part = each([a.replace(rows=None)], self).part
+        some = [a.replace(rows=None) for a in adapters if a.rows is not None and not numbered(a)]
+        shared = [self.part(role) for role in self.sites if role.endswith("embed.relative")] if some else []
+        for a in some if shared else ():
+            part = each([a], self).part
             if found := [p.path for p in shared if part(p) is not p]:
                 raise ValueError(f"{found[0]} is one table for all rows of a batch, and an adapter for some adapts it")
 

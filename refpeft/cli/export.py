@@ -147,7 +147,6 @@ def export(
     inputs     the adapter from outside: one session for the base model and many
     prompt     a soft prompt from outside, its rows named by ids
     prefix     as --decode, a prefix as the keys and values before the first token
-               (of an encoder-decoder, the encoder's as an input of its own)
     multi      several adapters, another one for each row of a batch
     training   loss, gradients and a step of the optimiser: what goes in as
                adapter.… and state.… comes out as next.adapter.…, next.state.…
