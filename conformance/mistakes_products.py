@@ -131,8 +131,9 @@ def first_block_for_all(x: Array, R: Array) -> Any:
 
 def half_turned(φ: Any) -> Any:
     """S = A − Aᵀ, without the half."""
-    R, back = butterflies({**dict(φ.values if isinstance(φ, Phi) else φ), "A": 2 * φ["A"]})
-    return R, lambda dR: {"A": Once(lambda: 2 * back(dR)["A"]())}
+    name = "C" if φ.get("C") is not None else "A"
+    R, back = butterflies({**dict(φ.values if isinstance(φ, Phi) else φ), name: 2 * φ[name]})
+    return R, lambda dR: {name: Once(lambda: 2 * back(dR)[name]())}
 
 
 def never_gathered(x: Array, k: int, p: int) -> Array:
@@ -149,6 +150,20 @@ def scale_of_bias(wrap: Wrap, cfg: Any, φ: Phi, part: Part) -> Part:
     def run(x: Array) -> Any:
         y, back = wrapped.run(x)
         return y + (φ["s"][:, 0] - 1) * part.b, back
+
+    return wrapped.wrapped(run)
+
+
+def bias_turned_by_butterflies(wrap: Wrap, cfg: Any, φ: Phi, part: Part) -> Part:
+    """On the side of outputs, the bias with them."""
+    wrapped = wrap(cfg, φ, part)
+    if part.b is None or cfg.side != "output":
+        return wrapped
+    R = butterflies(φ)[0]
+
+    def run(x: Array) -> Any:
+        y, back = wrapped.run(x)
+        return y + boft.inverse(part.b, R)[0] - part.b, back
 
     return wrapped.wrapped(run)
 

@@ -304,6 +304,7 @@ PRODUCTS: Mapping[str, Mutant] = {
            patches=lambda: [patch.object(delta.Config, "at", mo.patterns_as_one)]),
     **each(("boft",), "half-forgotten", FORWARD, patches=mp.instead(boft, rotation=mo.half_turned)),
     **each(("boft",), "bias-scaled", FORWARD, patches=m.wraps(mo.scale_of_bias, [boft])),
+    **each(("boft",), "bias-turned", FORWARD, patches=m.wraps(mo.bias_turned_by_butterflies, [boft])),
     **each(("boft",), "same-blocks-mixed", ("model", "butterfly"),
            patches=mp.instead(boft, gathered=mo.never_gathered, scattered=mo.never_gathered)),
     **each(("boft",), "transposed-merge-on-square", MERGE, patches=m.merges(m.transposed_merge, [boft])),

@@ -236,7 +236,7 @@ TRAITS: Mapping[str, Traits] = {
         {"boft_block_size": [2, 1]},
         fixed=linears,
         second=other_blocks,
-        layer={"boft_block_size": [0], "boft_block_num": [1]},
+        layer={"boft_block_size": [0], "boft_block_num": [1], "side": ["input", "output"]},
         lacks=("embedding",),
         exact=False,
         outputs=4,

@@ -15,6 +15,7 @@
                                   <module>.lokr_w2, …       [k, n], …       D, or B, A; C_a      zeros
     oft                           <module>.oft_R.rotation   [n, p, p]       R                    I
     boft                          <module>.boft_R.rotation  [m, n, p, p]    R                    I
+      (side="output")             <module>.boft_out_R.rotation              R                    I
                                   <module>.boft_s           [o, 1]          s                    1
     houlsby, pfeiffer, parallel   <module>.adapter_down     [m, d]          D                    rank 0
                                   <module>.adapter_s_up     [d, m]          s U                  rank 0

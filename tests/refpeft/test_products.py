@@ -41,6 +41,11 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "boft-butterflies": ("boft", {"boft_block_size": 2, "boft_n_butterfly_factor": 3}),
     "boft-blocks": ("boft", {"boft_block_size": 0, "boft_block_num": 2, "boft_n_butterfly_factor": 2}),
     "boft-random": ("boft", {"init_weights": False}),
+    "boft-output": (
+        "boft",
+        {"boft_block_size": 0, "boft_block_num": 2, "boft_n_butterfly_factor": 2, "side": "output"}
+        | {"exclude_modules": ["classifier", "lm_head"]},  # of 3 and 29 outputs
+    ),
     "oft-output-shared": ("oft", {"oft_block_size": 8, "block_share": True, "side": "output"}),
 }
 LAYERS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
@@ -167,7 +172,7 @@ def test_several_adapters(option: str) -> None:
     assert gap > 1e-3 if "oft" in a.method else gap < EXACT * 10
 
 
-@pytest.mark.parametrize("option", ["oft", "oft-output", "boft"])
+@pytest.mark.parametrize("option", ["oft", "oft-output", "boft", "boft-output"])
 def test_beside_other_methods(option: str) -> None:
     """OF6: what is turned is all that came before, a LoRA with its bias too; and a LoRA on top is not turned."""
     model = model_of("linear-with-bias")
@@ -179,7 +184,7 @@ def test_beside_other_methods(option: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("option", ["loha", "lokr", "oft", "oft-output", "boft-butterflies"])
+@pytest.mark.parametrize("option", ["loha", "lokr", "oft", "oft-output", "boft-butterflies", "boft-output"])
 def test_a_layer_of_16_bits_stays_one(option: str, dtype: Any) -> None:
     layer = "conv1d" if option.startswith("boft") else "embedding"
     model = model_of(layer, dtype=dtype)
@@ -397,6 +402,16 @@ def test_the_scale_doubles_the_weight_alone() -> None:
     assert b1 is b2 is part.b
 
 
+def test_outputs_are_turned_as_inputs_of_the_transpose() -> None:
+    """BO8: diag(s) M W, with the M of `turned` inputs; and what was not turned before is b."""
+    m, cfg, part, φ = values("boft-output", o=8, i=6)
+    turned = {"A": φ["C"], "s": np.ones((6, 1))}
+    plain = boft.Config(boft_block_size=0, boft_block_num=2, boft_n_butterfly_factor=2)
+    W1, b1, _ = m.merge(cfg, part.W, part.b, φ)
+    same(W1, φ["s"] * m.merge(plain, part.W.T, None, turned)[0].T)
+    assert b1 is part.b
+
+
 # ── what is refused ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -418,6 +433,8 @@ def test_the_scale_doubles_the_weight_alone() -> None:
         ("boft", {"boft_block_size": 3}, r"q_proj: boft_block_size must divide the 16 inputs, found 3"),
         ("boft", {"boft_n_butterfly_factor": 4}, "4 butterfly factors need an even block size and a number of blocks"),
         ("boft", {"target_modules": ["embed_tokens"]}, "embed_tokens: BOFT is defined for linear layers, not for emb"),
+        ("boft", {"side": "left"}, r"side must be one of \('input', 'output'\), found 'left'"),
+        ("boft", {"side": "output", "boft_block_size": 3}, "q_proj: boft_block_size must divide the 16 outputs, found 3"),
         ("boft", {"bias": "oft_only"}, "bias must be 'none', 'all' or 'boft_only', found 'oft_only'"),
         ("oft", {"coft": True}, "oft has no config field 'coft'"),
     ],
