@@ -28,7 +28,7 @@ class Traits:
     """`asks`: properties as level/name; None means all. `choices`: values to draw for each field of the config;
     `fixed`: fields that depend on the family and the architecture. `second`: another config of the same kind.
     `layer`: values for the config of one layer, called 'layer'. `lacks`: features that make no sense for the method.
-    `exact`: where numbers are small integers, so is all that is computed of them. `outputs`: of the layers that are
+    `step`: of outputs, what their number must be a multiple of, by what a target has chosen. `exact`: where numbers are small integers, so is all that is computed of them. `outputs`: of the layers that are
     always asked about."""
 
     letter: str  # of its claims
@@ -41,6 +41,7 @@ class Traits:
     architectures: Sequence[str] | None = None  # None: any; '' is the family's language model
     layer: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     lacks: Sequence[str] = ()
+    step: Callable[[Structure], int] = lambda chosen: 1
     exact: bool = True
     outputs: int = 3
 
@@ -152,6 +153,12 @@ def other_blocks(first: Structure) -> Structure:
     return {**first, "boft_block_size": 0, "boft_block_num": 2}
 
 
+def halves(chosen: Structure) -> int:
+    """Of outputs that several butterfly factors turn: blocks that have halves."""
+    factors = chosen.get("boft_n_butterfly_factor", 1)
+    return 2 * int(chosen["boft_block_num"]) if factors > 1 and chosen.get("side") == "output" else 1
+
+
 def larger_blocks(first: Structure) -> Structure:
     return {**first, "oft_block_size": 2 * first["oft_block_size"]}
 
@@ -238,6 +245,7 @@ TRAITS: Mapping[str, Traits] = {
         second=other_blocks,
         layer={"boft_block_size": [0], "boft_block_num": [1], "side": ["input", "output"]},
         lacks=("embedding",),
+        step=halves,
         exact=False,
         outputs=4,
     ),

@@ -6,6 +6,8 @@
     IA3Module        ia3                   `weight` is l − 1, no matrix; `train_on_input`: of what the layer takes
     DiagOFTModule    oft                   turns outputs, `side="output"`; Q = B − Bᵀ of full matrices B, whose upper
                                            triangle is u, the rest zero; exact; blocks no larger than they are many
+    ButterflyOFTModule       boft          turns outputs too, by 2^(m−1) blocks, m factors; C = −2 B, where row and
+                                           column 2 j + g of B are those of entry j of half g here; `rescale` is s
 
 α = 0 means α = r. A module has a `multiplier` m besides: ΔW is m of what it would be. With α/m and m it is what
 it is with α, where there is an α. DoRA (`weight_decompose`, per output: `wd_on_out`) differentiates the norm: our
@@ -29,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from lycoris.functional import factorization  # type: ignore[import-not-found, unused-ignore]
+from lycoris.modules.boft import ButterflyOFTModule  # type: ignore[import-not-found, unused-ignore]
 from lycoris.modules.diag_oft import DiagOFTModule  # type: ignore[import-not-found, unused-ignore]
 from lycoris.modules.ia3 import IA3Module  # type: ignore[import-not-found, unused-ignore]
 from lycoris.modules.locon import LoConModule  # type: ignore[import-not-found, unused-ignore]
@@ -54,10 +57,11 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "dora": {"detach_norm": False},
     "lokr": {"scale_full": False},
     "oft": {"side": "output", "use_cayley_neumann": False, "block_share": False},
+    "boft": {"side": "output", "boft_block_size": 0, "boft_block_num": 2, "boft_n_butterfly_factor": 2},
 }
 FIELDS = (
     "alpha", "decompose_both", "decompose_factor", "feedforward_modules", "oft_block_size", *OPTIONS["lokr"],
-    *OPTIONS["oft"], "num_cayley_neumann_terms",  # of which an exact transform has none
+    *OPTIONS["oft"], *OPTIONS["boft"], "num_cayley_neumann_terms",  # of which an exact transform has none
 )  # fmt: skip
 SUMS = ("lora", "rslora", "loha", "lokr")
 Places = dict[str, Place]
@@ -167,13 +171,23 @@ def blocks(n: int, layer: Any) -> int:
     factor = next((f for f in range(1, o + 1) if factorization(o, f) == (p, n)), None)
     if factor is None:
         raise Skip(f"there are no {n} blocks of size {p}: blocks are not larger than they are many")
+    not_wide(layer)
+    return factor
+
+
+def not_wide(layer: Any) -> None:
     if layer.weight.dtype == torch.float64:
         raise Skip("a matrix is inverted in float32, and multiplied with one in float64, which torch refuses")
-    return factor
+
+
+def boft(how: Settings, layer: Any, **more: Any) -> Any:
+    not_wide(layer)
+    return ButterflyOFTModule("layer", layer, lora_dim=how.case.arrays["C"].shape[-1], rescaled=True, **more)
 
 
 MAKERS: Mapping[str, Callable[..., Any]] = {
     **dict.fromkeys(("lora", "rslora", "dora"), locon), "loha": loha, "lokr": lokr, "ia3": ia3, "oft": diag_oft,
+    "boft": boft,
 }  # fmt: skip
 
 
@@ -211,8 +225,24 @@ def of_oft(m: Any) -> Places:
     return {"u": Place(m.oft_blocks, there, lambda B: B[:, i, j])}
 
 
+def of_boft(m: Any) -> Places:
+    p = m.block_size
+    ours = np.arange(p).reshape(2, -1).T.reshape(-1)  # which row and column of C each of B is
+    theirs = np.argsort(ours)
+
+    def turned(a: Array, k: Array) -> Array:
+        return a[..., k, :][..., k]
+
+    C = Place(
+        m.oft_blocks, lambda C: turned(C, ours) / -2, lambda dB: turned(dB, theirs) / -2,
+        read=lambda B: turned(B, theirs) * -2,
+    )  # fmt: skip
+    return {"C": C, "s": Place(m.rescale)}
+
+
 PLACES: Mapping[str, Callable[[Any], Places]] = {
     **dict.fromkeys(("lora", "rslora", "dora"), of_locon), "ia3": of_ia3, "oft": of_oft,
+    "boft": of_boft,
 }  # fmt: skip
 
 
