@@ -28,8 +28,8 @@ class Traits:
     """`asks`: properties as level/name; None means all. `choices`: values to draw for each field of the config;
     `fixed`: fields that depend on the family and the architecture. `second`: another config of the same kind.
     `layer`: values for the config of one layer, called 'layer'. `lacks`: features that make no sense for the method.
-    `step`: of outputs, what their number must be a multiple of, by what a target has chosen. `exact`: where numbers are small integers, so is all that is computed of them. `outputs`: of the layers that are
-    always asked about."""
+    `exact`: where numbers are small integers, so is all that is computed of them. `outputs`: of the layers that are
+    always asked about; `step`: what the outputs of others are multiples of, by what a target has chosen."""
 
     letter: str  # of its claims
     asks: Sequence[str] | None = None
