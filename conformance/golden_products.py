@@ -1,4 +1,4 @@
-"""The golden vectors of LoHa, LoKr, OFT and BOFT: of one layer, and of models."""
+"""The golden vectors of LoHa, LoKr, GLoRA, OFT and BOFT: of one layer, and of models."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,11 +7,12 @@ from refpeft.conformance.golden import Question
 from refpeft.conformance.golden_layers import ALL, USUAL
 from refpeft.conformance.golden_models import RUN, model
 
-SUMS = ("loha", "lokr")
+SUMS = ("loha", "lokr", "glora")
 Fields = Mapping[str, Any]
 PLAIN: Mapping[str, Fields] = {  # C is [2, 3] and D [2, 4] = B A of a layer [4, 12]
     "loha": {"r": 2, "alpha": 8.0},
     "lokr": {"r": 1, "alpha": 4.0},
+    "glora": {"r": 2, "alpha": 8.0},
     "oft": {"oft_block_size": 3},
     "boft": {"boft_block_size": 3},
 }
@@ -44,6 +45,11 @@ def sums(m: str) -> list[Question]:
             layer("factor", "decompose_factor not used, or for D in place of C.", ALL, m,
                   config={"decompose_factor": 2}, o=8, i=12, **exact),
             layer("primes", "A side that is a prime, where C is one number.", ALL, m, o=5, i=7, **exact),
+        ],
+        "glora": [
+            layer("rank-one", "A rank's axis squeezed away where r = 1.", ALL, m, config={"r": 1, "alpha": 3.0}),
+            layer("embedding", "A of the table's rows, which is [v, v], taken for one of its columns.", ALL, m,
+                  kind="embedding", bias=False, **exact),
         ],
     }  # fmt: skip
     return [

@@ -1,4 +1,4 @@
-"""What the mutants of LoHa, LoKr, OFT and BOFT get wrong."""
+"""What the mutants of LoHa, LoKr, GLoRA, OFT and BOFT get wrong."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,13 +9,14 @@ import numpy as np
 from refpeft.conformance.case import Case
 from refpeft.conformance.targets.spec import Whole
 from refpeft.method import Phi, at
-from refpeft.methods import boft, loha, lokr, oft
+from refpeft.methods import boft, glora, loha, lokr, oft
 from refpeft.methods.loha import factors
 from refpeft.ops import Array
 from refpeft.part import Once, Part, link
 from refpeft.rotations import rotate
 
 hadamard, kronecker, rotation, butterflies = loha.ΔW, lokr.ΔW, oft.rotation, boft.rotation
+moving = glora.through
 Delta = Callable[..., Any]
 Wrap = Callable[..., Part]
 
@@ -46,6 +47,33 @@ def summed(cfg: Any, φ: Any) -> Any:
         return factors(φ, "B1", "A1", d) | factors(φ, "B2", "A2", d)
 
     return s * (φ["B1"] @ φ["A1"] + φ["B2"] @ φ["A2"]), back
+
+
+def of_what_is_there(merge: Any, cfg: Any, W: Array, b: Any, φ: Any) -> Any:
+    """GLoRA's W A with the W that earlier adapters have made."""
+    return merge(cfg, W, b, φ, base=(W, b))
+
+
+def through_the_other(cfg: Any, φ: Phi, part: Part) -> Any:
+    """A on the other side, A W, where that has a shape."""
+    return moving(cfg, φ, part if part.W.shape[0] != part.W.shape[1] else part._replace(W=part.W.T))
+
+
+def halved_for_A(cfg: Any, φ: Phi, part: Part) -> Any:
+    """dA_u as if each of two factors had half of it."""
+    run = moving(cfg, φ, part)
+
+    def wrong(x: Array) -> Any:
+        z, back = run(x)
+
+        def halved(dz: Any, want: Any) -> Any:
+            dx, grads = back(dz, want)
+            key = φ.keys.get("Au")
+            return dx, {k: Once(lambda d=d: d() / 2) if k == key else d for k, d in grads.items()}
+
+        return z, halved
+
+    return wrong
 
 
 def patterns_as_one(cfg: Any, path: str) -> Any:

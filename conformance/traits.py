@@ -227,6 +227,14 @@ TRAITS: Mapping[str, Traits] = {
         second=other_alpha,
         layer={"r": [1, 4], "alpha": [3.0], "decompose_both": [False, True]},
     ),
+    "glora": Traits(
+        "GL",
+        (*ONE_LAYER, *MATRICES, *TIED, *SCALED),
+        {"r": [2, 1, 4], "alpha": [6.0, 1.0]},
+        fixed=linears,
+        second=other_alpha,
+        layer={"r": [2, 1, 4], "alpha": [4.0]},
+    ),
     "oft": Traits(
         "OF",
         (*ONE_LAYER, *MATRICES, *TIED, "model/exact-cayley"),

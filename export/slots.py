@@ -13,6 +13,8 @@
                                   <module>.hada_w1_b, …     [r, i], …       A₁, B₂, A₂           rank 0
     lokr                          <module>.lokr_sw1(_a)     [l, m]          s C, or s C_b        zeros
                                   <module>.lokr_w2, …       [k, n], …       D, or B, A; C_a      zeros
+    glora                         <module>.glora_sa1, _sb1  [i, r], [o, r]  s A_u, s B_u         rank 0
+                                  <module>.a2.weight, b2  [r, i]          A_d, B_d             rank 0
     oft                           <module>.oft_R.rotation   [n, p, p]       R                    I
     boft                          <module>.boft_R.rotation  [m, n, p, p]    R                    I
       (side="output")             <module>.boft_out_R.rotation              R                    I
@@ -57,9 +59,11 @@ from refpeft.part import Back, Grads, Lazy, Part, Run, Want
 from refpeft.prompts import P, table, virtual
 
 LORA = ("lora", "rslora", "dora", "adalora")
-PRODUCTS = ("loha", "lokr", "oft", "boft")
+PRODUCTS = ("loha", "lokr", "glora", "oft", "boft")
 ROTATIONS = ("oft", "boft")
-SCALED = {"B1": "hada_sw1_a", "C": "lokr_sw1", "Cb": "lokr_sw1_a"}  # what is fed with the scale in it
+SCALED = {  # what is fed with the scale in it
+    "B1": "hada_sw1_a", "C": "lokr_sw1", "Cb": "lokr_sw1_a", "Au": "glora_sa1", "Bu": "glora_sb1",
+}  # fmt: skip
 PROMPTS = ("prompt_tuning", "p_tuning")
 PREFIXES = ("prefix_tuning", "p_tuning_v2")
 VECTORS = {"ia3": 1, "vera": 0}  # what is fed is what the method has, and this where it does nothing
@@ -172,7 +176,7 @@ def products(adapter: Adapter) -> dict[str, Slot]:
     found: dict[str, Slot] = {}
     for path, (names, _) in adapter.by_module.items():
         cfg, φ = adapter.at(path), {n: adapter.value(full).astype(np.float64) for n, full in names.items()}
-        s = 1.0 if adapter.method in ROTATIONS else cfg.scale if adapter.method == "loha" else cfg.scale(φ)
+        s = 1.0 if adapter.method in ROTATIONS else cfg.scale(φ) if adapter.method == "lokr" else cfg.scale
         for n, full in names.items():
             a = (s * φ[n] if n in SCALED else φ[n]).astype(np.float32)
             found[input_of(path, n, full)] = Slot(*unfed(adapter.method, path, n, a), own=True)
@@ -181,9 +185,10 @@ def products(adapter: Adapter) -> dict[str, Slot]:
 
 def unfed(method: str, path: str, n: str, a: Array) -> tuple[Sequence[int | str], Array, Array]:
     """The sizes of an input, what is fed, and what does nothing."""
-    if method == "loha":
+    if method in ("loha", "glora"):
         rank = f"rank of {path}"
-        return ((a.shape[0], rank), a, a[:, :0]) if n in ("B1", "B2") else ((rank, a.shape[1]), a, a[:0])
+        tall = n in ("B1", "B2", "Au", "Bu")
+        return ((a.shape[0], rank), a, a[:, :0]) if tall else ((rank, a.shape[1]), a, a[:0])
     nothing = np.zeros_like(a)
     neutral = 1 if n == "s" else np.eye(a.shape[-1], dtype=a.dtype) if method in ROTATIONS else 0
     return a.shape, a, nothing + neutral
@@ -292,7 +297,7 @@ def sublayers(adapter: Adapter, fed: Mapping[str, Any], model: Model) -> Callabl
 
 
 def product(adapter: Adapter, fed: Mapping[str, Any]) -> Callable[[Part], Part]:
-    """LoHa, LoKr, OFT or BOFT on the layers that have slots; of the former two with s = 1."""
+    """LoHa, LoKr, GLoRA, OFT or BOFT on the layers that have slots; of the former three with s = 1."""
     m, cfg = METHODS[adapter.method], adapter.config
     cfg = cfg if adapter.method in ROTATIONS else replace(cfg, r=1, alpha=1, rank_pattern={}, alpha_pattern={})
 

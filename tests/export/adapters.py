@@ -19,6 +19,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "vera": {"r": 3, "target_modules": "all-linear"},
     "loha": {"r": 2, "alpha": 6, "target_modules": "all-linear"},
     "lokr": {"r": 1, "alpha": 6, "decompose_both": True, "target_modules": "all-linear"},
+    "glora": {"r": 2, "alpha": 6, "target_modules": "all-linear"},
     "oft": {"oft_block_size": 4, "target_modules": "all-linear"},
     "boft": {"boft_block_size": 2, "boft_n_butterfly_factor": 2},
     "partial": {"layers": 1},
