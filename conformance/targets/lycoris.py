@@ -3,10 +3,11 @@
     LoConModule      lora, rslora, dora    `lora_down` is A, `lora_up` is B, `dora_scale` [o, 1] is m; `rs_lora`: α/√r
     LohaModule       loha                  named as in HF peft
     LokrModule       lokr                  named as in HF peft; s = 1 where both factors are full: `scale_full` off
+    GLoRAModule      glora                 `a1` [i, r] is A_u, `a2` A_d, `b1` B_u, `b2` B_d; `rs_lora`: α/√r
     IA3Module        ia3                   `weight` is l − 1, no matrix; `train_on_input`: of what the layer takes
     DiagOFTModule    oft                   turns outputs, `side="output"`; Q = B − Bᵀ of full matrices B, whose upper
                                            triangle is u, the rest zero; exact; blocks no larger than they are many
-    ButterflyOFTModule       boft          turns outputs too, by 2^(m−1) blocks, m factors; C = −2 B, where row and
+    ButterflyOFTModule     boft            turns outputs too, by 2^(m−1) blocks, m factors; C = −2 B, where row and
                                            column 2 j + g of B are those of entry j of half g here; `rescale` is s
 
 α = 0 means α = r. A module has a `multiplier` m besides: ΔW is m of what it would be. With α/m and m it is what
@@ -33,6 +34,7 @@ import torch
 from lycoris.functional import factorization  # type: ignore[import-not-found, unused-ignore]
 from lycoris.modules.boft import ButterflyOFTModule  # type: ignore[import-not-found, unused-ignore]
 from lycoris.modules.diag_oft import DiagOFTModule  # type: ignore[import-not-found, unused-ignore]
+from lycoris.modules.glora import GLoRAModule  # type: ignore[import-not-found, unused-ignore]
 from lycoris.modules.ia3 import IA3Module  # type: ignore[import-not-found, unused-ignore]
 from lycoris.modules.locon import LoConModule  # type: ignore[import-not-found, unused-ignore]
 from lycoris.modules.loha import LohaModule  # type: ignore[import-not-found, unused-ignore]
@@ -63,7 +65,8 @@ FIELDS = (
     "alpha", "decompose_both", "decompose_factor", "feedforward_modules", "oft_block_size", *OPTIONS["lokr"],
     *OPTIONS["oft"], *OPTIONS["boft"], "num_cayley_neumann_terms",  # of which an exact transform has none
 )  # fmt: skip
-SUMS = ("lora", "rslora", "loha", "lokr")
+SUMS = ("lora", "rslora", "loha", "lokr", "glora")
+UNDONE = ("lora", "rslora", "loha", "lokr")  # by merge_to(−m): ΔW does not depend on W
 Places = dict[str, Place]
 
 
@@ -117,8 +120,8 @@ class Adapted(TorchLayer):
     def unmerge(self) -> None:
         if self.settings["merge"] == "onfly":
             self.lycoris.onfly_restore()
-        elif self.case.method not in SUMS:
-            raise Skip(f"merge_to(-1) is the inverse of a sum, which {self.case.method} is not")
+        elif self.case.method not in UNDONE:
+            raise Skip(f"merge_to(-1) is the inverse where ΔW does not depend on W, as that of {self.case.method} does")
         else:
             self.lycoris.merge_to(-self.multiplier, precise=self.settings["merge"] == "precise")
         self.lycoris.apply_to()
@@ -155,6 +158,10 @@ def lokr(how: Settings, layer: Any, **more: Any) -> Any:
     return LokrModule("layer", layer, lora_dim=how["r"], alpha=how.alpha, decompose_both=both, factor=factor, **more)
 
 
+def glora(how: Settings, layer: Any, **more: Any) -> Any:
+    return GLoRAModule("layer", layer, lora_dim=how["r"], alpha=how.alpha, rs_lora=how.get("use_rslora"), **more)
+
+
 def ia3(how: Settings, layer: Any, **more: Any) -> Any:
     takes = METHODS["ia3"].Config(**how.config).at("layer").takes
     return IA3Module("layer", layer, train_on_input=takes, **more)
@@ -186,7 +193,7 @@ def boft(how: Settings, layer: Any, **more: Any) -> Any:
 
 
 MAKERS: Mapping[str, Callable[..., Any]] = {
-    **dict.fromkeys(("lora", "rslora", "dora"), locon), "loha": loha, "lokr": lokr, "ia3": ia3, "oft": diag_oft,
+    **dict.fromkeys(("lora", "rslora", "dora"), locon), "loha": loha, "lokr": lokr, "glora": glora, "ia3": ia3, "oft": diag_oft,
     "boft": boft,
 }  # fmt: skip
 
@@ -208,6 +215,12 @@ def of_locon(m: Any) -> Places:
     found = {"A": Place(m.lora_down.weight), "B": Place(m.lora_up.weight)}
     scaled = {"m": Place(m.dora_scale, lambda a: a[:, None], lambda a: a[:, 0])} if hasattr(m, "dora_scale") else {}
     return found | scaled
+
+
+def of_glora(m: Any) -> Places:
+    return {
+        name: Place(getattr(m, str(keys[0]).partition(".")[0]).weight) for name, keys in METHODS["glora"].KEYS.items()
+    }
 
 
 def of_ia3(m: Any) -> Places:
@@ -241,7 +254,7 @@ def of_boft(m: Any) -> Places:
 
 
 PLACES: Mapping[str, Callable[[Any], Places]] = {
-    **dict.fromkeys(("lora", "rslora", "dora"), of_locon), "ia3": of_ia3, "oft": of_oft,
+    **dict.fromkeys(("lora", "rslora", "dora"), of_locon), "glora": of_glora, "ia3": of_ia3, "oft": of_oft,
     "boft": of_boft,
 }  # fmt: skip
 

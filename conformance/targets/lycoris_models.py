@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from refpeft.conformance.case import Case
 from refpeft.conformance.targets.base import Arrays, Info, Skip
 from refpeft.conformance.targets.layers import HONOURED, Layers, Place
-from refpeft.conformance.targets.lycoris import FIELDS, SUMS, Settings, blocks, not_wide, places
+from refpeft.conformance.targets.lycoris import FIELDS, UNDONE, Settings, blocks, not_wide, places
 from refpeft.conformance.targets.models import Driver, base_model, decoder_of, output, values_of
 from refpeft.conformance.targets.spec import arguments, mask_of, real
 from refpeft.conformance.targets.tensors import array, tensor
@@ -38,7 +38,7 @@ from refpeft.methods import METHODS
 from refpeft.ops import Array
 
 ALGOS = {
-    "lora": "lora", "rslora": "lora", "dora": "lora", "loha": "loha", "lokr": "lokr", "ia3": "ia3", "oft": "diag-oft",
+    "lora": "lora", "rslora": "lora", "dora": "lora", "loha": "loha", "lokr": "lokr", "glora": "glora", "ia3": "ia3", "oft": "diag-oft",
     "boft": "boft", "ln_tuning": "lora", "partial": "full",
 }  # fmt: skip
 NORMS = ("ln_tuning",)
@@ -343,8 +343,8 @@ class Session:
         raise Skip("merge_to does not look for nan")
 
     def unmerge(self) -> None:
-        if self.case.method not in SUMS:
-            raise Skip(f"merge_to(-1) is the inverse of a sum, which {self.case.method} is not")
+        if self.case.method not in UNDONE:
+            raise Skip(f"merge_to(-1) is the inverse where ΔW does not depend on W, as that of {self.case.method} does")
         for adapter in self.now():
             adapter.merge(-1.0)
         self.is_merged = False
