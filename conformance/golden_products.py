@@ -1,4 +1,4 @@
-"""The golden vectors of LoHa, LoKr, GLoRA, OFT and BOFT: of one layer, and of models."""
+"""The golden vectors of DyLoRA, LoHa, LoKr, GLoRA, OFT and BOFT: of one layer, and of models."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,9 +7,10 @@ from refpeft.conformance.golden import Question
 from refpeft.conformance.golden_layers import ALL, USUAL
 from refpeft.conformance.golden_models import RUN, model
 
-SUMS = ("loha", "lokr", "glora")
+SUMS = ("dylora", "loha", "lokr", "glora")
 Fields = Mapping[str, Any]
 PLAIN: Mapping[str, Fields] = {  # C is [2, 3] and D [2, 4] = B A of a layer [4, 12]
+    "dylora": {"r": 4, "rank": 2, "alpha": 8.0},
     "loha": {"r": 2, "alpha": 8.0},
     "lokr": {"r": 1, "alpha": 4.0},
     "glora": {"r": 2, "alpha": 8.0},
@@ -33,6 +34,13 @@ def layer(name: str, hunts: str, properties: Sequence[str], m: str, **fields: An
 def sums(m: str) -> list[Question]:
     exact: Fields = {"regime": "exact"}
     own = {
+        "dylora": [
+            layer("all", "The scale or the ranks of another b, where b is r.", ALL, m, config={"rank": 4}, **exact),
+            layer("frozen", "Another rank trained than the last of those in play.", ALL, m, config={"frozen": True},
+                  **exact),
+            layer("block", "Of the last block one rank trained, or all blocks.", ALL, m,
+                  config={"r": 6, "rank": 4, "block_size": 2, "frozen": True}, **exact),
+        ],
         "loha": [
             layer("rank-one", "A rank's axis squeezed away where r = 1.", ALL, m, config={"r": 1, "alpha": 3.0}),
             layer("rank-above", "A rank larger than both sides of W.", ALL, m, config={"r": 6}, o=4, i=3),
@@ -132,7 +140,7 @@ def models(m: str) -> list[Question]:
         model("two", "Two adapters, where the second is run with the first one's config or before it.", ["order"], m,
               "llama", swap=True),
         model("two-merged", "Two adapters, of which one is merged.", ["two-merged"], m, "gpt2"),
-        *(patterns(m) if m in SUMS else ()),
+        *(patterns(m) if m in SUMS and m != "dylora" else ()),
         *([BUTTERFLY] if m == "boft" else ()),
     ]  # fmt: skip
 

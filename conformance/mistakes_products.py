@@ -9,14 +9,14 @@ import numpy as np
 from refpeft.conformance.case import Case
 from refpeft.conformance.targets.spec import Whole
 from refpeft.method import Phi, at
-from refpeft.methods import boft, glora, loha, lokr, oft
+from refpeft.methods import boft, dylora, glora, loha, lokr, oft
 from refpeft.methods.loha import factors
 from refpeft.ops import Array
 from refpeft.part import Once, Part, link
 from refpeft.rotations import rotate
 
 hadamard, kronecker, rotation, butterflies = loha.ΔW, lokr.ΔW, oft.rotation, boft.rotation
-moving = glora.through
+moving, widened = glora.through, dylora.whole
 Delta = Callable[..., Any]
 Wrap = Callable[..., Part]
 
@@ -74,6 +74,23 @@ def halved_for_A(cfg: Any, φ: Phi, part: Part) -> Any:
         return z, halved
 
     return wrong
+
+
+def never_frozen(cfg: Any, φ: Any, name: str, d: Any) -> Any:
+    """All ranks in play are trained."""
+    return widened(replace(cfg, frozen=False), φ, name, d)
+
+
+def first_block_trained(cfg: Any, φ: Any, name: str, d: Any) -> Any:
+    """Where all but one block are frozen, the first is trained in place of the last."""
+    axis, own = "AB".index(name), widened(replace(cfg, frozen=False), φ, name, d)
+    kept = np.arange(cfg.r) < (cfg.block_size if cfg.frozen else cfg.r)
+    return Once(lambda: own() * np.expand_dims(kept, 1 - axis))
+
+
+def last_ranks(cfg: Any, φ: Any) -> Any:
+    """The last b ranks for the first."""
+    return {"A": φ["A"][-cfg.b :], "B": φ["B"][:, -cfg.b :]}
 
 
 def patterns_as_one(cfg: Any, path: str) -> Any:

@@ -211,6 +211,14 @@ TRAITS: Mapping[str, Traits] = {
     ),
     "adalora": Traits("AL", MATRICES, BUDGET, fixed=linears, second=more_triplets),
     "vera": Traits("VE", MATRICES, {"r": [2, 1, 3], "d_initial": [0.1, 0.5]}, fixed=linears, second=other_start),
+    "dylora": Traits(
+        "DY",
+        (*ONE_LAYER, *MATRICES, *TIED),
+        {"r": [4, 8], "rank": [2, 4], "alpha": [6.0, 1.0], "block_size": [1, 2], "frozen": [False, True]},
+        fixed=linears,
+        second=other_alpha,
+        layer={"r": [4], "rank": [2, 4], "alpha": [4.0], "block_size": [1, 2], "frozen": [False, True]},
+    ),
     "loha": Traits(
         "LH",
         (*ONE_LAYER, *MATRICES, *TIED, *SCALED),

@@ -53,12 +53,12 @@ from refpeft.checkpoint.adapters import tensor_of
 from refpeft.export.form import Array, own, prefixes, trained
 from refpeft.hooks import Block, Hooks, Prompt, compose
 from refpeft.method import Phi, Values, as_dtype, branch
-from refpeft.methods import METHODS, dora, lora, trainable_tokens
+from refpeft.methods import METHODS, dora, dylora, lora, trainable_tokens
 from refpeft.model import Model
 from refpeft.part import Back, Grads, Lazy, Part, Run, Want
 from refpeft.prompts import P, table, virtual
 
-LORA = ("lora", "rslora", "dora", "adalora")
+LORA = ("lora", "rslora", "dora", "adalora", "dylora")
 PRODUCTS = ("loha", "lokr", "glora", "oft", "boft")
 ROTATIONS = ("oft", "boft")
 SCALED = {  # what is fed with the scale in it
@@ -204,6 +204,8 @@ def scaled(cfg: Any, φ: Values, model: Model, role: str, dtype: Any) -> dict[st
     wide = {n: a.astype(np.float64) for n, a in φ.items()}
     if "Λ" in wide:
         wide |= {"A": wide["Λ"] * wide["Q"], "B": wide["P"]}
+    if isinstance(cfg, dylora.Config):
+        wide |= dylora.nested(cfg, wide)
     A, B, s = wide["A"], wide["B"], cfg.scale
     if "A0" in wide:
         A, B = np.concatenate([A, wide["A0"]]), np.concatenate([B, -wide["B0"]], axis=1)

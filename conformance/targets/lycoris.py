@@ -4,6 +4,8 @@
     LohaModule       loha                  named as in HF peft
     LokrModule       lokr                  named as in HF peft; s = 1 where both factors are full: `scale_full` off
     GLoRAModule      glora                 `a1` [i, r] is A_u, `a2` A_d, `b1` B_u, `b2` B_d; `rs_lora`: α/√r
+    DyLoraModule     dylora                blocks of A and B, of which the last one is trained: `frozen`; s = α/(b/c), so
+                                           α is α/c; what b is drawn as is told, and not tried with others
     IA3Module        ia3                   `weight` is l − 1, no matrix; `train_on_input`: of what the layer takes
     DiagOFTModule    oft                   turns outputs, `side="output"`; Q = B − Bᵀ of full matrices B, whose upper
                                            triangle is u, the rest zero; exact; blocks no larger than they are many
@@ -34,6 +36,7 @@ import torch
 from lycoris.functional import factorization  # type: ignore[import-not-found, unused-ignore]
 from lycoris.modules.boft import ButterflyOFTModule  # type: ignore[import-not-found, unused-ignore]
 from lycoris.modules.diag_oft import DiagOFTModule  # type: ignore[import-not-found, unused-ignore]
+from lycoris.modules.dylora import DyLoraModule  # type: ignore[import-not-found, unused-ignore]
 from lycoris.modules.glora import GLoRAModule  # type: ignore[import-not-found, unused-ignore]
 from lycoris.modules.ia3 import IA3Module  # type: ignore[import-not-found, unused-ignore]
 from lycoris.modules.locon import LoConModule  # type: ignore[import-not-found, unused-ignore]
@@ -57,16 +60,17 @@ SETTINGS = {
 }
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "dora": {"detach_norm": False},
+    "dylora": {"frozen": True},
     "lokr": {"scale_full": False},
     "oft": {"side": "output", "use_cayley_neumann": False, "block_share": False},
     "boft": {"side": "output", "boft_block_size": 0, "boft_block_num": 2, "boft_n_butterfly_factor": 2},
 }
 FIELDS = (
-    "alpha", "decompose_both", "decompose_factor", "feedforward_modules", "oft_block_size", *OPTIONS["lokr"],
+    "alpha", "decompose_both", "decompose_factor", "feedforward_modules", "rank", "block_size", "frozen", "oft_block_size", *OPTIONS["lokr"],
     *OPTIONS["oft"], *OPTIONS["boft"], "num_cayley_neumann_terms",  # of which an exact transform has none
 )  # fmt: skip
-SUMS = ("lora", "rslora", "loha", "lokr", "glora")
-UNDONE = ("lora", "rslora", "loha", "lokr")  # by merge_to(−m): ΔW does not depend on W
+SUMS = ("lora", "rslora", "loha", "lokr", "glora", "dylora")
+UNDONE = ("lora", "rslora", "loha", "lokr", "dylora")  # by merge_to(−m): ΔW does not depend on W
 Places = dict[str, Place]
 
 
@@ -162,6 +166,13 @@ def glora(how: Settings, layer: Any, **more: Any) -> Any:
     return GLoRAModule("layer", layer, lora_dim=how["r"], alpha=how.alpha, rs_lora=how.get("use_rslora"), **more)
 
 
+def dylora(how: Settings, layer: Any, **more: Any) -> Any:
+    b, c = how["rank"], how["block_size"]
+    made = DyLoraModule("layer", layer, lora_dim=how["r"], alpha=how.alpha / c, block_size=c, **more)
+    made.get_random_rank_weight = lambda: made.get_weight(b - c)
+    return made
+
+
 def ia3(how: Settings, layer: Any, **more: Any) -> Any:
     takes = METHODS["ia3"].Config(**how.config).at("layer").takes
     return IA3Module("layer", layer, train_on_input=takes, **more)
@@ -193,8 +204,8 @@ def boft(how: Settings, layer: Any, **more: Any) -> Any:
 
 
 MAKERS: Mapping[str, Callable[..., Any]] = {
-    **dict.fromkeys(("lora", "rslora", "dora"), locon), "loha": loha, "lokr": lokr, "glora": glora, "ia3": ia3, "oft": diag_oft,
-    "boft": boft,
+    **dict.fromkeys(("lora", "rslora", "dora"), locon), "loha": loha, "lokr": lokr, "glora": glora,
+    "dylora": dylora, "ia3": ia3, "oft": diag_oft, "boft": boft,
 }  # fmt: skip
 
 
@@ -221,6 +232,44 @@ def of_glora(m: Any) -> Places:
     return {
         name: Place(getattr(m, str(keys[0]).partition(".")[0]).weight) for name, keys in METHODS["glora"].KEYS.items()
     }
+
+
+class Blocks:
+    """Parameters side by side, as if they were one."""
+
+    def __init__(self, blocks: Any, axis: int) -> None:
+        self.blocks, self.axis = list(blocks), axis
+
+    def joined(self, each: Callable[[Any], Any]) -> Any:
+        return torch.cat([each(p) for p in self.blocks], dim=self.axis)
+
+    @property
+    def data(self) -> Any:
+        return self.joined(lambda p: p.data)
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        for p, part in zip(self.blocks, value.split(self.blocks[0].shape[self.axis], dim=self.axis), strict=True):
+            p.data = part.clone()
+
+    @property
+    def shape(self) -> Any:
+        return self.data.shape
+
+    @property
+    def grad(self) -> Any:
+        return self.joined(lambda p: torch.zeros_like(p) if p.grad is None else p.grad)
+
+    @property
+    def requires_grad(self) -> bool:
+        return all(p.requires_grad for p in self.blocks)
+
+    def detach(self) -> Any:
+        return self.data
+
+
+def of_dylora(m: Any) -> Places:
+    return {"A": Place(Blocks(m.down_list, 0)), "B": Place(Blocks(m.up_list, 1))}
 
 
 def of_ia3(m: Any) -> Places:
@@ -254,7 +303,7 @@ def of_boft(m: Any) -> Places:
 
 
 PLACES: Mapping[str, Callable[[Any], Places]] = {
-    **dict.fromkeys(("lora", "rslora", "dora"), of_locon), "glora": of_glora, "ia3": of_ia3, "oft": of_oft,
+    **dict.fromkeys(("lora", "rslora", "dora"), of_locon), "glora": of_glora, "dylora": of_dylora, "ia3": of_ia3, "oft": of_oft,
     "boft": of_boft,
 }  # fmt: skip
 

@@ -38,7 +38,8 @@ from refpeft.methods import METHODS
 from refpeft.ops import Array
 
 ALGOS = {
-    "lora": "lora", "rslora": "lora", "dora": "lora", "loha": "loha", "lokr": "lokr", "glora": "glora", "ia3": "ia3", "oft": "diag-oft",
+    "lora": "lora", "rslora": "lora", "dora": "lora", "loha": "loha", "lokr": "lokr", "glora": "glora", "ia3": "ia3",
+    "oft": "diag-oft",
     "boft": "boft", "ln_tuning": "lora", "partial": "full",
 }  # fmt: skip
 NORMS = ("ln_tuning",)
@@ -169,6 +170,8 @@ def beside(param: Any, was: Array) -> Place:
 def made(case: Case, model: Any, name: str) -> Adapter:
     about = case.meta["adapters"][name]
     method, config = about["method"], about["config"]
+    if method not in ALGOS:
+        raise Skip(f"{method} is asked layer by layer")
     for field in config:
         if field not in READ:
             raise Skip(f"there is no field {field!r} here")

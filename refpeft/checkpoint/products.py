@@ -1,10 +1,11 @@
-"""Folders of LoHa, LoKr, OFT and BOFT, as HF peft has them, and of GLoRA, which is another method there.
+"""Folders of LoHa, LoKr, OFT and BOFT, as HF peft has them, and of GLoRA, which is another method there, and DyLoRA.
 
 LOHA     <module>.hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b              B₁, A₁, B₂, A₂
 LOKR     <module>.lokr_w1, or lokr_w1_a, lokr_w1_b;   likewise lokr_w2      C, or C_b, C_a;   D, or B, A
 OFT      <module>.oft_R.weight;   of an embedding oft_embedding_R.weight    v;   −v where `use_cayley_neumann` is false
 BOFT     <module>.boft_R [m, n, p, p], boft_s [o, 1]                        A, s
 LYCORIS_GLORA    <module>.a1.weight, a2.weight, b1.weight, b2.weight       A_u, A_d, B_u, B_d;   no other library's
+DYLORA   <module>.lora_A.weight, lora_B.weight                             A, B;   likewise
 
 Where HF peft means something else by a field, it is read as it is meant there, and written so that it means the same:
 3 `num_cayley_neumann_terms` are 4, the exact Cayley transform is that of −v, and where LoKr's `scale_full` is off, α is
@@ -24,7 +25,7 @@ from refpeft.methods import METHODS as ALL
 from refpeft.model import Model
 from refpeft.ops import Array
 
-TYPES = {"LOHA": "loha", "LOKR": "lokr", "OFT": "oft", "BOFT": "boft", "LYCORIS_GLORA": "glora"}
+TYPES = {"LOHA": "loha", "LOKR": "lokr", "OFT": "oft", "BOFT": "boft", "LYCORIS_GLORA": "glora", "DYLORA": "dylora"}
 METHODS, PEFT_TYPES = tuple(TYPES.values()), tuple(TYPES)
 PREFIX, FILE, CONFIG = "base_model.model.", "adapter_model.safetensors", "adapter_config.json"
 OWN = ("scale_full", "side")  # fields that HF peft does not have: written where they are not as it means them

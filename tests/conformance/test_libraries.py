@@ -25,7 +25,7 @@ from refpeft.conformance.targets.spec import Spec
 FINDINGS = Path(__file__).parents[2] / "docs" / "findings"
 DECLARES = {  # methods, and the property that shows how much of the layer level there is
     "loralib": ({"lora"}, "unmerge"),
-    "lycoris": ({"lora", "rslora", "dora", "loha", "lokr", "glora", "oft", "boft", "ia3"}, "unmerge"),
+    "lycoris": ({"lora", "rslora", "dora", "loha", "lokr", "glora", "dylora", "oft", "boft", "ia3"}, "unmerge"),
     "litgpt": ({"lora"}, "merge"),
     "torchtune": ({"lora", "dora"}, "disable"),
     "mlx": ({"lora", "rslora", "dora"}, "merge"),

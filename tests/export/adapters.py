@@ -17,6 +17,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "dora": {"r": 2, "lora_alpha": 6, "target_modules": "all-linear"},
     "adalora": {"init_r": 3, "target_r": 1, "total_step": 10},
     "vera": {"r": 3, "target_modules": "all-linear"},
+    "dylora": {"r": 4, "rank": 2, "alpha": 6, "target_modules": "all-linear"},
     "loha": {"r": 2, "alpha": 6, "target_modules": "all-linear"},
     "lokr": {"r": 1, "alpha": 6, "decompose_both": True, "target_modules": "all-linear"},
     "glora": {"r": 2, "alpha": 6, "target_modules": "all-linear"},

@@ -1,6 +1,7 @@
-"""LoHa, LoKr, GLoRA, OFT and BOFT: the claims of their docstrings, and what they refuse."""
+"""DyLoRA, LoHa, LoKr, GLoRA, OFT and BOFT: the claims of their docstrings, and what they refuse."""
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,8 @@ Array = np.ndarray[Any, Any]
 EXACT = 1e-12
 IDS = np.random.default_rng(0).integers(0, 29, (2, 6))
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dylora": ("dylora", {"r": 4, "rank": 2, "alpha": 5, "block_size": 2}),
+    "dylora-all": ("dylora", {"r": 3, "alpha": 5}),
     "loha": ("loha", {"r": 2, "alpha": 5}),
     "loha-patterns": ("loha", {"r": 2, "rank_pattern": {"c_attn": 3, "q_proj": 1}, "alpha_pattern": {"q.*": 7}}),
     "loha-random": ("loha", {"r": 2, "init_weights": False}),
@@ -129,7 +132,7 @@ def test_gradients_are_exact(option: str, layer: str) -> None:
 
 @everywhere
 def test_wrap_is_merge(option: str, layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """LH2, LK2, GL2, OF2, BO2: outputs of the run-time form and of the merged model, and gradients of both forms."""
+    """DY2, LH2, LK2, GL2, OF2, BO2: outputs of the run-time form and the merged model, and gradients of both forms."""
     model = model_of(layer)
     adapter = moved(fresh(model, option, layer))
     out, vjp = model(IDS, adapter)
@@ -152,7 +155,7 @@ def test_wrap_is_merge(option: str, layer: str, monkeypatch: pytest.MonkeyPatch)
 
 @everywhere
 def test_a_fresh_adapter_changes_nothing(option: str, layer: str) -> None:
-    """LH1, LK1, GL1, OF1, BO1: not a bit, merged or not."""
+    """DY1, LH1, LK1, GL1, OF1, BO1: not a bit, merged or not."""
     model = model_of(layer)
     adapter = fresh(model, option, layer)
     out, merged = model(IDS)[0], refpeft.merge(model, adapter)
@@ -167,7 +170,7 @@ def test_a_fresh_adapter_changes_nothing(option: str, layer: str) -> None:
 
 @always
 def test_several_adapters(option: str) -> None:
-    """LH5, LK5, GL6: they add up in any order; OF6, BO7: rotations compose, W R₁ᵀ R₂ᵀ, and in another order another."""
+    """DY6, LH5, LK5, GL6: they add up in any order; OF6, BO7: rotations compose, W R₁ᵀ R₂ᵀ, in this order."""
     model = model_of("linear-with-bias")
     a, b = (moved(fresh(model, option, "linear-with-bias", seed=s), seed=s + 5) for s in (0, 1))
     out = model(IDS, [a, b])[0]
@@ -280,6 +283,50 @@ def test_lokr_of_primes() -> None:
 )  # fmt: skip
 def test_divisors(n: int, factor: int, expected: tuple[int, int]) -> None:
     assert lokr.divisors(n, factor) == expected
+
+
+# ── DyLoRA ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("option", ["dylora", "dylora-all"])
+def test_dylora_is_the_lora_of_its_first_ranks(option: str) -> None:
+    """DY3"""
+    m, cfg, part, φ = values(option)
+    b, lora = {"dylora": 2, "dylora-all": 3}[option], METHODS["lora"]
+    few = {"A": φ["A"][:b], "B": φ["B"][:, :b]}
+    expected = lora.merge(lora.Config(r=b, lora_alpha=5), part.W, part.b, few)[0]
+    same(m.merge(cfg, part.W, part.b, φ)[0], expected)
+
+
+def test_ranks_that_are_not_in_play_have_no_influence_and_no_gradient() -> None:
+    """DY4"""
+    model = model_of("linear")
+    adapter = moved(fresh(model, "dylora", "linear"))
+    out, vjp = model(IDS, adapter)
+    grads, last = vjp(np.ones_like(out)), {"A": np.s_[2:], "B": np.s_[:, 2:]}
+    for name, d in grads.items():
+        place = last[name.split(".lora_")[1][0]]
+        assert not d[place].any()
+        other = adapter.params[name].copy()
+        other[place] += 1
+        np.testing.assert_array_equal(model(IDS, adapter.replace(params={**adapter.params, name: other}))[0], out)
+
+
+def test_what_is_frozen_is_a_constant() -> None:
+    """DY5: of ranks 0 … 3 in blocks of 2 the last block is trained, as it would be anyway."""
+    model = model_of("linear")
+    free = moved(fresh(model, "dylora", "linear", r=6, rank=4))
+    frozen = free.replace(config=replace(free.config, frozen=True))
+    (out, vjp), (out2, vjp2) = model(IDS, free), model(IDS, frozen)
+    np.testing.assert_array_equal(out2, out)
+    grads, grads2 = vjp(np.ones_like(out)), vjp2(np.ones_like(out))
+    for name, d in grads2.items():
+        axis = "AB".index(name.split(".lora_")[1][0])
+        first, second, rest = np.split(d, [2, 4], axis)
+        assert second.any()
+        np.testing.assert_array_equal(second, np.split(grads[name], [2, 4], axis)[1])
+        assert not first.any()
+        assert not rest.any()
 
 
 # ── GLoRA ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -471,6 +518,9 @@ def test_outputs_are_turned_as_inputs_of_the_transpose() -> None:
         ("lokr", {"rank_pattern": {"q": -1}}, r"rank_pattern\['q'\] must be a positive integer, found -1"),
         ("lokr", {"decompose_factor": 0}, "decompose_factor must be −1 or a positive integer, found 0"),
         ("lokr", {"init_weights": "other"}, "init_weights must be one of"),
+        ("dylora", {"r": 4, "rank": 5}, "rank must be a multiple of block_size=1 from there to r=4, found 5"),
+        ("dylora", {"r": 4, "rank": 1, "block_size": 2}, "rank must be a multiple of block_size=2 .*, found 1"),
+        ("dylora", {"r": 4, "block_size": 3}, "block_size must be a positive integer that divides r=4, found 3"),
         ("glora", {"r": 0}, "r must be a positive integer, found 0"),
         ("glora", {"init_weights": "lycoris"}, r"init_weights must be one of \(True, False\), found 'lycoris'"),
         ("oft", {"r": 4}, "one of r and oft_block_size must be a positive integer and the other 0, found r=4"),
