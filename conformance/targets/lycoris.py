@@ -303,8 +303,8 @@ def of_boft(m: Any) -> Places:
 
 
 PLACES: Mapping[str, Callable[[Any], Places]] = {
-    **dict.fromkeys(("lora", "rslora", "dora"), of_locon), "glora": of_glora, "dylora": of_dylora, "ia3": of_ia3, "oft": of_oft,
-    "boft": of_boft,
+    **dict.fromkeys(("lora", "rslora", "dora"), of_locon), "glora": of_glora, "dylora": of_dylora, "ia3": of_ia3,
+    "oft": of_oft, "boft": of_boft,
 }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ Claims:
     DY6  Several adapters add up: W′ = W + Σ ΔWₖ, in any order.
 
 Where implementations differ:
-    * The paper has c = 1, and `frozen` as one of two ways to train. LyCORIS has blocks, `block_size` 4 if not given, and
+    * The paper has c = 1, and `frozen` as one of two ways to train. LyCORIS has blocks, of 4 if not said otherwise, and
       is always `frozen`.
     * LyCORIS has s = α/k for k = b/c blocks, which is α c/b. Its file says α, and is read as a LoRA's: α/r, where b = r
       was trained with α c/r.
