@@ -217,7 +217,7 @@ TRAITS: Mapping[str, Traits] = {
         {"r": [4, 8], "rank": [2, 4], "alpha": [6.0, 1.0], "block_size": [1, 2], "frozen": [False, True]},
         fixed=linears,
         second=other_alpha,
-        layer={"r": [4], "rank": [2, 4], "alpha": [4.0], "block_size": [1, 2], "frozen": [False, True]},
+        layer={"r": [4], "rank": [2, 4], "alpha": [8.0], "block_size": [1, 2], "frozen": [False, True]},
     ),
     "loha": Traits(
         "LH",

@@ -4,8 +4,8 @@
     LohaModule       loha                  named as in HF peft
     LokrModule       lokr                  named as in HF peft; s = 1 where both factors are full: `scale_full` off
     GLoRAModule      glora                 `a1` [i, r] is A_u, `a2` A_d, `b1` B_u, `b2` B_d; `rs_lora`: α/√r
-    DyLoraModule     dylora                blocks of A and B, of which the last one is trained: `frozen`; s = α/(b/c), so
-                                           α is α/c; what b is drawn as is told, and not tried with others
+    DyLoraModule     dylora                blocks of A and B, of which the last one is trained: `frozen`; s = α/(b/c),
+                                           so that α is α/c; the b that it draws is told
     IA3Module        ia3                   `weight` is l − 1, no matrix; `train_on_input`: of what the layer takes
     DiagOFTModule    oft                   turns outputs, `side="output"`; Q = B − Bᵀ of full matrices B, whose upper
                                            triangle is u, the rest zero; exact; blocks no larger than they are many
@@ -66,7 +66,8 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "boft": {"side": "output", "boft_block_size": 0, "boft_block_num": 2, "boft_n_butterfly_factor": 2},
 }
 FIELDS = (
-    "alpha", "decompose_both", "decompose_factor", "feedforward_modules", "rank", "block_size", "frozen", "oft_block_size", *OPTIONS["lokr"],
+    "alpha", "decompose_both", "decompose_factor", "feedforward_modules", "rank", "block_size", "frozen",
+    "oft_block_size", *OPTIONS["lokr"],
     *OPTIONS["oft"], *OPTIONS["boft"], "num_cayley_neumann_terms",  # of which an exact transform has none
 )  # fmt: skip
 SUMS = ("lora", "rslora", "loha", "lokr", "glora", "dylora")
