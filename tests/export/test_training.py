@@ -43,6 +43,8 @@ CASES: dict[str, tuple[str, str, str, Named]] = {  # family, architecture, metho
     "vectors and a projection": ("llama", "ForCausalLM", "vera", SMALL["vera"]),
     "loha": ("bert", "ForSequenceClassification", "loha", {"r": 2, "alpha": 6, "target_modules": ["query"]}),
     "lokr": ("bert", "ForSequenceClassification", "lokr", {"r": 1, "alpha": 6, "decompose_both": True}),
+    "glora": ("gpt2", "LMHeadModel", "glora", {"r": 2, "alpha": 6, "target_modules": ["c_attn", "wte"]}),
+    "dylora": ("bert", "ForSequenceClassification", "dylora", {"r": 4, "rank": 2, "block_size": 2, "frozen": True}),
     "oft": ("gpt2", "LMHeadModel", "oft", {"oft_block_size": 4, "target_modules": ["c_attn", "wte"]}),
     "a prompt": ("gpt2", "LMHeadModel", "prompt_tuning", SMALL["prompt_tuning"]),
     "a prompt that a network makes": ("bert", "ForSequenceClassification", "p_tuning", SMALL["p_tuning"]),
