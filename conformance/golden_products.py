@@ -109,6 +109,8 @@ def butterflies() -> list[Question]:
         ask("three-factors", "Halves of blocks that are not 4 halves apart in the third.", i=16,
             config={**two, "boft_n_butterfly_factor": 3}),
         ask("blocks", "The number of blocks taken for their size.", config={"boft_block_size": 0, "boft_block_num": 2}),
+        ask("output", "A bias that is turned with the outputs; factors in the other order.",
+            config={**two, "side": "output"}, o=8),
         ask("float64", "Something computed in float32 inside.", dtype="float64"),
     ]  # fmt: skip
 
