@@ -1,4 +1,4 @@
-"""The golden vectors of LoHa, LoKr, OFT and BOFT: of one layer, and of models."""
+"""The golden vectors of DyLoRA, LoHa, LoKr, GLoRA, OFT and BOFT: of one layer, and of models."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,11 +7,13 @@ from refpeft.conformance.golden import Question
 from refpeft.conformance.golden_layers import ALL, USUAL
 from refpeft.conformance.golden_models import RUN, model
 
-SUMS = ("loha", "lokr")
+SUMS = ("dylora", "loha", "lokr", "glora")
 Fields = Mapping[str, Any]
 PLAIN: Mapping[str, Fields] = {  # C is [2, 3] and D [2, 4] = B A of a layer [4, 12]
+    "dylora": {"r": 4, "rank": 2, "alpha": 8.0},
     "loha": {"r": 2, "alpha": 8.0},
     "lokr": {"r": 1, "alpha": 4.0},
+    "glora": {"r": 2, "alpha": 8.0},
     "oft": {"oft_block_size": 3},
     "boft": {"boft_block_size": 3},
 }
@@ -32,6 +34,13 @@ def layer(name: str, hunts: str, properties: Sequence[str], m: str, **fields: An
 def sums(m: str) -> list[Question]:
     exact: Fields = {"regime": "exact"}
     own = {
+        "dylora": [
+            layer("all", "The scale or the ranks of another b, where b is r.", ALL, m, config={"rank": 4}, **exact),
+            layer("frozen", "Another rank trained than the last of those in play.", ALL, m, config={"frozen": True},
+                  **exact),
+            layer("block", "Of the last block one rank trained, or all blocks.", ALL, m,
+                  config={"r": 6, "rank": 4, "block_size": 2, "frozen": True}, **exact),
+        ],
         "loha": [
             layer("rank-one", "A rank's axis squeezed away where r = 1.", ALL, m, config={"r": 1, "alpha": 3.0}),
             layer("rank-above", "A rank larger than both sides of W.", ALL, m, config={"r": 6}, o=4, i=3),
@@ -47,6 +56,11 @@ def sums(m: str) -> list[Question]:
                   config={"decompose_factor": 2}, o=8, i=12, **exact),
             layer("primes", "A side that is a prime, where C is one number.", ALL, m, o=5, i=7, **exact),
             layer("product", "What linear hunts, where B is zero: here it is not.", ALL, m, **exact),
+        ],
+        "glora": [
+            layer("rank-one", "A rank's axis squeezed away where r = 1.", ALL, m, config={"r": 1, "alpha": 3.0}),
+            layer("embedding", "A of the table's rows, which is [v, v], taken for one of its columns.", ALL, m,
+                  kind="embedding", bias=False, **exact),
         ],
     }  # fmt: skip
     return [
@@ -98,6 +112,8 @@ def butterflies() -> list[Question]:
         ask("three-factors", "Halves of blocks that are not 4 halves apart in the third.", i=16,
             config={**two, "boft_n_butterfly_factor": 3}),
         ask("blocks", "The number of blocks taken for their size.", config={"boft_block_size": 0, "boft_block_num": 2}),
+        ask("output", "A bias that is turned with the outputs; factors in the other order.",
+            config={**two, "side": "output"}, o=8),
         ask("float64", "Something computed in float32 inside.", dtype="float64"),
     ]  # fmt: skip
 
@@ -129,7 +145,7 @@ def models(m: str) -> list[Question]:
         model("two", "Two adapters, where the second is run with the first one's config or before it.", ["order"], m,
               "llama", swap=True),
         model("two-merged", "Two adapters, of which one is merged.", ["two-merged"], m, "gpt2"),
-        *(patterns(m) if m in SUMS else ()),
+        *(patterns(m) if m in SUMS and m != "dylora" else ()),
         *([BUTTERFLY] if m == "boft" else ()),
     ]  # fmt: skip
 

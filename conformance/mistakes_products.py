@@ -1,4 +1,4 @@
-"""What the mutants of LoHa, LoKr, OFT and BOFT get wrong."""
+"""What the mutants of LoHa, LoKr, GLoRA, OFT and BOFT get wrong."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,13 +9,14 @@ import numpy as np
 from refpeft.conformance.case import Case
 from refpeft.conformance.targets.spec import Whole
 from refpeft.method import Phi, at
-from refpeft.methods import boft, loha, lokr, oft
+from refpeft.methods import boft, dylora, glora, loha, lokr, oft
 from refpeft.methods.loha import factors
 from refpeft.ops import Array
 from refpeft.part import Once, Part, link
 from refpeft.rotations import rotate
 
 hadamard, kronecker, rotation, butterflies = loha.ΔW, lokr.ΔW, oft.rotation, boft.rotation
+moving, widened = glora.through, dylora.whole
 Delta = Callable[..., Any]
 Wrap = Callable[..., Part]
 
@@ -46,6 +47,50 @@ def summed(cfg: Any, φ: Any) -> Any:
         return factors(φ, "B1", "A1", d) | factors(φ, "B2", "A2", d)
 
     return s * (φ["B1"] @ φ["A1"] + φ["B2"] @ φ["A2"]), back
+
+
+def of_what_is_there(merge: Any, cfg: Any, W: Array, b: Any, φ: Any) -> Any:
+    """GLoRA's W A with the W that earlier adapters have made."""
+    return merge(cfg, W, b, φ, base=(W, b))
+
+
+def through_the_other(cfg: Any, φ: Phi, part: Part) -> Any:
+    """A on the other side, A W, where that has a shape."""
+    return moving(cfg, φ, part if part.W.shape[0] != part.W.shape[1] else part._replace(W=part.W.T))
+
+
+def halved_for_A(cfg: Any, φ: Phi, part: Part) -> Any:
+    """dA_u as if each of two factors had half of it."""
+    run = moving(cfg, φ, part)
+
+    def wrong(x: Array) -> Any:
+        z, back = run(x)
+
+        def halved(dz: Any, want: Any) -> Any:
+            dx, grads = back(dz, want)
+            key = φ.keys.get("Au")
+            return dx, {k: Once(lambda d=d: d() / 2) if k == key else d for k, d in grads.items()}
+
+        return z, halved
+
+    return wrong
+
+
+def never_frozen(cfg: Any, φ: Any, name: str, d: Any) -> Any:
+    """All ranks in play are trained."""
+    return widened(replace(cfg, frozen=False), φ, name, d)
+
+
+def first_block_trained(cfg: Any, φ: Any, name: str, d: Any) -> Any:
+    """Where all but one block are frozen, the first is trained in place of the last."""
+    axis, own = "AB".index(name), widened(replace(cfg, frozen=False), φ, name, d)
+    kept = np.arange(cfg.r) < (cfg.block_size if cfg.frozen else cfg.r)
+    return Once(lambda: own() * np.expand_dims(kept, 1 - axis))
+
+
+def last_ranks(cfg: Any, φ: Any) -> Any:
+    """The last b ranks for the first."""
+    return {"A": φ["A"][-cfg.b :], "B": φ["B"][:, -cfg.b :]}
 
 
 def patterns_as_one(cfg: Any, path: str) -> Any:
@@ -166,8 +211,9 @@ def first_block_for_all(x: Array, R: Array) -> Any:
 
 def half_turned(φ: Any) -> Any:
     """S = A − Aᵀ, without the half."""
-    R, back = butterflies({**plain(φ), "A": 2 * φ["A"]})
-    return R, lambda dR: {"A": Once(lambda: 2 * back(dR)["A"]())}
+    name = "C" if φ.get("C") is not None else "A"
+    R, back = butterflies({**plain(φ), name: 2 * φ[name]})
+    return R, lambda dR: {name: Once(lambda: 2 * back(dR)[name]())}
 
 
 def never_gathered(x: Array, k: int, p: int) -> Array:
@@ -184,6 +230,20 @@ def scale_of_bias(wrap: Wrap, cfg: Any, φ: Phi, part: Part) -> Part:
     def run(x: Array) -> Any:
         y, back = wrapped.run(x)
         return y + (φ["s"][:, 0] - 1) * part.b, back
+
+    return wrapped.wrapped(run)
+
+
+def bias_turned_by_butterflies(wrap: Wrap, cfg: Any, φ: Phi, part: Part) -> Part:
+    """On the side of outputs, the bias with them."""
+    wrapped = wrap(cfg, φ, part)
+    if part.b is None or cfg.side != "output":
+        return wrapped
+    R = butterflies(φ)[0]
+
+    def run(x: Array) -> Any:
+        y, back = wrapped.run(x)
+        return y + boft.inverse(part.b, R)[0] - part.b, back
 
     return wrapped.wrapped(run)
 

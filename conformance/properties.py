@@ -27,14 +27,14 @@ LAYER = [
         "y is the method's formula, on every kind of layer, shape, rank and option.",
         ["output"],
         ["forward"],
-        ["L3", "L5", "R1", "D6", "LH3", "LK4"],
+        ["L3", "L5", "R1", "D6", "LH3", "LK4", "GL3", "DY3", "DY4"],
     ),
     layer(
         "input-grad",
         "The gradient with respect to the layer's input is that of the formula.",
         ["grads"],
         ["grads"],
-        ["L2", "D2", "IA2", "LH2", "LK2", "OF2", "BO2", "AL2"],
+        ["L2", "D2", "IA2", "LH2", "LK2", "GL2", "DY2", "OF2", "BO2", "AL2"],
         kind=["linear", "conv1d"],
     ),
     layer(
@@ -42,7 +42,7 @@ LAYER = [
         "The gradients of the adapter's parameters are those of the formula.",
         ["grads"],
         ["grads"],
-        ["L2", "R1", "D2", "IA2", "LH2", "LK2", "OF2", "BO2", "AL2"],
+        ["L2", "R1", "D2", "IA2", "LH2", "LK2", "GL2", "DY2", "DY5", "OF2", "BO2", "AL2"],
     ),
     layer("frozen", "The adapter's parameters are trained, the layer's own are not.", ["trained"], ["frozen"]),
     layer(
@@ -50,7 +50,7 @@ LAYER = [
         "A fresh adapter changes nothing.",
         ["fresh"],
         ["init"],
-        ["L1", "D1", "IA1", "LH1", "LK1", "OF1", "BO1", "AL1"],
+        ["L1", "D1", "IA1", "LH1", "LK1", "GL1", "DY1", "OF1", "BO1", "AL1"],
         regime=["float"],
     ),
     layer(
@@ -65,7 +65,7 @@ LAYER = [
         "Merged weights are W′ and b′ of the method, stored as the layer stores W, and give the same output.",
         ["merged"],
         ["merge"],
-        ["L2", "L5", "D2", "IA2", "LH2", "LK2", "OF2", "BO2", "AL2"],
+        ["L2", "L5", "D2", "IA2", "LH2", "LK2", "GL2", "DY2", "OF2", "BO2", "AL2"],
     ),
     layer(
         "unmerge", "Unmerging restores W and b, and the adapter goes on as before.", ["unmerged"], ["merge", "unmerge"]
@@ -144,7 +144,7 @@ MODEL = [
         "The merged model has the base's tensors, no more and no fewer, equal to the formula's, and its output.",
         ["merged", "merged_logits"],
         ["merge"],
-        ["L2", "D2", "S3", "ID2", "SA2", "IA2", "LH2", "LK2", "OF2", "BO2", "VE2", "AL2"],
+        ["L2", "D2", "S3", "ID2", "SA2", "IA2", "LH2", "LK2", "GL2", "DY2", "OF2", "BO2", "VE2", "AL2"],
     ),
     whole(
         "causal",
@@ -169,7 +169,7 @@ MODEL = [
         "Two active adapters act in the order given, each with its own rank and scale.",
         ["logits"],
         ["forward", "together"],
-        ["L4", "D5", "ID3", "IA3", "LH5", "LK5", "OF6", "BO7", "VE3", "AL3"],
+        ["L4", "D5", "ID3", "IA3", "LH5", "LK5", "GL6", "DY6", "OF6", "BO7", "VE3", "AL3"],
         adapters=swapped,
         also={"swap": [False, True]},
     ),
@@ -178,7 +178,7 @@ MODEL = [
         "Two adapters merged are two adapters active.",
         ["merged", "merged_logits"],
         ["merge", "together"],
-        ["L4", "D5", "ID3", "IA3", "LH5", "LK5", "OF6", "BO7", "VE3", "AL3"],
+        ["L4", "D5", "ID3", "IA3", "LH5", "LK5", "GL6", "DY6", "OF6", "BO7", "VE3", "AL3"],
         adapters=two,
     ),
     whole(
@@ -269,7 +269,7 @@ EXPORT = [
         "Two adapters exported together are two adapters merged.",
         ["merged_logits"],
         ["merge", "together"],
-        ["L4", "D5", "ID3", "IA3", "LH5", "LK5", "OF6", "BO7", "VE3", "AL3"],
+        ["L4", "D5", "ID3", "IA3", "LH5", "LK5", "GL6", "DY6", "OF6", "BO7", "VE3", "AL3"],
         level="export",
         adapters=two,
         families=("gpt2", "roberta"),

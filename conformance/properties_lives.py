@@ -57,14 +57,14 @@ LIFE: Sequence[Property] = [
         "Two adapters active are both of them, composed as the method says, and one of them again is one.",
         [[*BOTH, do("activate", adapters=["first", "second"]), do("activate", adapters=["second"])]],
         ["together"],
-        ["L4", "D5", "ID3", "IA3", "LH5", "LK5", "OF6", "BO7", "VE3", "AL3"],
+        ["L4", "D5", "ID3", "IA3", "LH5", "LK5", "GL6", "DY6", "OF6", "BO7", "VE3", "AL3"],
     ),
     life(
         "two-merged",
         "Two active adapters merged are two active adapters, and come apart again.",
         [[*BOTH, do("activate", adapters=["first", "second"]), do("merge"), do("unmerge")]],
         ["together", "merge", "unmerge"],
-        ["L4", "D5", "ID3", "IA3", "LH5", "LK5", "OF6", "BO7", "VE3", "AL3"],
+        ["L4", "D5", "ID3", "IA3", "LH5", "LK5", "GL6", "DY6", "OF6", "BO7", "VE3", "AL3"],
     ),
     life(
         "delete",

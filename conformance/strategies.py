@@ -25,7 +25,8 @@ def layer(draw: Any, /, method: str, info: Mapping[str, Any], **fixed: Any) -> S
     s: Structure = {"kind": draw(st.sampled_from(kinds)), "regime": draw(st.sampled_from(regimes(method)))}
     s = {**s, **{k: v for k, v in fixed.items() if k in s}}
     s["edge"] = "none" if s["regime"] == "exact" else draw(st.sampled_from(EDGES))
-    s["o"] = draw(st.integers(1, 7))
+    step = TRAITS[method].step(options(info, method))
+    s["o"] = step * draw(st.integers(1, max(7 // step, 2)))
     s["i"] = s["o"] if draw(st.booleans()) else draw(st.integers(1, 7))
     s["dtype"] = draw(st.sampled_from([d for d in (EXACT if s["regime"] == "exact" else FLOAT) if d in dtypes]))
     s["bias"] = s["kind"] != "embedding" and draw(st.booleans())

@@ -29,7 +29,7 @@ class Traits:
     `fixed`: fields that depend on the family and the architecture. `second`: another config of the same kind.
     `layer`: values for the config of one layer, called 'layer'. `lacks`: features that make no sense for the method.
     `exact`: where numbers are small integers, so is all that is computed of them. `outputs`: of the layers that are
-    always asked about."""
+    always asked about; `step`: what the outputs of others are multiples of, by what a target has chosen."""
 
     letter: str  # of its claims
     asks: Sequence[str] | None = None
@@ -41,6 +41,7 @@ class Traits:
     architectures: Sequence[str] | None = None  # None: any; '' is the family's language model
     layer: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     lacks: Sequence[str] = ()
+    step: Callable[[Structure], int] = lambda chosen: 1
     exact: bool = True
     outputs: int = 3
 
@@ -165,6 +166,12 @@ def other_blocks(first: Structure) -> Structure:
     return {**first, "boft_block_size": 0, "boft_block_num": 2}
 
 
+def halves(chosen: Structure) -> int:
+    """Of outputs that several butterfly factors turn: blocks that have halves."""
+    factors = chosen.get("boft_n_butterfly_factor", 1)
+    return 2 * int(chosen["boft_block_num"]) if factors > 1 and chosen.get("side") == "output" else 1
+
+
 def larger_blocks(first: Structure) -> Structure:
     return {**first, "oft_block_size": 2 * first["oft_block_size"]}
 
@@ -226,6 +233,14 @@ TRAITS: Mapping[str, Traits] = {
         exact=False,
     ),
     "vera": Traits("VE", MATRICES, {"r": [2, 1, 3], "d_initial": [0.1, 0.5]}, fixed=linears, second=other_start),
+    "dylora": Traits(
+        "DY",
+        (*ONE_LAYER, *MATRICES, *TIED),
+        {"r": [4, 8], "rank": [2, 4], "alpha": [6.0, 1.0], "block_size": [1, 2], "frozen": [False, True]},
+        fixed=linears,
+        second=other_alpha,
+        layer={"r": [4], "rank": [2, 4], "alpha": [8.0], "block_size": [1, 2], "frozen": [False, True]},
+    ),
     "loha": Traits(
         "LH",
         (*ONE_LAYER, *MATRICES, *TIED, *SCALED, "layer/cores", "layer/cores-grads"),
@@ -241,6 +256,14 @@ TRAITS: Mapping[str, Traits] = {
         fixed=linears,
         second=other_alpha,
         layer={"r": [1, 4], "alpha": [3.0], "decompose_both": [False, True]},
+    ),
+    "glora": Traits(
+        "GL",
+        (*ONE_LAYER, *MATRICES, *TIED, *SCALED),
+        {"r": [2, 1, 4], "alpha": [6.0, 1.0]},
+        fixed=linears,
+        second=other_alpha,
+        layer={"r": [2, 1, 4], "alpha": [4.0]},
     ),
     "oft": Traits(
         "OF",
@@ -258,8 +281,9 @@ TRAITS: Mapping[str, Traits] = {
         {"boft_block_size": [2, 1]},
         fixed=linears,
         second=other_blocks,
-        layer={"boft_block_size": [0], "boft_block_num": [1]},
+        layer={"boft_block_size": [0], "boft_block_num": [1], "side": ["input", "output"]},
         lacks=("embedding",),
+        step=halves,
         exact=False,
         outputs=4,
     ),

@@ -16,8 +16,11 @@
       with cores                  <module>.hada_t1, …       [r, r, k], …    T₁, T₂               rank 0
     lokr                          <module>.lokr_sw1(_a)     [l, m]          s C, or s C_b        zeros
                                   <module>.lokr_w2, …       [k, n], …       D, or B, A; C_a      zeros
+    glora                         <module>.glora_sa1, _sb1  [i, r], [o, r]  s A_u, s B_u         rank 0
+                                  <module>.a2.weight, b2  [r, i]          A_d, B_d             rank 0
     oft                           <module>.oft_R.rotation   [n, p, p]       R                    I
     boft                          <module>.boft_R.rotation  [m, n, p, p]    R                    I
+      (side="output")             <module>.boft_out_R.rotation              R                    I
                                   <module>.boft_s           [o, 1]          s                    1
     houlsby, pfeiffer, parallel   <module>.adapter_down     [m, d]          D                    rank 0
                                   <module>.adapter_s_up     [d, m]          s U                  rank 0
@@ -54,15 +57,17 @@ from refpeft.checkpoint.wrapper import tensor_of
 from refpeft.export.form import Array, own, prefixes, trained
 from refpeft.hooks import Block, Hooks, Prompt, compose
 from refpeft.method import Phi, Values, as_dtype, branch
-from refpeft.methods import METHODS, dora, lora, trainable_tokens
+from refpeft.methods import METHODS, dora, dylora, lora, trainable_tokens
 from refpeft.model import Model
 from refpeft.part import Back, Grads, Lazy, Part, Run, Want
 from refpeft.prompts import P, table, virtual
 
-LORA = ("lora", "rslora", "dora", "adalora")
-PRODUCTS = ("loha", "lokr", "oft", "boft")
+LORA = ("lora", "rslora", "dora", "adalora", "dylora")
+PRODUCTS = ("loha", "lokr", "glora", "oft", "boft")
 ROTATIONS = ("oft", "boft")
-SCALED = {"B1": "hada_sw1_a", "C": "lokr_sw1", "Cb": "lokr_sw1_a"}  # what is fed with the scale in it
+SCALED = {  # what is fed with the scale in it
+    "B1": "hada_sw1_a", "C": "lokr_sw1", "Cb": "lokr_sw1_a", "Au": "glora_sa1", "Bu": "glora_sb1",
+}  # fmt: skip
 PROMPTS = ("prompt_tuning", "p_tuning")
 PREFIXES = ("prefix_tuning", "p_tuning_v2")
 VECTORS = {"ia3": 1, "vera": 0, "did": 0, "said": 0}  # what is fed is what it has, and this where it does nothing
@@ -181,7 +186,7 @@ def products(adapter: Adapter) -> dict[str, Slot]:
     found: dict[str, Slot] = {}
     for path, (names, _) in adapter.by_module.items():
         cfg, φ = adapter.at(path), {n: adapter.value(full).astype(np.float64) for n, full in names.items()}
-        s = 1.0 if adapter.method in ROTATIONS else cfg.scale if adapter.method == "loha" else cfg.scale(φ)
+        s = 1.0 if adapter.method in ROTATIONS else cfg.scale(φ) if adapter.method == "lokr" else cfg.scale
         for n, full in names.items():
             a = (s * φ[n] if n in SCALED else φ[n]).astype(np.float32)
             found[input_of(path, n, full)] = Slot(*unfed(adapter.method, path, n, a, "T1" in φ), own=True)
@@ -190,8 +195,9 @@ def products(adapter: Adapter) -> dict[str, Slot]:
 
 def unfed(method: str, path: str, n: str, a: Array, cores: bool) -> tuple[Sequence[int | str], Array, Array]:
     """The sizes of an input, what is fed, and what does nothing. LoHa with cores has its B the other way round."""
-    if method == "loha":
-        rank, ranks = f"rank of {path}", (0, 1) if n[0] == "T" else (1,) if n[0] == "B" and not cores else (0,)
+    if method in ("loha", "glora"):
+        rank, tall = f"rank of {path}", n in ("B1", "B2", "Au", "Bu") and not cores
+        ranks = (0, 1) if n[0] == "T" else (1,) if tall else (0,)
         sizes = [rank if axis in ranks else k for axis, k in enumerate(a.shape)]
         return sizes, a, np.zeros([0 if k == rank else k for k in sizes], a.dtype)
     nothing = np.zeros_like(a)
@@ -209,6 +215,8 @@ def scaled(cfg: Any, φ: Values, model: Model, role: str, dtype: Any) -> dict[st
     wide = {n: a.astype(np.float64) for n, a in φ.items()}
     if "Λ" in wide:
         wide |= {"A": wide["Λ"] * wide["Q"], "B": wide["P"]}
+    if isinstance(cfg, dylora.Config):
+        wide |= dylora.nested(cfg, wide)
     A, B, s = wide["A"], wide["B"], cfg.scale
     if "A0" in wide:
         A, B = np.concatenate([A, wide["A0"]]), np.concatenate([B, -wide["B0"]], axis=1)
@@ -302,7 +310,7 @@ def sublayers(adapter: Adapter, fed: Mapping[str, Any], model: Model) -> Callabl
 
 
 def product(adapter: Adapter, fed: Mapping[str, Any]) -> Callable[[Part], Part]:
-    """LoHa, LoKr, OFT or BOFT on the layers that have slots; of the former two with s = 1."""
+    """LoHa, LoKr, GLoRA, OFT or BOFT on the layers that have slots; of the former three with s = 1."""
     m, cfg = METHODS[adapter.method], adapter.config
     cfg = cfg if adapter.method in ROTATIONS else replace(cfg, r=1, alpha=1, rank_pattern={}, alpha_pattern={})
 

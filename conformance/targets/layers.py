@@ -158,9 +158,11 @@ class Layer:
 @dataclass(frozen=True)
 class Place:
     """Where a tensor of the case lies in the library: its parameter, and how to get there and back; `less` is what the
-    library's values are less than those of the case, which is no matter to gradients."""
+    library's values are less than those of the case, which is no matter to gradients; `read` is how its value comes
+    back, where that is not how a gradient does."""
 
     param: Any
     there: Reshape = same
     back: Reshape = same
     less: Any = 0.0
+    read: Reshape | None = None

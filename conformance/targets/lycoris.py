@@ -3,9 +3,14 @@
     LoConModule      lora, rslora, dora    `lora_down` is A, `lora_up` is B, `dora_scale` [o, 1] is m; `rs_lora`: α/√r
     LohaModule       loha                  named as in HF peft; with cores `use_tucker`, of convolutions
     LokrModule       lokr                  named as in HF peft; s = 1 where both factors are full: `scale_full` off
+    GLoRAModule      glora                 `a1` [i, r] is A_u, `a2` A_d, `b1` B_u, `b2` B_d; `rs_lora`: α/√r
+    DyLoraModule     dylora                blocks of A and B, of which the last one is trained: `frozen`; s = α/(b/c),
+                                           so that α is α/c; the b that it draws is told
     IA3Module        ia3                   `weight` is l − 1, no matrix; `train_on_input`: of what the layer takes
     DiagOFTModule    oft                   turns outputs, `side="output"`; Q = B − Bᵀ of full matrices B, whose upper
                                            triangle is u, the rest zero; exact; blocks no larger than they are many
+    ButterflyOFTModule     boft            turns outputs too, by 2^(m−1) blocks, m factors; C = −2 B, where row and
+                                           column 2 j + g of B are those of entry j of half g here; `rescale` is s
 
 α = 0 means α = r. A module has a `multiplier` m besides: ΔW is m of what it would be. With α/m and m it is what
 it is with α, where there is an α. DoRA (`weight_decompose`, per output: `wd_on_out`) differentiates the norm: our
@@ -31,7 +36,10 @@ import torch
 
 if find_spec("lycoris.functional"):  # older releases have other modules: see `lycoris_loha`
     from lycoris.functional import factorization  # type: ignore[import-not-found, unused-ignore]
+    from lycoris.modules.boft import ButterflyOFTModule  # type: ignore[import-not-found, unused-ignore]
     from lycoris.modules.diag_oft import DiagOFTModule  # type: ignore[import-not-found, unused-ignore]
+    from lycoris.modules.dylora import DyLoraModule  # type: ignore[import-not-found, unused-ignore]
+    from lycoris.modules.glora import GLoRAModule  # type: ignore[import-not-found, unused-ignore]
     from lycoris.modules.ia3 import IA3Module  # type: ignore[import-not-found, unused-ignore]
     from lycoris.modules.locon import LoConModule  # type: ignore[import-not-found, unused-ignore]
     from lycoris.modules.loha import LohaModule  # type: ignore[import-not-found, unused-ignore]
@@ -54,14 +62,18 @@ SETTINGS = {
 }
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "dora": {"detach_norm": False},
+    "dylora": {"frozen": True},
     "lokr": {"scale_full": False},
     "oft": {"side": "output", "use_cayley_neumann": False, "block_share": False},
+    "boft": {"side": "output", "boft_block_size": 0, "boft_block_num": 2, "boft_n_butterfly_factor": 2},
 }
 FIELDS = (
-    "alpha", "taps", "decompose_both", "decompose_factor", "feedforward_modules", "oft_block_size", *OPTIONS["lokr"],
-    *OPTIONS["oft"], "num_cayley_neumann_terms",  # of which an exact transform has none
+    "alpha", "taps", "decompose_both", "decompose_factor", "feedforward_modules", "rank", "block_size", "frozen",
+    "oft_block_size", *OPTIONS["lokr"],
+    *OPTIONS["oft"], *OPTIONS["boft"], "num_cayley_neumann_terms",  # of which an exact transform has none
 )  # fmt: skip
-SUMS = ("lora", "rslora", "loha", "lokr")
+SUMS = ("lora", "rslora", "loha", "lokr", "glora", "dylora")
+UNDONE = ("lora", "rslora", "loha", "lokr", "dylora")  # by merge_to(−m): ΔW does not depend on W
 CORES = ("T1", "T2")  # [r, r, k, l] there, as the convolution has its places
 Places = dict[str, Place]
 
@@ -125,8 +137,8 @@ class Adapted(TorchLayer):
     def unmerge(self) -> None:
         if self.settings["merge"] == "onfly":
             self.lycoris.onfly_restore()
-        elif self.case.method not in SUMS:
-            raise Skip(f"merge_to(-1) is the inverse of a sum, which {self.case.method} is not")
+        elif self.case.method not in UNDONE:
+            raise Skip(f"merge_to(-1) is the inverse where ΔW does not depend on W, as that of {self.case.method} does")
         else:
             self.lycoris.merge_to(-self.multiplier, precise=self.settings["merge"] == "precise")
         self.lycoris.apply_to()
@@ -163,6 +175,17 @@ def lokr(how: Settings, layer: Any, **more: Any) -> Any:
     return LokrModule("layer", layer, lora_dim=how["r"], alpha=how.alpha, decompose_both=both, factor=factor, **more)
 
 
+def glora(how: Settings, layer: Any, **more: Any) -> Any:
+    return GLoRAModule("layer", layer, lora_dim=how["r"], alpha=how.alpha, rs_lora=how.get("use_rslora"), **more)
+
+
+def dylora(how: Settings, layer: Any, **more: Any) -> Any:
+    b, c = how["rank"], how["block_size"]
+    made = DyLoraModule("layer", layer, lora_dim=how["r"], alpha=how.alpha / c, block_size=c, **more)
+    made.get_random_rank_weight = lambda: made.get_weight(b - c)
+    return made
+
+
 def ia3(how: Settings, layer: Any, **more: Any) -> Any:
     takes = METHODS["ia3"].Config(**how.config).at("layer").takes
     return IA3Module("layer", layer, train_on_input=takes, **more)
@@ -179,13 +202,23 @@ def blocks(n: int, layer: Any) -> int:
     factor = next((f for f in range(1, o + 1) if factorization(o, f) == (p, n)), None)
     if factor is None:
         raise Skip(f"there are no {n} blocks of size {p}: blocks are not larger than they are many")
-    if layer.weight.dtype == torch.float64:
-        raise Skip("a matrix is inverted in float32, and multiplied with one in float64, which torch refuses")
+    not_wide(layer)
     return factor
 
 
+def not_wide(layer: Any) -> None:
+    if layer.weight.dtype == torch.float64:
+        raise Skip("a matrix is inverted in float32, and multiplied with one in float64, which torch refuses")
+
+
+def boft(how: Settings, layer: Any, **more: Any) -> Any:
+    not_wide(layer)
+    return ButterflyOFTModule("layer", layer, lora_dim=how.case.arrays["C"].shape[-1], rescaled=True, **more)
+
+
 MAKERS: Mapping[str, Callable[..., Any]] = {
-    **dict.fromkeys(("lora", "rslora", "dora"), locon), "loha": loha, "lokr": lokr, "ia3": ia3, "oft": diag_oft,
+    **dict.fromkeys(("lora", "rslora", "dora"), locon), "loha": loha, "lokr": lokr, "glora": glora,
+    "dylora": dylora, "ia3": ia3, "oft": diag_oft, "boft": boft,
 }  # fmt: skip
 
 
@@ -215,6 +248,50 @@ def of_locon(m: Any) -> Places:
     return found | scaled
 
 
+def of_glora(m: Any) -> Places:
+    return {
+        name: Place(getattr(m, str(keys[0]).partition(".")[0]).weight) for name, keys in METHODS["glora"].KEYS.items()
+    }
+
+
+class Blocks:
+    """Parameters side by side, as if they were one."""
+
+    def __init__(self, blocks: Any, axis: int) -> None:
+        self.blocks, self.axis = list(blocks), axis
+
+    def joined(self, each: Callable[[Any], Any]) -> Any:
+        return torch.cat([each(p) for p in self.blocks], dim=self.axis)
+
+    @property
+    def data(self) -> Any:
+        return self.joined(lambda p: p.data)
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        for p, part in zip(self.blocks, value.split(self.blocks[0].shape[self.axis], dim=self.axis), strict=True):
+            p.data = part.clone()
+
+    @property
+    def shape(self) -> Any:
+        return self.data.shape
+
+    @property
+    def grad(self) -> Any:
+        return self.joined(lambda p: torch.zeros_like(p) if p.grad is None else p.grad)
+
+    @property
+    def requires_grad(self) -> bool:
+        return all(p.requires_grad for p in self.blocks)
+
+    def detach(self) -> Any:
+        return self.data
+
+
+def of_dylora(m: Any) -> Places:
+    return {"A": Place(Blocks(m.down_list, 0)), "B": Place(Blocks(m.up_list, 1))}
+
+
 def of_ia3(m: Any) -> Places:
     takes = m.train_input
     return {"l": Place(m.weight, lambda l: l.reshape(-1) - 1, lambda w: w[None] if takes else w[:, None], 1)}  # noqa: E741
@@ -230,8 +307,24 @@ def of_oft(m: Any) -> Places:
     return {"u": Place(m.oft_blocks, there, lambda B: B[:, i, j])}
 
 
+def of_boft(m: Any) -> Places:
+    p = m.block_size
+    ours = np.arange(p).reshape(2, -1).T.reshape(-1)  # which row and column of C each of B is
+    theirs = np.argsort(ours)
+
+    def turned(a: Array, k: Array) -> Array:
+        return a[..., k, :][..., k]
+
+    C = Place(
+        m.oft_blocks, lambda C: turned(C, ours) / -2, lambda dB: turned(dB, theirs) / -2,
+        read=lambda B: turned(B, theirs) * -2,
+    )  # fmt: skip
+    return {"C": C, "s": Place(m.rescale)}
+
+
 PLACES: Mapping[str, Callable[[Any], Places]] = {
-    **dict.fromkeys(("lora", "rslora", "dora"), of_locon), "ia3": of_ia3, "oft": of_oft,
+    **dict.fromkeys(("lora", "rslora", "dora"), of_locon), "glora": of_glora, "dylora": of_dylora, "ia3": of_ia3,
+    "oft": of_oft, "boft": of_boft,
 }  # fmt: skip
 
 

@@ -4,8 +4,9 @@ An adapter is a `LycorisNetwork`, which is what `create_lycoris` makes (without 
 modules that it adapts are named one by one, `name_algo_map`. A network is put over a model by `apply_to`, and taken off
 by `restore`; so one is active, and others are not. Before `apply_to` a network has no parameters, and a file of it is
 empty: each is applied once, whether it will be active or not. Norms are trained by `train_norm`: `w_norm` is γ′ − γ,
-`b_norm` β′ − β, of LayerNorm and not of RMS norms. LyCORIS's `full` trains the linear layers that are named, and ours
-all tensors of a model: it is not asked.
+`b_norm` β′ − β, of LayerNorm and not of RMS norms. LyCORIS's `full` trains the linear layers that are named, which
+beside `train_norm` is ours of the last layers, `partial`: `diff` is W′ − W, `diff_b` b′ − b. Until `apply_to` its
+parameters are differences; there W is added and taken away from the layer.
 
 Its files have the names of kohya's scripts, `lycoris_<path with _ for .>.<parameter>`, and α, but no config: they are
 read by `create_lycoris_from_weights`. What `saved-keys` compares is what they hold, by the specification's names.
@@ -26,22 +27,26 @@ from safetensors.torch import load_file
 from refpeft.conformance.case import Case
 from refpeft.conformance.targets.base import Arrays, Info, Skip
 from refpeft.conformance.targets.layers import HONOURED, Layers, Place
-from refpeft.conformance.targets.lycoris import FIELDS, SUMS, Settings, blocks, places
+from refpeft.conformance.targets.lycoris import FIELDS, UNDONE, Settings, blocks, not_wide, places
 from refpeft.conformance.targets.models import Driver, base_model, decoder_of, output, values_of
 from refpeft.conformance.targets.spec import arguments, mask_of, real
 from refpeft.conformance.targets.tensors import array, fill_all, tensor
 from refpeft.conformance.targets.torch_layers import gradient
-from refpeft.method import Targets, matches, targeted
+from refpeft.method import Targets, targeted
 from refpeft.methods import METHODS
 from refpeft.ops import Array
 
 ALGOS = {
-    "lora": "lora", "rslora": "lora", "dora": "lora", "loha": "loha", "lokr": "lokr", "ia3": "ia3", "oft": "diag-oft",
-    "ln_tuning": "lora",
+    "lora": "lora", "rslora": "lora", "dora": "lora", "loha": "loha", "lokr": "lokr", "glora": "glora", "ia3": "ia3",
+    "oft": "diag-oft",
+    "boft": "boft", "ln_tuning": "lora", "partial": "full",
 }  # fmt: skip
 NORMS = ("ln_tuning",)
+WHOLE = (*NORMS, "partial")  # what they train is the model's own
+DIFFERENCES = {"weight": "diff", "bias": "diff_b"}  # of `full`, in a file
 FAMILIES = ("llama", "bert", "bart")
-READ = {*HONOURED, *FIELDS, "target_modules"}
+READ = {*HONOURED, *FIELDS, "target_modules", "layers", "head", "tied"}
+OPTIONS = {"partial": {"head": False, "tied": False}}  # of which the embeddings and RMS norms are no part
 KEPT = ("alpha", "on_input")  # in a file, besides the parameters
 
 
@@ -52,8 +57,9 @@ class Lycoris(Driver):
         self.layers = layers
         own = layers.info()
         self.declared: Info = {
-            **own, "levels": ["layer", "model", "lifecycle"], "methods": [*own["methods"], *NORMS],
+            **own, "levels": ["layer", "model", "lifecycle"], "methods": [*own["methods"], *WHOLE],
             "families": list(FAMILIES), "features": [*own["features"], "several", "together", "delete", "save"],
+                    "options": {**own["options"], **OPTIONS},
                     "versions": {**own["versions"], "transformers": transformers.__version__},
         }  # fmt: skip
 
@@ -93,8 +99,8 @@ class Adapter:
         """By the names of the case's tensors."""
         found: dict[str, Place] = {}
         for path, lora in self.modules.items():
-            if self.method in NORMS:
-                found |= of_norm(path, lora)
+            if self.method in WHOLE:
+                found |= (of_norm if hasattr(lora, "w_norm") else of_full)(path, lora)
             else:
                 keys = METHODS[self.method].KEYS
                 found |= {f"{path}.{keys[n][0]}": place for n, place in places(self.method, lora).items()}
@@ -119,7 +125,11 @@ class Adapter:
         there, found = load_file(str(file)), {}
         names = {id(p): name for name, p in self.network.named_parameters()}
         for name, place in self.places().items():
-            found[in_file(name, self.method)] = place.back(array(there.pop(names[id(place.param)]))) + place.less
+            key = names[id(place.param)]
+            if key not in there:
+                path, _, leaf = key.rpartition(".")
+                key = f"{path}.{DIFFERENCES[leaf]}"
+            found[in_file(name, self.method)] = (place.read or place.back)(array(there.pop(key))) + place.less
         return found | {name: array(a) for name, a in there.items() if name.rpartition(".")[2] not in KEPT}
 
 
@@ -135,6 +145,14 @@ def of_norm(path: str, lora: Any) -> dict[str, Place]:
     return {f"{path}.{leaf}": beside(p, array(was)) for leaf, (p, was) in both.items()}
 
 
+def of_full(path: str, lora: Any) -> dict[str, Place]:
+    both = {"weight": (lora.weight, lora._org_weight), "bias": (lora.bias, lora.org_bias)}
+    there = {f"{path}.{leaf}": (p, array(was[0])) for leaf, (p, was) in both.items() if p is not None}
+    if lora.is_diff:
+        return {name: beside(p, was) for name, (p, was) in there.items()}
+    return {name: Place(p, less=was) for name, (p, was) in there.items()}
+
+
 def beside(param: Any, was: Array) -> Place:
     """A difference from what was."""
     return Place(param, lambda a: a - was, less=was)
@@ -143,13 +161,15 @@ def beside(param: Any, was: Array) -> Place:
 def made(case: Case, model: Any, name: str) -> Adapter:
     about = case.meta["adapters"][name]
     method, config = about["method"], about["config"]
+    if method not in ALGOS:
+        raise Skip(f"{method} is asked layer by layer")
     for field in config:
         if field not in READ:
             raise Skip(f"there is no field {field!r} here")
     how = Settings(case, config)
     own = {
         path: {"algo": ALGOS[method], **options(case, name, path, module)}
-        for path, module in chosen(method, config, model).items()
+        for path, module in chosen(case, name, model).items()
     }
     LycorisNetwork.apply_preset(
         {
@@ -164,16 +184,18 @@ def made(case: Case, model: Any, name: str) -> Adapter:
     for lora in network.loras:
         lora.to(model.dtype)
     adapter.write(values_of(case, name + "/"))
-    adapter.apply()
-    adapter.restore()
+    if method != "partial":
+        adapter.apply()
+        adapter.restore()
     return adapter
 
 
 def arguments_of(method: str, how: Settings) -> dict[str, Any]:
     if method in NORMS:
         return {"lora_dim": 0, "train_norm": True}
-    if method in ("ia3", "oft"):
-        return {}
+    own = {"ia3": {}, "oft": {}, "boft": {"rescaled": True}, "partial": {"train_norm": True}}
+    if method in own:
+        return own[method]
     return {
         "lora_dim": how["r"], "alpha": how.alpha, "rs_lora": how.get("use_rslora"),
         "weight_decompose": how.get("use_dora"), "wd_on_out": True, "decompose_both": how.get("decompose_both"),
@@ -181,13 +203,16 @@ def arguments_of(method: str, how: Settings) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def chosen(method: str, config: Mapping[str, Any], model: Any) -> dict[str, Any]:
+def chosen(case: Case, name: str, model: Any) -> dict[str, Any]:
     """The modules by their paths."""
-    if method in NORMS:
-        norms = {path: m for path, m in model.named_modules() if matches(config["target_modules"], path)}
-        if not all(isinstance(m, torch.nn.LayerNorm) for m in norms.values()):
+    about = case.meta["adapters"][name]
+    method, config = about["method"], about["config"]
+    if method in WHOLE:
+        paths = {tensor.rpartition(".")[0] for tensor in values_of(case, name + "/")}
+        whole = {path: m for path, m in model.named_modules() if path in paths}
+        if not all(isinstance(m, torch.nn.LayerNorm | torch.nn.Linear) for m in whole.values()):
             raise Skip("RMS norms are not supported")
-        return norms
+        return whole
     cfg = Targets(target_modules=config["target_modules"])
     return {path: m for path, m in model.named_modules() if isinstance(m, torch.nn.Linear) and targeted(cfg, path)}
 
@@ -197,6 +222,9 @@ def options(case: Case, name: str, path: str, module: Any) -> dict[str, Any]:
     about = case.meta["adapters"][name]
     if about["method"] == "ia3":
         return {"train_on_input": METHODS["ia3"].Config(**about["config"]).at(path).takes}
+    if about["method"] == "boft":
+        not_wide(module)
+        return {"dim": case.arrays[f"{name}/{path}.{METHODS['boft'].KEYS['C'][0]}"].shape[-1]}
     if about["method"] == "oft":
         return {"dim": blocks(len(case.arrays[f"{name}/{path}.{METHODS['oft'].KEYS['u'][0]}"]), module)}
     return {}
@@ -309,8 +337,8 @@ class Session:
         raise Skip("merge_to does not look for nan")
 
     def unmerge(self) -> None:
-        if self.case.method not in SUMS:
-            raise Skip(f"merge_to(-1) is the inverse of a sum, which {self.case.method} is not")
+        if self.case.method not in UNDONE:
+            raise Skip(f"merge_to(-1) is the inverse where ΔW does not depend on W, as that of {self.case.method} does")
         for adapter in self.now():
             adapter.merge(-1.0)
         self.is_merged = False

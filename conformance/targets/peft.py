@@ -74,7 +74,8 @@ class Peft(Driver):
             "methods": ["lora", *(method for method, flag in FLAG.items() if flag in FIELDS),
                         *(method for method, name in {**CLASSES, **prompts.CLASSES}.items() if hasattr(peft, name))],
             "dtypes": list(DTYPES),
-            "options": {**prompts.OPTIONS, "oft": {"side": "input"}, "boft": {"boft_n_butterfly_factor": 1}},
+            "options": {**prompts.OPTIONS, "oft": {"side": "input"},
+                        "boft": {"side": "input", "boft_n_butterfly_factor": 1}},
             "features": [f for f in FEATURES if f not in ABSENT and NEEDED.get(f, "r") in FIELDS
                          and (f != "together" or together()) and (f != "convert" or conversion())
                          and (f != "swap" or find_spec("peft.utils.hotswap"))],

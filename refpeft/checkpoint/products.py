@@ -1,9 +1,11 @@
-"""Folders of LoHa, LoKr, OFT and BOFT, as HF peft has them.
+"""Folders of LoHa, LoKr, OFT and BOFT, as HF peft has them, and of GLoRA, which is another method there, and DyLoRA.
 
 LOHA     <module>.hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b              B₁, A₁, B₂, A₂;   hada_t1, hada_t2   T₁, T₂
 LOKR     <module>.lokr_w1, or lokr_w1_a, lokr_w1_b;   likewise lokr_w2      C, or C_b, C_a;   D, or B, A
 OFT      <module>.oft_R.weight;   of an embedding oft_embedding_R.weight    v;   −v where `use_cayley_neumann` is false
 BOFT     <module>.boft_R [m, n, p, p], boft_s [o, 1]                        A, s
+LYCORIS_GLORA    <module>.a1.weight, a2.weight, b1.weight, b2.weight       A_u, A_d, B_u, B_d;   no other library's
+DYLORA   <module>.lora_A.weight, lora_B.weight                             A, B;   likewise
 
 Where HF peft means something else by a field, it is read as it is meant there, and written so that it means the same:
 3 `num_cayley_neumann_terms` are 4, the exact Cayley transform is that of −v, and where LoKr's `scale_full` is off, α is
@@ -24,8 +26,8 @@ from refpeft.methods import METHODS as ALL
 from refpeft.model import Model
 from refpeft.ops import Array
 
-METHODS = ("loha", "lokr", "oft", "boft")
-PEFT_TYPES = tuple(method.upper() for method in METHODS)
+TYPES = {"LOHA": "loha", "LOKR": "lokr", "OFT": "oft", "BOFT": "boft", "LYCORIS_GLORA": "glora", "DYLORA": "dylora"}
+METHODS, PEFT_TYPES = tuple(TYPES.values()), tuple(TYPES)
 OWN = ("scale_full", "side", "taps")  # fields that HF peft does not have: written where they are not as it means them
 IGNORED = {  # without influence on the function
     "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version",
@@ -36,7 +38,7 @@ IGNORED = {  # without influence on the function
 
 def read(raw: Mapping[str, Any], tensors: Mapping[str, Array], model: Model) -> Adapter:
     """The adapter of a folder, all of its tensors of the names and shapes that the config makes for this model."""
-    method = str(raw["peft_type"]).lower()
+    method = TYPES[raw["peft_type"]]
     known = {f.name for f in dataclasses.fields(ALL[method].Config)}
     for name, value in raw.items():
         if name not in known | IGNORED and value not in (None, False, "", [], {}):
@@ -66,7 +68,11 @@ def write(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Array]]:
     if not fields.get("scale_full", True):
         fields |= {"scale_full": True, "alpha_pattern": {**unit(adapter), **cfg.alpha_pattern}}
     fields = {n: v for n, v in fields.items() if n not in OWN or v != getattr(default, n)}
-    fields |= {"peft_type": adapter.method.upper(), "task_type": None, "base_model_name_or_path": None}
+    fields |= {
+        "peft_type": PEFT_TYPES[METHODS.index(adapter.method)],
+        "task_type": None,
+        "base_model_name_or_path": None,
+    }
     named = {PREFIX + stored_name(adapter, name): a for name, a in turned(adapter).params.items()}
     return fields | {"inference_mode": True}, named
 

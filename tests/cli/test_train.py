@@ -397,7 +397,14 @@ def test_help_teaches() -> None:
 
 @pytest.mark.parametrize(
     ("method", "words"),
-    [("loha", ["r=2"]), ("lokr", ["r=1", "decompose_both=true"]), ("oft", ["oft_block_size=4"]), ("boft", [])],
+    [
+        ("loha", ["r=2"]),
+        ("glora", ["r=2"]),
+        ("dylora", ["r=4", "rank=2"]),
+        ("lokr", ["r=1", "decompose_both=true"]),
+        ("oft", ["oft_block_size=4"]),
+        ("boft", []),
+    ],
 )
 def test_products_and_rotations_are_trained(method: str, words: list[str]) -> None:
     """From nothing, by the command; saved, read again, and no longer what they began as."""

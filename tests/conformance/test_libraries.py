@@ -24,7 +24,7 @@ from tests.conformance.findings import pages, prints_what_it_says
 
 DECLARES = {  # methods, and the property that shows how much of the layer level there is
     "loralib": ({"lora"}, "unmerge"),
-    "lycoris": ({"lora", "rslora", "dora", "loha", "lokr", "oft", "ia3"}, "unmerge"),
+    "lycoris": ({"lora", "rslora", "dora", "loha", "lokr", "glora", "dylora", "oft", "boft", "ia3"}, "unmerge"),
     "litgpt": ({"lora"}, "merge"),
     "torchtune": ({"lora", "dora"}, "disable"),
     "mlx": ({"lora", "rslora", "dora"}, "merge"),

@@ -62,6 +62,8 @@ SWAPS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {  # exporte
     "loha of another rank": ("loha", {"r": 2}, "loha", {"r": 3, "alpha": 5, "alpha_pattern": {"h.1.*": 2}}),
     "loha with cores": ("loha", {"r": 2, "taps": 2}, "loha", {"r": 3, "taps": 2}),
     "another lokr": ("lokr", {"r": 2}, "lokr", {"r": 2, "alpha": 3}),
+    "glora of another rank": ("glora", {"r": 2}, "glora", {"r": 3, "alpha": 5, "use_rslora": True}),
+    "dylora of another rank": ("dylora", {"r": 4, "rank": 2}, "dylora", {"r": 6, "rank": 3, "alpha": 5}),
     "an exact rotation": ("oft", {}, "oft", {"use_cayley_neumann": False}),
     "other butterflies": ("boft", {"boft_block_size": 2}, "boft", {"boft_block_size": 2}),
     "a longer prompt": ("prompt_tuning", {"num_virtual_tokens": 2}, "prompt_tuning", {"num_virtual_tokens": 5}),

@@ -47,6 +47,8 @@ CASES: dict[str, tuple[str, str, str, Named]] = {  # family, architecture, metho
     "loha": ("bert", "ForSequenceClassification", "loha", {"r": 2, "alpha": 6, "target_modules": ["query"]}),
     "loha with cores": ("bert", "ForSequenceClassification", "loha", {"r": 2, "taps": 4, "target_modules": ["query"]}),
     "lokr": ("bert", "ForSequenceClassification", "lokr", {"r": 1, "alpha": 6, "decompose_both": True}),
+    "glora": ("gpt2", "LMHeadModel", "glora", {"r": 2, "alpha": 6, "target_modules": ["c_attn", "wte"]}),
+    "dylora": ("bert", "ForSequenceClassification", "dylora", {"r": 4, "rank": 2, "block_size": 2, "frozen": True}),
     "oft": ("gpt2", "LMHeadModel", "oft", {"oft_block_size": 4, "target_modules": ["c_attn", "wte"]}),
     "oft, exact": ("gpt2", "LMHeadModel", "oft", {"oft_block_size": 8, "use_cayley_neumann": False}),
     "boft": ("gpt2", "LMHeadModel", "boft", SMALL["boft"]),

@@ -1,6 +1,7 @@
-"""LoHa, LoKr, OFT and BOFT: the claims of their docstrings, and what they refuse."""
+"""DyLoRA, LoHa, LoKr, GLoRA, OFT and BOFT: the claims of their docstrings, and what they refuse."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -10,6 +11,7 @@ from scipy.linalg import expm
 
 import refpeft
 from refpeft import METHODS, Adapter, Model
+from refpeft.method import Phi
 from refpeft.methods import boft, lokr, oft
 from refpeft.part import Part
 from refpeft.rotations import cayley, cayley_series, rotate, skew
@@ -18,6 +20,8 @@ from tests.refpeft.equal import EXACT, Array, moved, same, wrap_is_merge
 
 IDS = np.random.default_rng(0).integers(0, 29, (2, 6))
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dylora": ("dylora", {"r": 4, "rank": 2, "alpha": 5, "block_size": 2}),
+    "dylora-all": ("dylora", {"r": 3, "alpha": 5}),
     "loha": ("loha", {"r": 2, "alpha": 5}),
     "loha-patterns": ("loha", {"r": 2, "rank_pattern": {"c_attn": 3, "q_proj": 1}, "alpha_pattern": {"q.*": 7}}),
     "loha-random": ("loha", {"r": 2, "init_weights": False}),
@@ -29,6 +33,12 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "lokr-factor": ("lokr", {"r": 2, "decompose_factor": 2}),
     "lokr-lycoris": ("lokr", {"r": 1, "init_weights": "lycoris"}),
     "lokr-random": ("lokr", {"r": 1, "init_weights": False}),
+    "glora": ("glora", {"r": 2, "alpha": 5}),
+    "glora-patterns": (
+        "glora",
+        {"r": 2, "rank_pattern": {"c_attn": 3}, "alpha_pattern": {"q.*": 7}, "use_rslora": True},
+    ),
+    "glora-random": ("glora", {"r": 2, "init_weights": False}),
     "oft": ("oft", {"oft_block_size": 4}),
     "oft-blocks": ("oft", {"oft_block_size": 0, "r": 3}),
     "oft-terms": ("oft", {"oft_block_size": 4, "num_cayley_neumann_terms": 7}),
@@ -39,6 +49,11 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "boft-butterflies": ("boft", {"boft_block_size": 2, "boft_n_butterfly_factor": 3}),
     "boft-blocks": ("boft", {"boft_block_size": 0, "boft_block_num": 2, "boft_n_butterfly_factor": 2}),
     "boft-random": ("boft", {"init_weights": False}),
+    "boft-output": (
+        "boft",
+        {"boft_block_size": 0, "boft_block_num": 2, "boft_n_butterfly_factor": 2, "side": "output"}
+        | {"exclude_modules": ["classifier", "lm_head"]},  # of 3 and 29 outputs
+    ),
     "oft-output-shared": ("oft", {"oft_block_size": 8, "block_share": True, "side": "output"}),
 }
 LAYERS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
@@ -106,7 +121,7 @@ def test_gradients_are_exact(option: str, layer: str) -> None:
 
 @everywhere
 def test_wrap_is_merge(option: str, layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """LH2, LK2, OF2, BO2: outputs of the run-time form and of the merged model, and gradients of both forms."""
+    """DY2, LH2, LK2, GL2, OF2, BO2: outputs of the run-time form and the merged model, and gradients of both forms."""
     model = model_of(layer)
     adapter = moved(fresh(model, option, layer))
     wrap_is_merge(model, adapter, IDS, monkeypatch)
@@ -114,7 +129,7 @@ def test_wrap_is_merge(option: str, layer: str, monkeypatch: pytest.MonkeyPatch)
 
 @everywhere
 def test_a_fresh_adapter_changes_nothing(option: str, layer: str) -> None:
-    """LH1, LK1, OF1, BO1: not a bit, merged or not."""
+    """DY1, LH1, LK1, GL1, OF1, BO1: not a bit, merged or not."""
     model = model_of(layer)
     adapter = fresh(model, option, layer)
     out, merged = model(IDS)[0], refpeft.merge(model, adapter)
@@ -129,18 +144,19 @@ def test_a_fresh_adapter_changes_nothing(option: str, layer: str) -> None:
 
 @always
 def test_several_adapters(option: str) -> None:
-    """LH5, LK5: they add up in any order; OF6, BO7: rotations compose, W R₁ᵀ R₂ᵀ, and in another order another."""
+    """DY6, LH5, LK5, GL6: they add up in any order; OF6, BO7: rotations compose, W R₁ᵀ R₂ᵀ, in this order."""
     model = model_of("linear-with-bias")
     a, b = (moved(fresh(model, option, "linear-with-bias", seed=s), seed=s + 5) for s in (0, 1))
     out = model(IDS, [a, b])[0]
     same(refpeft.merge(model, [a, b])(IDS)[0], out)
-    same(refpeft.merge(refpeft.merge(model, a), b)(IDS)[0], out)
+    gap = np.abs(refpeft.merge(refpeft.merge(model, a), b)(IDS)[0] - out).max()
+    assert gap > 1e-3 if a.method == "glora" else gap < EXACT * 10
     assert max(d for found in [refpeft.check_model(model, IDS, [a, b], base=True)] for d in found.values()) <= EXACT
     gap = np.abs(model(IDS, [b, a])[0] - out).max()
     assert gap > 1e-3 if "oft" in a.method else gap < EXACT * 10
 
 
-@pytest.mark.parametrize("option", ["oft", "oft-output", "boft"])
+@pytest.mark.parametrize("option", ["oft", "oft-output", "boft", "boft-output"])
 def test_beside_other_methods(option: str) -> None:
     """OF6: what is turned is all that came before, a LoRA with its bias too; and a LoRA on top is not turned."""
     model = model_of("linear-with-bias")
@@ -152,7 +168,10 @@ def test_beside_other_methods(option: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("option", ["loha", "loha-cores", "lokr", "oft", "oft-output", "boft-butterflies"])
+@pytest.mark.parametrize(
+    "option",
+    ["loha", "loha-cores", "lokr", "glora", "oft", "oft-output", "boft-butterflies", "boft-output"],
+)
 def test_a_layer_of_16_bits_stays_one(option: str, dtype: Any) -> None:
     layer = "embedding" if defined(option, "embedding") else "conv1d"
     model = model_of(layer, dtype=dtype)
@@ -170,9 +189,9 @@ def test_a_layer_of_16_bits_stays_one(option: str, dtype: Any) -> None:
 # ── LoHa and LoKr ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("option", ["loha", "loha-cores", "lokr", "lokr-full"])
+@pytest.mark.parametrize("option", ["loha", "loha-cores", "lokr", "lokr-full", "glora"])
 def test_only_the_scale_enters(option: str) -> None:
-    """LH3, LK4: ΔW is linear in α."""
+    """LH3, LK4, GL3: ΔW is linear in α."""
     W, W1 = merged(option, alpha=3)
     _, W2 = merged(option, alpha=6)
     same(W2 - W, 2 * (W1 - W))
@@ -263,6 +282,91 @@ def test_lokr_of_primes() -> None:
 )  # fmt: skip
 def test_divisors(n: int, factor: int, expected: tuple[int, int]) -> None:
     assert lokr.divisors(n, factor) == expected
+
+
+# ── DyLoRA ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("option", ["dylora", "dylora-all"])
+def test_dylora_is_the_lora_of_its_first_ranks(option: str) -> None:
+    """DY3"""
+    m, cfg, part, φ = values(option)
+    b, lora = {"dylora": 2, "dylora-all": 3}[option], METHODS["lora"]
+    few = {"A": φ["A"][:b], "B": φ["B"][:, :b]}
+    expected = lora.merge(lora.Config(r=b, lora_alpha=5), part.W, part.b, few)[0]
+    same(m.merge(cfg, part.W, part.b, φ)[0], expected)
+
+
+def test_ranks_that_are_not_in_play_have_no_influence_and_no_gradient() -> None:
+    """DY4"""
+    model = model_of("linear")
+    adapter = moved(fresh(model, "dylora", "linear"))
+    out, vjp = model(IDS, adapter)
+    grads, last = vjp(np.ones_like(out)), {"A": np.s_[2:], "B": np.s_[:, 2:]}
+    for name, d in grads.items():
+        place = last[name.split(".lora_")[1][0]]
+        assert not d[place].any()
+        other = adapter.params[name].copy()
+        other[place] += 1
+        np.testing.assert_array_equal(model(IDS, adapter.replace(params={**adapter.params, name: other}))[0], out)
+
+
+def test_what_is_frozen_is_a_constant() -> None:
+    """DY5: of ranks 0 … 3 in blocks of 2 the last block is trained, as it would be anyway."""
+    model = model_of("linear")
+    free = moved(fresh(model, "dylora", "linear", r=6, rank=4))
+    frozen = free.replace(config=replace(free.config, frozen=True))
+    (out, vjp), (out2, vjp2) = model(IDS, free), model(IDS, frozen)
+    np.testing.assert_array_equal(out2, out)
+    grads, grads2 = vjp(np.ones_like(out)), vjp2(np.ones_like(out))
+    for name, d in grads2.items():
+        axis = "AB".index(name.split(".lora_")[1][0])
+        first, second, rest = np.split(d, [2, 4], axis)
+        assert second.any()
+        np.testing.assert_array_equal(second, np.split(grads[name], [2, 4], axis)[1])
+        assert not first.any()
+        assert not rest.any()
+
+
+# ── GLoRA ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_glora_by_entries() -> None:
+    """ΔW_jk = s (Σ_i W_ji A_ik + B_jk), entry by entry."""
+    m, cfg, part, φ = values("glora")
+    W1, b1, _ = m.merge(cfg, part.W, part.b, φ)
+    for j in range(6):
+        for k in range(12):
+            A = [sum(φ["Au"][i, t] * φ["Ad"][t, k] for t in range(2)) for i in range(12)]
+            B = sum(φ["Bu"][j, t] * φ["Bd"][t, k] for t in range(2))
+            expected = 2.5 * (sum(part.W[j, i] * A[i] for i in range(12)) + B)
+            assert W1[j, k] - part.W[j, k] == pytest.approx(expected, abs=1e-12)
+    assert b1 is part.b
+
+
+def test_glora_without_a_is_lora() -> None:
+    """GL4"""
+    m, cfg, part, φ = values("glora")
+    lora = METHODS["lora"]
+    expected = lora.merge(lora.Config(r=2, lora_alpha=5), part.W, part.b, {"B": φ["Bu"], "A": φ["Bd"]})[0]
+    same(m.merge(cfg, part.W, part.b, {**φ, "Au": 0 * φ["Au"]})[0], expected)
+
+
+def test_glora_without_b_is_the_layer_of_other_inputs() -> None:
+    """GL5"""
+    m, cfg, part, φ = values("glora")
+    x = np.random.default_rng(3).normal(size=(2, 3, 12))
+    moved_x = x + 2.5 * x @ (φ["Au"] @ φ["Ad"]).T
+    same(m.wrap(cfg, Phi({**φ, "Bu": 0 * φ["Bu"]}, {}), part).run(x)[0], part.run(moved_x)[0])
+
+
+def test_what_starts_at_zero_alone_gets_gradients_first() -> None:
+    """GL1"""
+    model = model_of("linear")
+    adapter = fresh(model, "glora", "linear")
+    out, vjp = model(IDS, adapter)
+    grads = vjp(np.random.default_rng(0).normal(size=out.shape))
+    assert {n.split(".")[-2] for n, d in grads.items() if d.any()} == {"a2", "b2"}
 
 
 # ── OFT ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -392,6 +496,16 @@ def test_the_scale_doubles_the_weight_alone() -> None:
     assert b1 is b2 is part.b
 
 
+def test_outputs_are_turned_as_inputs_of_the_transpose() -> None:
+    """BO8: diag(s) M W, with the M of `turned` inputs; and what was not turned before is b."""
+    m, cfg, part, φ = values("boft-output", o=8, i=6)
+    turned = {"A": φ["C"], "s": np.ones((6, 1))}
+    plain = boft.Config(boft_block_size=0, boft_block_num=2, boft_n_butterfly_factor=2)
+    W1, b1, _ = m.merge(cfg, part.W, part.b, φ)
+    same(W1, φ["s"] * m.merge(plain, part.W.T, None, turned)[0].T)
+    assert b1 is part.b
+
+
 # ── what is refused ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -405,6 +519,11 @@ def test_the_scale_doubles_the_weight_alone() -> None:
         ("lokr", {"rank_pattern": {"q": -1}}, r"rank_pattern\['q'\] must be a positive integer, found -1"),
         ("lokr", {"decompose_factor": 0}, "decompose_factor must be −1 or a positive integer, found 0"),
         ("lokr", {"init_weights": "other"}, "init_weights must be one of"),
+        ("dylora", {"r": 4, "rank": 5}, "rank must be a multiple of block_size=1 from there to r=4, found 5"),
+        ("dylora", {"r": 4, "rank": 1, "block_size": 2}, "rank must be a multiple of block_size=2 .*, found 1"),
+        ("dylora", {"r": 4, "block_size": 3}, "block_size must be a positive integer that divides r=4, found 3"),
+        ("glora", {"r": 0}, "r must be a positive integer, found 0"),
+        ("glora", {"init_weights": "lycoris"}, r"init_weights must be one of \(True, False\), found 'lycoris'"),
         ("oft", {"r": 4}, "one of r and oft_block_size must be a positive integer and the other 0, found r=4"),
         ("oft", {"r": 0, "oft_block_size": 0}, "one of r and oft_block_size must be"),
         ("oft", {"num_cayley_neumann_terms": 3}, "num_cayley_neumann_terms must be at least 4, found 3"),
@@ -415,6 +534,8 @@ def test_the_scale_doubles_the_weight_alone() -> None:
         ("boft", {"boft_block_size": 3}, r"q_proj: boft_block_size must divide the 16 inputs, found 3"),
         ("boft", {"boft_n_butterfly_factor": 4}, "4 butterfly factors need an even block size and a number of blocks"),
         ("boft", {"target_modules": ["embed_tokens"]}, "embed_tokens: BOFT is defined for linear layers, not for emb"),
+        ("boft", {"side": "left"}, r"side must be one of \('input', 'output'\), found 'left'"),
+        ("boft", {"side": "output", "boft_block_size": 3}, "q_proj: boft_block_size must divide the 16 outputs, found"),
         ("boft", {"bias": "oft_only"}, "bias must be 'none', 'all' or 'boft_only', found 'oft_only'"),
         ("oft", {"coft": True}, "oft has no config field 'coft'"),
     ],
