@@ -23,7 +23,6 @@ OWN: Mapping[str, type] = {  # of some forms, or of later releases
 SHAPE = "shapes, of numbers and names", lambda s: isinstance(s, list) and all(isinstance(d, (int, str)) for d in s)
 WITHIN: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "inputs": SHAPE, "optional_inputs": SHAPE, "unread": ("names", lambda n: isinstance(n, str)),
-    "adapters": ("what is said of each", lambda a: isinstance(a, dict)),
     "facts": ("what is said of each adapter", lambda f: isinstance(f, dict)),
 }  # fmt: skip
 MB = 1 << 20

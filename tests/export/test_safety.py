@@ -120,7 +120,6 @@ def test_a_card_names_no_files_elsewhere(files: Any, served: Path) -> None:
     ("field", "value", "words"),
     [("facts", ["lora"], "facts must hold what is said of each adapter"),
      ("unread", [["x"]], "unread must hold names"),
-     ("adapters", [3], "adapters must hold what is said of each"),
      ("inputs", {"input_ids": 3}, "inputs must hold shapes, of numbers and names"),
      ("optional_inputs", {"x": [None]}, "optional_inputs must hold shapes"),
      ("base", 10**30, "base must be a natural number below"),
