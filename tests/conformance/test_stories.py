@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from refpeft.cli import app
-from refpeft.conformance import engine, stories
+from refpeft.conformance import engine, staging, stories, telling
 from refpeft.conformance.case import Case
 from refpeft.conformance.mutants import MUTANTS
 from refpeft.conformance.script import literal, script
@@ -25,17 +25,17 @@ BOTH = [*stories.BOTH]
 
 def told(moves: Sequence[Any], method: str = "lora", prop: str = "files", **config: Any) -> Case:
     """A story of named moves, on float32, untied."""
-    able = list(stories.NEEDED)
+    able = list(telling.NEEDED)
     named = [(m, 0, 0) if isinstance(m, str) else m for m in moves]
     configs = {
         name: {"r": 2, "lora_alpha": 3.0 + n, "target_modules": ["q", "q2"], **config}
-        for n, name in enumerate(stories.NAMES)
+        for n, name in enumerate(telling.NAMES)
     }
     structure = {
         "moves": [[able.index(m) + 1, a, b] for m, a, b in named], "able": able, "draw": 0, "configs": configs,
         "tied": False, "dtype": "float32",
     }  # fmt: skip
-    return stories.case(method, prop, structure, 0)
+    return staging.case(method, prop, structure, 0)
 
 
 def done(case: Case) -> list[str]:
@@ -54,7 +54,7 @@ def test_what_is_not_possible_is_left_out() -> None:
 
 def test_any_part_of_a_story_is_a_story() -> None:
     rng = np.random.default_rng(0)
-    names = list(stories.NEEDED)
+    names = list(telling.NEEDED)
     for _ in range(30):
         moves = [(names[n], int(a), int(b)) for n, a, b in rng.integers(0, [len(names), 3, 11], (10, 3))]
         for kept in (moves, moves[1:], moves[::2], moves[:5]):
@@ -70,8 +70,8 @@ def test_all_moves_and_all_combinations_are_told_always() -> None:
             steps = prop.case("lora", s, 0).meta["steps"]
             seen |= {step["do"] for step in steps}
             sums |= {step["how"] for step in steps if step["do"] == "combine"}
-    assert seen == {*stories.NEEDED} - {"replace"}
-    assert sums == {*stories.SUMS}
+    assert seen == {*telling.NEEDED} - {"replace"}
+    assert sums == {*telling.SUMS}
 
 
 def test_a_target_is_told_what_it_declares() -> None:

@@ -1,0 +1,221 @@
+"""Telling stories: from moves, which Hypothesis draws and makes fewer, to steps, which a case stores.
+
+A story is drawn as a list of moves, each a few small integers that mean nothing by themselves. `told` reads them one
+after the other: what is possible at that point becomes a step, what is not is left out. So any shorter list is a
+story too, which is all that shrinking asks for. The steps are what a case stores and targets see.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from refpeft.conformance.property import do
+from refpeft.conformance.strategies import Structure
+
+Step = Mapping[str, Any]
+Move = Sequence[int]  # n, a, b: which move, of which adapter, how
+NAMES = ("foo", "foobar", "foob")  # each the beginning of another
+
+
+@dataclass
+class Teller:
+    """What is known of a story so far: enough to know what can be done next."""
+
+    configs: Mapping[str, Mapping[str, Any]]
+    adapters: dict[str, str] = field(default_factory=dict)  # those there are, with whose config
+    active: list[str] = field(default_factory=list)
+    merged: bool = False
+    enabled: bool = True
+    last: str | None = None  # the one that was active alone before
+    files: dict[str, str] = field(default_factory=dict)  # what is saved, with whose config
+    sums: dict[str, str] = field(default_factory=dict)  # made of others → how
+    doubtful: bool = False  # a step may have been refused
+    facts: dict[str, bool] = field(default_factory=dict)  # what happened in it, for known failures to match
+
+    def note(self, **facts: bool) -> None:
+        self.facts |= {name.replace("_", "-"): True for name, holds in facts.items() if holds}
+
+    def config(self, name: str) -> Mapping[str, Any]:
+        return self.configs[self.adapters[name]]
+
+    def named(self, n: int) -> str | None:
+        return sorted(self.adapters)[n % len(self.adapters)] if self.adapters else None
+
+    # moves: each gives a step, or None where it is not possible
+
+    def add(self, a: int, b: int) -> Step | None:
+        name = NAMES[a % len(NAMES)]
+        if name in self.adapters or name not in self.configs or not self.enabled:
+            return None
+        self.adapters[name] = name
+        self.active = self.active or [name]
+        self.last = self.last or name
+        return do("add", adapter=name)
+
+    def activate(self, a: int, b: int) -> Step | None:
+        first, second = self.named(a), self.named(a + 1)
+        if first is None or second is None or not self.enabled:
+            return None
+        both = first != second and (plain(self.config(first)) or plain(self.config(second)))
+        self.active = [first, second] if b % 3 == 2 and both else [first]
+        self.merged = False
+        self.last = first if len(self.active) == 1 else self.last
+        return do("activate", adapters=list(self.active))
+
+    def merge(self, a: int, b: int) -> Step | None:
+        if not self.active or self.doubtful:
+            return None
+        self.merged = True
+        return do("merge", **({"safe": True} if b % 2 else {}))
+
+    def unmerge(self, a: int, b: int) -> Step | None:
+        if not self.merged:
+            return None
+        self.merged = False
+        return do("unmerge")
+
+    def disable(self, a: int, b: int) -> Step | None:
+        if not (self.adapters and self.enabled):
+            return None
+        self.enabled, self.merged = False, False
+        return do("disable")
+
+    def enable(self, a: int, b: int) -> Step | None:
+        if self.enabled:
+            return None
+        self.enabled = True
+        return do("enable")
+
+    def train(self, a: int, b: int) -> Step | None:
+        free = any(self.sums.get(name, "").endswith("svd") for name in self.active)
+        if not self.active or self.merged or not self.enabled or free or self.doubtful:
+            return None
+        return do("train")
+
+    def delete(self, a: int, b: int) -> Step | None:
+        name = self.named(a)
+        if name is None or len(self.adapters) < 2 or not self.enabled or self.doubtful:
+            return None
+        if self.active == [name] and len(self.adapters) > 2:
+            return None  # which of the others would be active, nobody says
+        self.doubtful, config = self.merged, self.config(name)
+        del self.adapters[name]
+        self.sums.pop(name, None)
+        left = [n for n in self.active if n != name]
+        heir = self.config(next(iter(self.adapters)))
+        self.note(
+            heir_has_head=not left and not plain(heir),
+            head_beside_two=len(left) > 1 and not plain(config),
+            two_left=len(left) > 1 and name == self.last,
+            heir_elsewhere=not left and set(heir["target_modules"]) != set(config["target_modules"]),
+        )
+        self.active = left or list(self.adapters)[:1]
+        self.last = self.active[0] if len(self.active) == 1 else self.last
+        return do("delete", adapter=name, **({"may": "refuse"} if self.merged else {}))
+
+    def save(self, a: int, b: int) -> Step | None:
+        name = self.named(a)
+        if name is None or name in self.sums or self.doubtful:
+            return None
+        self.files[name] = self.adapters[name]
+        return do("save", adapter=name)
+
+    def load(self, a: int, b: int) -> Step | None:
+        """A fresh model with what was saved."""
+        if not self.files or self.doubtful:
+            return None
+        names = sorted(self.files)
+        names = [names[a % len(names)], *(n for n in names if n != names[a % len(names)])][: 1 + b % 2]
+        self.adapters = {n: self.files[n] for n in names}
+        self.active, self.merged, self.enabled, self.sums = names[:1], False, True, {}
+        self.last = names[0]
+        return do("load", adapters=names)
+
+    def load_as(self, a: int, b: int) -> Step | None:
+        free = [n for n in ("other", *NAMES) if n not in self.adapters]
+        if not (self.files and free and self.adapters and self.enabled) or self.doubtful:
+            return None
+        file, name = sorted(self.files)[a % len(self.files)], free[b % len(free)]
+        self.adapters[name] = self.files[file]
+        return do("load_as", adapter=name, file=file)
+
+    def swap(self, a: int, b: int) -> Step | None:
+        name = self.named(a)
+        if name is None or not self.files or name in self.sums or self.merged or self.doubtful:
+            return None
+        file = sorted(self.files)[b % len(self.files)]
+        if not alike(self.configs[self.adapters[name]], self.configs[self.files[file]]):
+            return None
+        config, others = self.config(name), [n for n in self.adapters if n != name]
+        self.note(
+            swap=True,
+            swap_of_part_of_a_name=any(name in n for n in others),
+            swap_with_head=not plain(config),
+            swap_with_patterns=bool({"alpha_pattern", "rank_pattern"} & config.keys()),
+            swap_of_inactive=name not in self.active,
+        )
+        self.adapters[name] = self.files[file]
+        return do("swap", adapter=name, file=file)
+
+    def replace(self, a: int, b: int) -> Step | None:
+        """A saved adapter loaded under a name that is taken: replaced, or refused."""
+        name = self.named(a)
+        if name is None or not self.files or name in self.sums or self.merged or self.doubtful:
+            return None
+        self.doubtful = True
+        return do("load_as", adapter=name, file=sorted(self.files)[b % len(self.files)], may="refuse")
+
+    def combine(self, a: int, b: int) -> Step | None:
+        """Weights and densities that all differ from each other and from what leaves things as they are."""
+        how, name = SUMS[b % len(SUMS)], f"sum{len(self.sums)}"
+        there = [n for n in sorted(self.adapters) if n not in self.sums and summable(self.config(n))]
+        of = there[a % 2 :][:2]
+        ranks = {self.configs[self.adapters[n]]["r"] for n in of}
+        if not of or name in self.adapters or not self.enabled or self.doubtful:
+            return None
+        if len(ranks) > 1 and how != "cat" and not how.endswith("svd"):
+            return None
+        self.note(combine=True)
+        self.adapters[name], self.sums[name] = self.adapters[of[0]], how if len(of) > 1 else "linear"
+        more: Structure = {"density": 0.6} if how.removesuffix("_svd") in PRUNING else {}
+        more |= {"sign": "frequency"} if "ties" in how and a % 3 == 2 else {}
+        return do("combine", adapter=name, of=of, weights=[0.75, -1.5][: len(of)], how=how, **more)
+
+
+SUMS = ("cat", "linear", "svd", "magnitude_prune", "ties", "dare_linear", "dare_ties", "magnitude_prune_svd",
+        "ties_svd", "dare_linear_svd", "dare_ties_svd")  # fmt: skip
+PRUNING = ("magnitude_prune", "ties", "dare_linear", "dare_ties")
+NEEDED: Mapping[str, Sequence[str]] = {  # moves → the features that they are about
+    "merge": ("merge",), "unmerge": ("merge", "unmerge"), "disable": ("disable",), "enable": ("disable",),
+    "train": ("train",), "delete": ("several", "delete"), "save": ("save",), "load": ("save",),
+    "load_as": ("several", "save"), "replace": ("several", "save"), "swap": ("save", "swap"),
+    "combine": ("several", "combine"),
+    "activate": ("several",), "add": (),
+}  # fmt: skip
+
+
+def alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Can the one be put in the other's place, tensor by tensor? Ranks and α may differ."""
+    kept = ("target_modules", "modules_to_save", "alpha_pattern", "rank_pattern")
+    return all(one.get(name) == other.get(name) for name in kept)
+
+
+def plain(config: Mapping[str, Any]) -> bool:
+    return not config.get("modules_to_save")
+
+
+def summable(config: Mapping[str, Any]) -> bool:
+    """Nothing besides A and B, all of one rank."""
+    return plain(config) and not config.get("rank_pattern")
+
+
+def told(
+    moves: Sequence[Move], able: Sequence[str], configs: Mapping[str, Mapping[str, Any]]
+) -> tuple[list[Step], dict[str, bool]]:
+    """The steps that moves come to, and what happens in them. Move 0 is to do nothing, n is `able[n − 1]`."""
+    teller, steps = Teller(configs), list[Step]()
+    for n, a, b in moves:
+        step = getattr(teller, able[n - 1])(a, b) if 0 < n <= len(able) else None
+        if step is not None:
+            steps.append(step)
+    return steps, teller.facts
