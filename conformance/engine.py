@@ -328,7 +328,7 @@ def smallest(
 ) -> tuple[Case, Verdict]:
     """The case made smaller as the property can, as long as it fails in the same way, and not in one that is known."""
     assert prop.smaller
-    for structure in prop.smaller(case.meta["structure"]):
+    for structure in prop.smaller(case.method, case.meta["structure"]):
         trial = prop.case(case.method, structure, case.meta["seed"] - case.meta["structure"]["draw"])
         found = examine(target, trial, clock).verdict
         if found.kind == verdict.kind and not any(e.explains(trial, found.kind) for e in entries):

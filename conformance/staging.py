@@ -1,6 +1,7 @@
 """What stories are told on: the model, the adapters with their configs and numbers, and how to have less of it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,61 @@ OPTIONS: Sequence[Structure] = ({}, {"alpha_pattern": {"q": 5.0}}, {"rank_patter
 HEADS: Sequence[Structure] = ({}, {"modules_to_save": ["head"]})
 
 
-def shorter(s: Structure) -> Iterator[Structure]:
+def same(config: Structure) -> Structure:
+    return config
+
+
+def one_side(config: Structure) -> Structure:
+    """(IA)³ on what layers give, or on what the last of them takes."""
+    return {**config, "feedforward_modules": config["target_modules"][-1:] if config["feedforward_modules"] else []}
+
+
+def dividing(config: Structure) -> Structure:
+    """Blocks that divide the six inputs of `down`, too."""
+    return {**config, "oft_block_size": 2 if "down" in config["target_modules"] else config["oft_block_size"]}
+
+
+@dataclass(frozen=True)
+class Cast:
+    """What adapters of a method can be in a story. `own`: values for the fields that each chooses for itself, except
+    that those on the same layers have `shared` ones in common; `options`: fields of which some have one; `apart`: may
+    some be on other layers than the rest? `settled`: what a config is that its layers leave possible."""
+
+    own: Mapping[str, Sequence[Any]]
+    options: Sequence[Structure] = ({},)
+    shared: Sequence[str] = ()
+    apart: bool = True
+    settled: Callable[[Structure], Structure] = same
+
+
+LORA = Cast({"r": [2, 1, 3], "lora_alpha": [3.0, 1.0, 8.0]}, OPTIONS)
+PRODUCT = {"r": [2, 1, 4], "alpha": [6.0, 1.0, 3.0]}
+CASTS: Mapping[str, Cast] = {
+    "lora": LORA,
+    "rslora": LORA,
+    "dora": LORA,
+    "ia3": Cast({"feedforward_modules": [[], ["last"]]}, shared=["feedforward_modules"], settled=one_side),
+    "adalora": Cast({
+        "init_r": [3, 2, 4], "target_r": [1, 2], "lora_alpha": [6.0, 1.5, 2.0], "total_step": [10]
+    }),
+    "vera": Cast({"r": [2], "d_initial": [0.1, 0.5]}, apart=False),  # A and B are of all, as large as they need
+    "loha": Cast(PRODUCT, OPTIONS),
+    "lokr": Cast({**PRODUCT, "decompose_both": [False, True], "decompose_factor": [-1, 2]}, OPTIONS),
+    "oft": Cast({
+        "oft_block_size": [2, 4], "num_cayley_neumann_terms": [5, 4, 7], "block_share": [False, True]
+    }, settled=dividing),
+    "boft": Cast({"boft_block_size": [2, 1]}),
+}  # fmt: skip
+RELEVANT = ("conv1d", "together", "heir", "train-any")  # features without which other stories are told
+
+
+def lacking(info: Mapping[str, Any]) -> Structure:
+    """What of this the target has not, if anything."""
+    lacks = [name for name in RELEVANT if name not in info["features"]]
+    return {"lacks": lacks} if lacks else {}
+
+
+def shorter(method: str, s: Structure) -> Iterator[Structure]:
     """Without one of the moves, from the last on; then with less that is special about the model and the adapters."""
     for n in reversed(range(len(s["moves"]))):
         yield {**s, "moves": [*s["moves"][:n], *s["moves"][n + 1 :]]}
@@ -31,57 +86,68 @@ def shorter(s: Structure) -> Iterator[Structure]:
             if option in config:
                 less = {field: value for field, value in config.items() if field != option}
                 yield {**s, "configs": {**s["configs"], name: less}}
+    settled = CASTS[method].settled
     for where in (["q2"], ["q"]):
         if any(len(config["target_modules"]) > 1 for config in s["configs"].values()):
-            yield {**s, "configs": {name: {**c, "target_modules": where} for name, c in s["configs"].items()}}
+            yield {**s, "configs": {n: settled({**c, "target_modules": where}) for n, c in s["configs"].items()}}
     if s["dtype"] != "float32":
         yield {**s, "dtype": "float32"}
 
 
 def configurations(method: str, heads: Sequence[Structure], where: Sequence[Sequence[str]]) -> Strategy:
     """Of three adapters, most on the same layers, with ranks and α of their own."""
-    own = st.fixed_dictionaries({"r": st.sampled_from([2, 1, 3]), "lora_alpha": st.sampled_from([3.0, 1.0, 8.0])})
+    cast = CASTS[method]
+    own = st.fixed_dictionaries({name: st.sampled_from(values) for name, values in cast.own.items()})
     layers = st.sampled_from(where)
 
     def joined(first: list[str], each: list[tuple[Structure, list[str], bool, Structure, Structure]]) -> Structure:
-        return {
-            name: {**own, "target_modules": there if apart else first, **option, **whole, **FLAGS.get(method, {})}
-            for name, (own, there, apart, option, whole) in zip(NAMES, each, strict=True)
-        }
+        common, found = {name: each[0][0][name] for name in cast.shared}, {}
+        for name, (own, there, apart, option, whole) in zip(NAMES, each, strict=True):
+            layers = there if apart and cast.apart else first
+            own = {**own, **({} if apart else common), "target_modules": layers}
+            found[name] = cast.settled({**own, **option, **whole, **FLAGS.get(method, {})})
+        return found
 
-    one = st.tuples(own, layers, st.booleans(), st.sampled_from(OPTIONS), st.sampled_from(heads))
+    one = st.tuples(own, layers, st.booleans(), st.sampled_from(cast.options), st.sampled_from(heads))
     return st.builds(joined, layers, st.lists(one, min_size=3, max_size=3))
 
 
 def plainly(method: str, n: int, heads: Sequence[Structure], where: Sequence[Sequence[str]]) -> Structure:
     """Of the n-th of the stories that are always told: most on the same layers; in some there is a head trained
     whole, a pattern, or ranks that differ."""
-    flags, option = FLAGS.get(method, {}), OPTIONS[1] if n % 4 == 3 else {}
+    cast, flags = CASTS[method], FLAGS.get(method, {})
+    option = cast.options[min(1, len(cast.options) - 1)] if n % 4 == 3 else {}
     whole = heads[-1] if n % 4 == 1 else {}
     layers = where[(2 - n % 2) % len(where)]
-    last = where[-1] if n % 4 == 0 else layers
-    ranks, places = [2, 3 if n % 6 == 2 else 2, 2], [layers, layers, last]
+    last = where[-1] if n % 4 == 0 and cast.apart else layers
+    places = [layers, layers, last]
     return {
-        name: {"r": ranks[k], "lora_alpha": float(3 + 2 * k), "target_modules": places[k], **option, **flags}
+        name: cast.settled({**chosen(cast, n, k), "target_modules": places[k], **option, **flags})
         | (whole if k != 1 else {})
         for k, name in enumerate(NAMES)
     }
 
 
+def chosen(cast: Cast, n: int, k: int) -> Structure:
+    """The own fields of the k-th adapter in the n-th story that is always told."""
+    if cast is LORA:
+        return {"r": 3 if k == 1 and n % 6 == 2 else 2, "lora_alpha": float(3 + 2 * k)}
+    return {name: values[(n + k * (name not in cast.shared)) % len(values)] for name, values in cast.own.items()}
+
+
 def case(method: str, prop: str, s: Structure, seed: int) -> Case:
     """The model, the adapters with their numbers, and the steps."""
     seed += s["draw"]
-    dtype, source = DTYPES[s["dtype"]], chain.source(s["tied"])
-    steps, facts = told(s["moves"], s["able"], s["configs"])
+    dtype, source = DTYPES[s["dtype"]], chain.source(s["tied"], "conv1d" not in s.get("lacks", ()))
+    steps, facts = told(s["moves"], s["able"], s["configs"], s.get("lacks", ()))
     used = {step["adapter"] for step in steps if step["do"] == "add"}
     weights = chain.params(source, seed, dtype)
     arrays: dict[str, Array] = {f"model/{n}": a for n, a in weights.items()}
     about: dict[str, Any] = {}
     for name in (n for n in NAMES if n in used):
-        about[name] = {"method": method, "config": s["configs"][name]}
-        arrays |= {
-            f"{name}/{n}": a for n, a in numbers(method, s["configs"][name], source, weights, seed, name).items()
-        }
+        values, still = numbers(method, s["configs"][name], source, weights, seed, name)
+        about[name] = {"method": method, "config": s["configs"][name]} | ({"frozen": list(still)} if still else {})
+        arrays |= {f"{name}/{n}": a for n, a in {**values, **still}.items()}
     arrays["ids"] = integers(seed, "ids", (2, 2), 0, 4)
     arrays["dout"] = chain.short(seed, "dout", (2, 2, 5)).astype(dtype)
     asked = {"model": source, "adapters": about, "active": list(about), "steps": steps, "facts": facts}
@@ -91,17 +157,23 @@ def case(method: str, prop: str, s: Structure, seed: int) -> Case:
 
 def numbers(
     method: str, config: Structure, source: Structure, weights: Mapping[str, Array], seed: int, name: str
-) -> dict[str, Array]:
-    """Of an adapter: short ones, DoRA's magnitudes near the norms that they start from."""
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Of an adapter: those that are trained, which are short, and those that are not."""
     import refpeft
 
     fresh = refpeft.init(method, config, chain.model(source, weights))
-    return {
-        n: np.abs(np.round(v + 0.5 * chain.short(seed, f"{name}/{n}", v.shape), 3)).astype(v.dtype)
-        if n.endswith("lora_magnitude_vector")
-        else chain.short(seed, f"{name}/{n}", v.shape).astype(v.dtype)
-        for n, v in fresh.params.items()
-    }
+    found = {n: moved(n, v, chain.short(seed, f"{name}/{n}", v.shape)) for n, v in fresh.params.items()}
+    return {n: a.astype(fresh.params[n].dtype) for n, a in found.items()}, dict(fresh.frozen)
+
+
+def moved(name: str, start: Array, by: Array) -> Array:
+    """DoRA's magnitudes near the norms, and vectors that scale near the ones, that they start from; rotations that are
+    no more than a part of a turn."""
+    if name.endswith("lora_magnitude_vector"):
+        return np.abs(np.round(start + 0.5 * by, 3))
+    if name.endswith(("ia3_l", "boft_s")):
+        return np.round(start + 0.5 * by, 3)
+    return np.round(by / 4, 4) if "oft_" in name else by
 
 
 class Masking(Story):

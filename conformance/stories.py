@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from refpeft.conformance.case import Case
 from refpeft.conformance.property import Info, Property
-from refpeft.conformance.staging import HEADS, TARGETS, case, configurations, plainly, shorter
+from refpeft.conformance.staging import HEADS, TARGETS, case, configurations, lacking, plainly, shorter
 from refpeft.conformance.strategies import Strategy, Structure
 from refpeft.conformance.telling import NEEDED, SUMS
 
@@ -45,17 +45,18 @@ def story(
             "dtype": st.sampled_from([d for d in dtypes if d in info["dtypes"]]),
             "draw": st.integers(0, 3),
         }
-        return st.fixed_dictionaries(fields).map(lambda s: {**s, "able": able(info)})
+        return st.fixed_dictionaries(fields).map(lambda s: {**s, "able": able(info), **lacking(info)})
 
     def always(method: str, info: Info) -> Sequence[Structure]:
         there, found = able(info), []
+        possible = [d for d in dtypes if d in info["dtypes"]]
         for n, corner in enumerate(corners):
             named = [(m, 0, 0) if isinstance(m, str) else m for m in corner]
-            if all(m in there for m, _, _ in named):
+            if possible and all(m in there for m, _, _ in named):
                 found.append({
                     "moves": [[there.index(m) + 1, a, b] for m, a, b in named], "able": there, "draw": n,
                     "configs": plainly(method, n, heads, where), "tied": tied[n % len(tied)],
-                    "dtype": dtypes[n % len(dtypes)],
+                    "dtype": possible[n % len(possible)], **lacking(info),
                 })  # fmt: skip
         return found
 

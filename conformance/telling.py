@@ -22,11 +22,13 @@ class Teller:
     """What is known of a story so far: enough to know what can be done next."""
 
     configs: Mapping[str, Mapping[str, Any]]
+    lacks: Sequence[str] = ()  # features without which some of it is not possible
     adapters: dict[str, str] = field(default_factory=dict)  # those there are, with whose config
     active: list[str] = field(default_factory=list)
     merged: bool = False
     enabled: bool = True
     last: str | None = None  # the one that was active alone before
+    trained: str | None = None  # the only one that can be, where that is so
     files: dict[str, str] = field(default_factory=dict)  # what is saved, with whose config
     sums: dict[str, str] = field(default_factory=dict)  # made of others → how
     doubtful: bool = False  # a step may have been refused
@@ -49,14 +51,18 @@ class Teller:
             return None
         self.adapters[name] = name
         self.active = self.active or [name]
-        self.last = self.last or name
+        self.last, self.trained = self.last or name, self.trained or name
         return do("add", adapter=name)
 
     def activate(self, a: int, b: int) -> Step | None:
         first, second = self.named(a), self.named(a + 1)
         if first is None or second is None or not self.enabled:
             return None
-        both = first != second and (plain(self.config(first)) or plain(self.config(second)))
+        both = (
+            "together" not in self.lacks
+            and first != second
+            and (plain(self.config(first)) or plain(self.config(second)))
+        )
         self.active = [first, second] if b % 3 == 2 and both else [first]
         self.merged = False
         self.last = first if len(self.active) == 1 else self.last
@@ -90,6 +96,8 @@ class Teller:
         free = any(self.sums.get(name, "").endswith("svd") for name in self.active)
         if not self.active or self.merged or not self.enabled or free or self.doubtful:
             return None
+        if "train-any" in self.lacks and self.active != [self.trained]:
+            return None
         return do("train")
 
     def delete(self, a: int, b: int) -> Step | None:
@@ -98,6 +106,8 @@ class Teller:
             return None
         if self.active == [name] and len(self.adapters) > 2:
             return None  # which of the others would be active, nobody says
+        if self.active == [name] and "heir" in self.lacks:
+            return None
         self.doubtful, config = self.merged, self.config(name)
         del self.adapters[name]
         self.sums.pop(name, None)
@@ -128,7 +138,7 @@ class Teller:
         names = [names[a % len(names)], *(n for n in names if n != names[a % len(names)])][: 1 + b % 2]
         self.adapters = {n: self.files[n] for n in names}
         self.active, self.merged, self.enabled, self.sums = names[:1], False, True, {}
-        self.last = names[0]
+        self.last = self.trained = names[0]
         return do("load", adapters=names)
 
     def load_as(self, a: int, b: int) -> Step | None:
@@ -210,10 +220,10 @@ def summable(config: Mapping[str, Any]) -> bool:
 
 
 def told(
-    moves: Sequence[Move], able: Sequence[str], configs: Mapping[str, Mapping[str, Any]]
+    moves: Sequence[Move], able: Sequence[str], configs: Mapping[str, Mapping[str, Any]], lacks: Sequence[str] = ()
 ) -> tuple[list[Step], dict[str, bool]]:
     """The steps that moves come to, and what happens in them. Move 0 is to do nothing, n is `able[n − 1]`."""
-    teller, steps = Teller(configs), list[Step]()
+    teller, steps = Teller(configs, lacks), list[Step]()
     for n, a, b in moves:
         step = getattr(teller, able[n - 1])(a, b) if 0 < n <= len(able) else None
         if step is not None:

@@ -118,14 +118,15 @@ ALONE = ("forward", "input-grad", "param-grads", "frozen", "init", "sensitive", 
 ONE_LAYER = tuple("layer/" + name for name in (*ALONE, "dtype"))
 WHOLE_TOO = tuple("lifecycle/" + name for name in ("modules-to-save", "saved-modules", "refused-merge"))
 PAIRS = ("model/order", "model/two-merged", "lifecycle/two-active", "lifecycle/two-merged", "export/onnx-two")
-MATRICES = (*SELECTION, *PAIRS, *WHOLE_TOO)
+STORIES = tuple("story/" + name for name in ("any-order", "files", "replaced", "sixteen-bits"))
+MATRICES = (*SELECTION, *PAIRS, *WHOLE_TOO, *STORIES)
 
 
 # the last of each family's layers: vectors on what two kinds of layers give, and on what a third takes
 TAKES = r".*(mlp\.c_proj|down_proj|intermediate\.dense|\.wo|fc2)"
 
 
-TIED = ("model/embedding", "model/tied", "export/onnx-tied")
+TIED = ("model/embedding", "model/tied", "export/onnx-tied", "story/tied")
 SCALED = ("model/patterns", "lifecycle/saved-patterns")
 
 
