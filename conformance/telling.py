@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from refpeft.conformance import chain
 from refpeft.conformance.property import do
 from refpeft.conformance.strategies import Structure
+from refpeft.method import matches
 
 Step = Mapping[str, Any]
 Move = Sequence[int]  # n, a, b: which move, of which adapter, how
@@ -30,6 +32,7 @@ class Teller:
     last: str | None = None  # the one that was active alone before
     trained: str | None = None  # the only one that can be, where that is so
     files: dict[str, str] = field(default_factory=dict)  # what is saved, with whose config
+    sides: dict[str, bool] = field(default_factory=dict)  # layer → does an (IA)³ adapter scale what it takes?
     sums: dict[str, str] = field(default_factory=dict)  # made of others → how
     doubtful: bool = False  # a step may have been refused
     facts: dict[str, bool] = field(default_factory=dict)  # what happened in it, for known failures to match
@@ -43,6 +46,15 @@ class Teller:
     def named(self, n: int) -> str | None:
         return sorted(self.adapters)[n % len(self.adapters)] if self.adapters else None
 
+    def came(self, name: str) -> None:
+        """An adapter is there now; in HF peft, a layer's first (IA)³ adapter settles which side of it all scale, and
+        what is merged is taken out."""
+        takes = self.config(name).get("feedforward_modules", ())
+        for path in chain.LAYERS:
+            if matches(self.config(name)["target_modules"], path):
+                side = any(path.endswith(n) for n in takes)
+                self.note(other_side=self.sides.setdefault(path, side) != side, taken_out=self.merged)
+
     # moves: each gives a step, or None where it is not possible
 
     def add(self, a: int, b: int) -> Step | None:
@@ -50,6 +62,7 @@ class Teller:
         if name in self.adapters or name not in self.configs or not self.enabled:
             return None
         self.adapters[name] = name
+        self.came(name)
         self.active = self.active or [name]
         self.last, self.trained = self.last or name, self.trained or name
         return do("add", adapter=name)
@@ -64,6 +77,7 @@ class Teller:
             and (plain(self.config(first)) or plain(self.config(second)))
         )
         self.active = [first, second] if b % 3 == 2 and both else [first]
+        self.note(taken_out=self.merged, two_active=len(self.active) > 1)
         self.merged = False
         self.last = first if len(self.active) == 1 else self.last
         return do("activate", adapters=list(self.active))
@@ -77,12 +91,14 @@ class Teller:
     def unmerge(self, a: int, b: int) -> Step | None:
         if not self.merged:
             return None
+        self.note(taken_out=True)
         self.merged = False
         return do("unmerge")
 
     def disable(self, a: int, b: int) -> Step | None:
         if not (self.adapters and self.enabled):
             return None
+        self.note(taken_out=self.merged)
         self.enabled, self.merged = False, False
         return do("disable")
 
@@ -98,6 +114,7 @@ class Teller:
             return None
         if "train-any" in self.lacks and self.active != [self.trained]:
             return None
+        self.note(trained=True)
         return do("train")
 
     def delete(self, a: int, b: int) -> Step | None:
@@ -137,7 +154,9 @@ class Teller:
         names = sorted(self.files)
         names = [names[a % len(names)], *(n for n in names if n != names[a % len(names)])][: 1 + b % 2]
         self.adapters = {n: self.files[n] for n in names}
-        self.active, self.merged, self.enabled, self.sums = names[:1], False, True, {}
+        self.active, self.merged, self.enabled, self.sums, self.sides = names[:1], False, True, {}, {}
+        for n in names:
+            self.came(n)
         self.last = self.trained = names[0]
         return do("load", adapters=names)
 
@@ -147,6 +166,7 @@ class Teller:
             return None
         file, name = sorted(self.files)[a % len(self.files)], free[b % len(free)]
         self.adapters[name] = self.files[file]
+        self.came(name)
         return do("load_as", adapter=name, file=file)
 
     def swap(self, a: int, b: int) -> Step | None:
@@ -173,6 +193,7 @@ class Teller:
         if name is None or not self.files or name in self.sums or self.merged or self.doubtful:
             return None
         self.doubtful = True
+        self.note(replaced=True)
         return do("load_as", adapter=name, file=sorted(self.files)[b % len(self.files)], may="refuse")
 
     def combine(self, a: int, b: int) -> Step | None:

@@ -81,7 +81,8 @@ class Story(Session):
     def load_as(self, adapter: str, file: str) -> Arrays | None:
         """Where the name is taken, sizes that do not fit are refused: torch says so."""
         try:
-            self.model.load_adapter(str(self.folder / file), adapter_name=adapter, is_trainable=True)
+            trained = self.case.method != "adalora"  # of which one at a time can be
+            self.model.load_adapter(str(self.folder / file), adapter_name=adapter, is_trainable=trained)
         except RuntimeError as error:
             if "size mismatch" not in str(error):
                 raise
