@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from refpeft.conformance.case import Case
 from refpeft.conformance.property import Info, Property
 from refpeft.conformance.staging import HEADS, TARGETS, case, configurations, lacking, plainly, shorter
-from refpeft.conformance.strategies import Strategy, Structure
+from refpeft.conformance.strategies import HALF, Strategy, Structure
 from refpeft.conformance.telling import NEEDED, SUMS
 
 LONGEST = 12
@@ -120,6 +120,19 @@ STORIES: Sequence[Property] = [
         ["add", "activate", "train", "save", "replace"],
         [[*BOTH, ("save", 1, 0), ("replace", 0, 0)], ["add", "save", "train", "replace"]],
         ["several", "save"],
+        required=False,
+    ),
+    story(
+        "sixteen-bits",
+        "On a model in 16 bits the same holds, as exactly as that allows, and dtypes are what they were.",
+        ["add", "activate", "merge", "unmerge", "disable", "enable", "train", "delete", "save", "load"],
+        [
+            ["add", "merge", "unmerge", "train"],
+            ["add", "train", "save", "load", "train"],
+            [*BOTH, ACTIVE, "train", "merge", "disable", "enable"],
+            [*BOTH, "merge", SECOND, "merge", "merge", "unmerge"],
+        ],
+        dtypes=HALF,
         required=False,
     ),
     story(

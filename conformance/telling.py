@@ -59,7 +59,7 @@ class Teller:
 
     def add(self, a: int, b: int) -> Step | None:
         name = NAMES[a % len(NAMES)]
-        if name in self.adapters or name not in self.configs or not self.enabled:
+        if name in self.adapters or name not in self.configs or not self.enabled or self.doubtful:
             return None
         self.adapters[name] = name
         self.came(name)
@@ -86,6 +86,7 @@ class Teller:
         if not self.active or self.doubtful:
             return None
         self.merged = True
+        self.note(taken_out=not self.enabled)
         return do("merge", **({"safe": True} if b % 2 else {}))
 
     def unmerge(self, a: int, b: int) -> Step | None:

@@ -65,7 +65,8 @@ class Peft(Driver):
                          and (f != "together" or together()) and (f != "swap" or find_spec("peft.utils.hotswap"))],
             "without": {method: ["embedding"] for method, flag in FLAG.items() if not adapts_embeddings(flag)}
                        | {method: ["together"] for method in prompts.CLASSES}  # one at a time
-                       | {method: ["conv1d", "embedding"] for method in TURNED} | {"oft": ["conv1d", "tied"], "adalora": ["train-any"]},
+                       | {method: ["conv1d", "embedding"] for method in TURNED} | {"oft": ["conv1d", "tied"]}
+                       | {"adalora": ["train-any"]},
             "families": [family for family in tiny.FAMILIES if buildable(family)],
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }  # fmt: skip
