@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from refpeft.conformance import chain
+from refpeft.conformance import chain, tiny
 from refpeft.conformance.build import meta
 from refpeft.conformance.case import DTYPES, Case
-from refpeft.conformance.numbers import generator, integers
-from refpeft.conformance.strategies import FLAGS, Strategy, Structure
+from refpeft.conformance.numbers import generator, integers, normal
+from refpeft.conformance.strategies import FLAGS, Strategy, Structure, linears_of
 from refpeft.conformance.targets.spec_stories import Story
 from refpeft.conformance.telling import NAMES, told
+from refpeft.model import Model
 from refpeft.ops import Array
 
 TARGETS = (["q"], ["q2", "down"], ["q", "q2"], ["block.q"], ["down"])
@@ -46,9 +47,11 @@ class Cast:
     shared: Sequence[str] = ()
     apart: bool = True
     settled: Callable[[Structure], Structure] = same
+    layers: bool = True  # does a config name layers?
 
 
 LORA = Cast({"r": [2, 1, 3], "lora_alpha": [3.0, 1.0, 8.0]}, OPTIONS)
+BOTTLENECK = {"reduction_factor": [4, 2], "non_linearity": ["relu", "silu", "tanh"]}
 PRODUCT = {"r": [2, 1, 4], "alpha": [6.0, 1.0, 3.0]}
 CASTS: Mapping[str, Cast] = {
     "lora": LORA,
@@ -65,14 +68,38 @@ CASTS: Mapping[str, Cast] = {
         "oft_block_size": [2, 4], "num_cayley_neumann_terms": [5, 4, 7], "block_share": [False, True]
     }, settled=dividing),
     "boft": Cast({"boft_block_size": [2, 1]}),
+    "houlsby": Cast(BOTTLENECK, layers=False),
+    "pfeiffer": Cast(BOTTLENECK, layers=False),
+    "parallel": Cast({**BOTTLENECK, "scaling": [4.0, 1.0]}, layers=False),
+    "prompt_tuning": Cast({"num_virtual_tokens": [2, 1, 3]}, layers=False),
+    "p_tuning": Cast({"num_virtual_tokens": [2, 1, 3], "encoder_hidden_size": [5, 3]}, layers=False),
+    "prefix_tuning": Cast({
+        "num_virtual_tokens": [2, 1, 3], "prefix_projection": [False, True], "encoder_hidden_size": [5, 3]
+    }, layers=False),
 }  # fmt: skip
-RELEVANT = ("conv1d", "together", "heir", "train-any")  # features without which other stories are told
+RELEVANT = ("conv1d", "together", "heir", "train-any", "over-merged")  # without which other stories are told
+LONGEST_PROMPT = 3
+FAMILIES = ("bert", "gpt2", "roberta")  # transformers for what cannot be put on a chain
 
 
-def lacking(info: Mapping[str, Any]) -> Structure:
-    """What of this the target has not, if anything."""
-    lacks = [name for name in RELEVANT if name not in info["features"]]
-    return {"lacks": lacks} if lacks else {}
+def stage(info: Mapping[str, Any]) -> Structure:
+    """What the target and the method decide about the model and the stories: features that are lacking, if any, and
+    the family of a transformer, with the layers that can be adapted, where a chain of layers will not do."""
+    found: Structure = {}
+    if lacks := [name for name in RELEVANT if name not in info["features"]]:
+        found["lacks"] = lacks
+    if "chain" not in info["features"]:
+        there = info.get("families", FAMILIES)
+        found["family"] = next((family for family in FAMILIES if family in there), FAMILIES[0])
+    return found
+
+
+def places(info: Mapping[str, Any], chain_places: Sequence[Sequence[str]]) -> Sequence[Sequence[str]]:
+    """Layers to adapt: those of the chain, or of a transformer one, the next, several, and one of another kind."""
+    if "chain" in info["features"]:
+        return chain_places
+    first, second, *_, last = linears_of(info, stage(info)["family"])
+    return ([first], [second, last], [first, second], [last])
 
 
 def shorter(method: str, s: Structure) -> Iterator[Structure]:
@@ -87,15 +114,17 @@ def shorter(method: str, s: Structure) -> Iterator[Structure]:
                 less = {field: value for field, value in config.items() if field != option}
                 yield {**s, "configs": {**s["configs"], name: less}}
     settled = CASTS[method].settled
-    for where in (["q2"], ["q"]):
-        if any(len(config["target_modules"]) > 1 for config in s["configs"].values()):
+    for where in (["q2"], ["q"]) if "family" not in s else ():
+        if any(len(config.get("target_modules", ())) > 1 for config in s["configs"].values()):
             yield {**s, "configs": {n: settled({**c, "target_modules": where}) for n, c in s["configs"].items()}}
     if s["dtype"] != "float32":
         yield {**s, "dtype": "float32"}
 
 
-def configurations(method: str, heads: Sequence[Structure], where: Sequence[Sequence[str]]) -> Strategy:
-    """Of three adapters, most on the same layers, with ranks and α of their own."""
+def configurations(
+    method: str, heads: Sequence[Structure], where: Sequence[Sequence[str]], given: Structure
+) -> Strategy:
+    """Of three adapters, most on the same layers, with ranks and α of their own, and the options that are given."""
     cast = CASTS[method]
     own = st.fixed_dictionaries({name: st.sampled_from(values) for name, values in cast.own.items()})
     layers = st.sampled_from(where)
@@ -104,26 +133,27 @@ def configurations(method: str, heads: Sequence[Structure], where: Sequence[Sequ
         common, found = {name: each[0][0][name] for name in cast.shared}, {}
         for name, (own, there, apart, option, whole) in zip(NAMES, each, strict=True):
             layers = there if apart and cast.apart else first
-            own = {**own, **({} if apart else common), "target_modules": layers}
-            found[name] = cast.settled({**own, **option, **whole, **FLAGS.get(method, {})})
+            own = {**own, **({} if apart else common), **({"target_modules": layers} if cast.layers else {})}
+            found[name] = cast.settled({**own, **option, **whole, **FLAGS.get(method, {})}) | given
         return found
 
     one = st.tuples(own, layers, st.booleans(), st.sampled_from(cast.options), st.sampled_from(heads))
     return st.builds(joined, layers, st.lists(one, min_size=3, max_size=3))
 
 
-def plainly(method: str, n: int, heads: Sequence[Structure], where: Sequence[Sequence[str]]) -> Structure:
+def plainly(
+    method: str, n: int, heads: Sequence[Structure], where: Sequence[Sequence[str]], given: Structure
+) -> Structure:
     """Of the n-th of the stories that are always told: most on the same layers; in some there is a head trained
     whole, a pattern, or ranks that differ."""
-    cast, flags = CASTS[method], FLAGS.get(method, {})
+    cast, flags = CASTS[method], {**FLAGS.get(method, {}), **given}
     option = cast.options[min(1, len(cast.options) - 1)] if n % 4 == 3 else {}
     whole = heads[-1] if n % 4 == 1 else {}
     layers = where[(2 - n % 2) % len(where)]
     last = where[-1] if n % 4 == 0 and cast.apart else layers
-    places = [layers, layers, last]
+    on = [{"target_modules": there} if cast.layers else {} for there in (layers, layers, last)]
     return {
-        name: cast.settled({**chosen(cast, n, k), "target_modules": places[k], **option, **flags})
-        | (whole if k != 1 else {})
+        name: cast.settled({**chosen(cast, n, k), **on[k], **option, **flags}) | (whole if k != 1 else {})
         for k, name in enumerate(NAMES)
     }
 
@@ -138,32 +168,58 @@ def chosen(cast: Cast, n: int, k: int) -> Structure:
 def case(method: str, prop: str, s: Structure, seed: int) -> Case:
     """The model, the adapters with their numbers, and the steps."""
     seed += s["draw"]
-    dtype, source = DTYPES[s["dtype"]], chain.source(s["tied"], "conv1d" not in s.get("lacks", ()))
+    base = model_of(s, seed)
     steps, facts = told(s["moves"], s["able"], s["configs"], s.get("lacks", ()))
     used = {step["adapter"] for step in steps if step["do"] == "add"}
-    weights = chain.params(source, seed, dtype)
-    arrays: dict[str, Array] = {f"model/{n}": a for n, a in weights.items()}
+    arrays: dict[str, Array] = {f"model/{n}": a for n, a in base.params.items()}
     about: dict[str, Any] = {}
     for name in (n for n in NAMES if n in used):
-        values, still = numbers(method, s["configs"][name], source, weights, seed, name)
+        values, still = numbers(method, s["configs"][name], base, seed, name)
         about[name] = {"method": method, "config": s["configs"][name]} | ({"frozen": list(still)} if still else {})
         arrays |= {f"{name}/{n}": a for n, a in {**values, **still}.items()}
-    arrays["ids"] = integers(seed, "ids", (2, 2), 0, 4)
-    arrays["dout"] = chain.short(seed, "dout", (2, 2, 5)).astype(dtype)
-    asked = {"model": source, "adapters": about, "active": list(about), "steps": steps, "facts": facts}
+    arrays |= inputs(s, base, seed)
+    asked = {"model": base.source, "adapters": about, "active": list(about), "steps": steps, "facts": facts}
     told_so_far = Case(meta(method, "story", prop, s, seed) | asked, arrays)
     return Case(told_so_far.meta, {**arrays, **masks(told_so_far, seed)})
 
 
+def model_of(s: Structure, seed: int) -> Model:
+    """The chain, or a transformer of one layer."""
+    dtype = DTYPES[s["dtype"]]
+    if "family" in s:
+        return tiny.model(tiny.config_json(s["family"], tiny.LM[s["family"]], 1), seed, dtype)
+    source = chain.source(s["tied"], "conv1d" not in s.get("lacks", ()))
+    return chain.model(source, chain.params(source, seed, dtype))
+
+
+def inputs(s: Structure, base: Model, seed: int) -> dict[str, Array]:
+    """ids, and a gradient of what is said, with positions to spare for a prompt."""
+    if "family" not in s:
+        ids, dout = integers(seed, "ids", (2, 2), 0, 4), chain.short(seed, "dout", (2, 2, 5))
+    else:
+        vocab = base.source["vocab_size"]
+        ids, dout = (
+            integers(seed, "ids", (2, 3), 2, vocab - 1),
+            chain.short(seed, "dout", (2, 3 + LONGEST_PROMPT, vocab)),
+        )
+    return {"ids": ids, "dout": dout.astype(DTYPES[s["dtype"]])}
+
+
 def numbers(
-    method: str, config: Structure, source: Structure, weights: Mapping[str, Array], seed: int, name: str
+    method: str, config: Structure, base: Model, seed: int, name: str
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """Of an adapter: those that are trained, which are short, and those that are not."""
     import refpeft
 
-    fresh = refpeft.init(method, config, chain.model(source, weights))
-    found = {n: moved(n, v, chain.short(seed, f"{name}/{n}", v.shape)) for n, v in fresh.params.items()}
+    fresh = refpeft.init(method, config, base)
+    noise = chain.short if base.config.family == chain.FAMILY else small
+    found = {n: moved(n, v, noise(seed, f"{name}/{n}", v.shape)) for n, v in fresh.params.items()}
     return {n: a.astype(fresh.params[n].dtype) for n, a in found.items()}, dict(fresh.frozen)
+
+
+def small(seed: int, name: str, shape: tuple[int, ...]) -> Array:
+    """For a transformer, which has more of them than there are short ones."""
+    return normal(seed, name, shape) / 4
 
 
 def moved(name: str, start: Array, by: Array) -> Array:

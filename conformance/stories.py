@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from refpeft.conformance.case import Case
 from refpeft.conformance.property import Info, Property
-from refpeft.conformance.staging import HEADS, TARGETS, case, configurations, lacking, plainly, shorter
-from refpeft.conformance.strategies import HALF, Strategy, Structure
+from refpeft.conformance.staging import HEADS, TARGETS, case, configurations, places, plainly, shorter, stage
+from refpeft.conformance.strategies import HALF, Strategy, Structure, options
 from refpeft.conformance.telling import NEEDED, SUMS
 
 LONGEST = 12
@@ -35,28 +35,31 @@ def story(
     def able(info: Info) -> list[str]:
         return [m for m in moves if set(NEEDED[m]) <= set(info["features"])]
 
+    def whole(info: Info) -> Sequence[Structure]:
+        return heads if "chain" in info["features"] else [{}]
+
     def drawn(method: str, info: Info) -> Strategy:
         n = len(able(info))
         move = st.tuples(st.integers(0, n), st.integers(0, 2), st.integers(0, 10))
         fields = {
             "moves": st.lists(move, min_size=LONGEST, max_size=LONGEST),
-            "configs": configurations(method, heads, where),
+            "configs": configurations(method, whole(info), places(info, where), options(info, method)),
             "tied": st.sampled_from(list(tied)),
             "dtype": st.sampled_from([d for d in dtypes if d in info["dtypes"]]),
             "draw": st.integers(0, 3),
         }
-        return st.fixed_dictionaries(fields).map(lambda s: {**s, "able": able(info), **lacking(info)})
+        return st.fixed_dictionaries(fields).map(lambda s: {**s, "able": able(info), **stage(info)})
 
     def always(method: str, info: Info) -> Sequence[Structure]:
-        there, found = able(info), []
+        there, found, on = able(info), [], (whole(info), places(info, where), options(info, method))
         possible = [d for d in dtypes if d in info["dtypes"]]
         for n, corner in enumerate(corners):
             named = [(m, 0, 0) if isinstance(m, str) else m for m in corner]
             if possible and all(m in there for m, _, _ in named):
                 found.append({
                     "moves": [[there.index(m) + 1, a, b] for m, a, b in named], "able": there, "draw": n,
-                    "configs": plainly(method, n, heads, where), "tied": tied[n % len(tied)],
-                    "dtype": possible[n % len(possible)], **lacking(info),
+                    "configs": plainly(method, n, *on), "tied": tied[n % len(tied)],
+                    "dtype": possible[n % len(possible)], **stage(info),
                 })  # fmt: skip
         return found
 
@@ -87,7 +90,7 @@ STORIES: Sequence[Property] = [
             [*BOTH, "train", SECOND],
             ["add", "disable", "enable", "merge", "disable", "enable"],
         ],
-        ["merge", "several"],
+        ["several"],
     ),
     story(
         "files",
@@ -121,6 +124,18 @@ STORIES: Sequence[Property] = [
         [[*BOTH, ("save", 1, 0), ("replace", 0, 0)], ["add", "save", "train", "replace"]],
         ["several", "save"],
         required=False,
+    ),
+    story(
+        "averaged",
+        "An average of adapters has the weighted sums of their tensors, as they are at that time.",
+        ["add", "activate", "train", "merge", "unmerge", "delete", "average"],
+        [
+            ["add", ("average", 0, 0), ("activate", 1, 0), "train"],
+            [*BOTH, ("average", 0, 1), ("activate", 2, 0)],
+            [*BOTH, "train", ("average", 1, 1), "train", ("activate", 2, 0), "merge"],
+        ],
+        ["several", "average"],
+        heads=[{}],
     ),
     story(
         "sixteen-bits",

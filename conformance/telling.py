@@ -40,6 +40,11 @@ class Teller:
     def note(self, **facts: bool) -> None:
         self.facts |= {name.replace("_", "-"): True for name, holds in facts.items() if holds}
 
+    @property
+    def held(self) -> bool:
+        """Is something merged that only `unmerge` takes out?"""
+        return self.merged and "over-merged" in self.lacks
+
     def config(self, name: str) -> Mapping[str, Any]:
         return self.configs[self.adapters[name]]
 
@@ -51,7 +56,7 @@ class Teller:
         what is merged is taken out."""
         takes = self.config(name).get("feedforward_modules", ())
         for path in chain.LAYERS:
-            if matches(self.config(name)["target_modules"], path):
+            if matches(self.config(name).get("target_modules"), path):
                 side = any(path.endswith(n) for n in takes)
                 self.note(other_side=self.sides.setdefault(path, side) != side, taken_out=self.merged)
 
@@ -69,7 +74,7 @@ class Teller:
 
     def activate(self, a: int, b: int) -> Step | None:
         first, second = self.named(a), self.named(a + 1)
-        if first is None or second is None or not self.enabled:
+        if first is None or second is None or not self.enabled or self.held:
             return None
         both = (
             "together" not in self.lacks
@@ -83,7 +88,7 @@ class Teller:
         return do("activate", adapters=list(self.active))
 
     def merge(self, a: int, b: int) -> Step | None:
-        if not self.active or self.doubtful:
+        if not self.active or self.doubtful or ("over-merged" in self.lacks and not self.enabled):
             return None
         self.merged = True
         self.note(taken_out=not self.enabled)
@@ -97,7 +102,7 @@ class Teller:
         return do("unmerge")
 
     def disable(self, a: int, b: int) -> Step | None:
-        if not (self.adapters and self.enabled):
+        if not (self.adapters and self.enabled) or self.held:
             return None
         self.note(taken_out=self.merged)
         self.enabled, self.merged = False, False
@@ -120,7 +125,7 @@ class Teller:
 
     def delete(self, a: int, b: int) -> Step | None:
         name = self.named(a)
-        if name is None or len(self.adapters) < 2 or not self.enabled or self.doubtful:
+        if name is None or len(self.adapters) < 2 or not self.enabled or self.doubtful or self.held:
             return None
         if self.active == [name] and len(self.adapters) > 2:
             return None  # which of the others would be active, nobody says
@@ -135,7 +140,7 @@ class Teller:
             heir_has_head=not left and not plain(heir),
             head_beside_two=len(left) > 1 and not plain(config),
             two_left=len(left) > 1 and name == self.last,
-            heir_elsewhere=not left and set(heir["target_modules"]) != set(config["target_modules"]),
+            heir_elsewhere=not left and set(heir.get("target_modules", ())) != set(config.get("target_modules", ())),
         )
         self.active = left or list(self.adapters)[:1]
         self.last = self.active[0] if len(self.active) == 1 else self.last
@@ -213,6 +218,16 @@ class Teller:
         more |= {"sign": "frequency"} if "ties" in how and a % 3 == 2 else {}
         return do("combine", adapter=name, of=of, weights=[0.75, -1.5][: len(of)], how=how, **more)
 
+    def average(self, a: int, b: int) -> Step | None:
+        """Of two with one config, or of one, with weights that do not add up to 1."""
+        there, name = sorted(self.adapters), f"mean{len(self.sums)}"
+        if not there or name in self.adapters or not self.enabled or self.doubtful or self.held:
+            return None
+        first = there[a % len(there)]
+        of = [n for n in (first, *there) if self.config(n) == self.config(first)][1:][: 1 + b % 2] or [first]
+        self.adapters[name], self.sums[name] = self.adapters[first], "average"
+        return do("average", adapter=name, of=of, weights=[0.75, -1.5][: len(of)])
+
 
 SUMS = ("cat", "linear", "svd", "magnitude_prune", "ties", "dare_linear", "dare_ties", "magnitude_prune_svd",
         "ties_svd", "dare_linear_svd", "dare_ties_svd")  # fmt: skip
@@ -221,7 +236,7 @@ NEEDED: Mapping[str, Sequence[str]] = {  # moves → the features that they are 
     "merge": ("merge",), "unmerge": ("merge", "unmerge"), "disable": ("disable",), "enable": ("disable",),
     "train": ("train",), "delete": ("several", "delete"), "save": ("save",), "load": ("save",),
     "load_as": ("several", "save"), "replace": ("several", "save"), "swap": ("save", "swap"),
-    "combine": ("several", "combine"),
+    "combine": ("several", "combine"), "average": ("several", "average"),
     "activate": ("several",), "add": (),
 }  # fmt: skip
 

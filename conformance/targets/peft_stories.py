@@ -17,8 +17,9 @@ from peft.tuners.lora import LoraLayer
 
 from refpeft.conformance.case import Case
 from refpeft.conformance.targets.base import Arrays
+from refpeft.conformance.targets.models import base_model, output
 from refpeft.conformance.targets.peft import PREFIX, Session, plain
-from refpeft.conformance.targets.spec_stories import RATE
+from refpeft.conformance.targets.spec_stories import RATE, last
 from refpeft.conformance.targets.tensors import array, tensor
 from refpeft.ops import Array
 
@@ -54,8 +55,11 @@ class Story(Session):
     def fresh(self) -> Any:
         return Chain(self.case.meta["model"], dict(self.case.arrays)).eval()
 
+    def said(self) -> Any:
+        return self.model(self.ids)
+
     def logits(self) -> Array:
-        return array(self.model(self.ids))
+        return array(self.said())
 
     def disable(self) -> None:
         self.model.base_model.disable_adapter_layers()
@@ -66,7 +70,8 @@ class Story(Session):
     def train(self) -> None:
         """A step of gradient descent on whatever is trained now."""
         self.model.zero_grad()
-        self.model(self.ids).backward(tensor(self.case.arrays["dout"]))
+        out = self.said()
+        out.backward(tensor(last(self.case.arrays["dout"], out.shape)))
         torch.optim.SGD([p for p in self.model.parameters() if p.requires_grad], lr=RATE).step()
 
     def load(self, adapters: Sequence[str]) -> None:
@@ -104,6 +109,9 @@ class Story(Session):
                 raise
             return {"refused": np.array(True)}
 
+    def average(self, adapter: str, of: Sequence[str], weights: Sequence[float]) -> None:
+        self.model.add_weighted_adapter(list(of), list(weights), adapter)
+
     def combine(
         self,
         adapter: str,
@@ -128,3 +136,19 @@ class Story(Session):
             for name in names:
                 for n in there:
                     yield tensor(self.case.arrays[f"mask/{adapter}/{n}/{name}"])
+
+
+class Prompted(Story):
+    """Of a transformer with prompts, which are the PeftModel's own and not its layers'."""
+
+    def fresh(self) -> Any:
+        return base_model(self.case)
+
+    def said(self) -> Any:
+        return output(self.model, self.case.arrays["ids"])
+
+    def disable(self) -> None:
+        Session.disable(self)
+
+    def enable(self) -> None:
+        Session.enable(self)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from refpeft import tune
-from refpeft.combine import combine
+from refpeft.combine import average, combine
 from refpeft.conformance.case import DTYPES, Case
 from refpeft.conformance.targets.base import Arrays
 from refpeft.conformance.targets.spec import Session, model_of, tensors
@@ -33,8 +33,8 @@ class Story(Session):
 
     def train(self) -> None:
         """θ ← θ − η ∂⟨logits, dout⟩/∂θ, for the adapters active now and nothing else."""
-        _, vjp = self.base(self.case.arrays["ids"], self.now())
-        for name, grads in zip(self.active, vjp(self.case.arrays["dout"]), strict=True):
+        logits, vjp = self.base(self.case.arrays["ids"], self.now())
+        for name, grads in zip(self.active, vjp(last(self.case.arrays["dout"], logits.shape)), strict=True):
             a = self.adapters[name]
             self.adapters[name] = a.replace(params={n: v - v.dtype.type(RATE) * grads[n] for n, v in a.params.items()})
 
@@ -63,8 +63,17 @@ class Story(Session):
 
         self.adapters[adapter] = combine([self.adapters[n] for n in of], weights, how, density, sign, mask=mask)
 
+    def average(self, adapter: str, of: Sequence[str], weights: Sequence[float]) -> None:
+        """A new adapter whose tensors are weighted sums; it is not active yet."""
+        self.adapters[adapter] = average([self.adapters[n] for n in of], weights)
+
     def mask(self, name: str, shape: tuple[int, ...]) -> Array:
         return self.case.arrays["mask/" + name]
+
+
+def last(dout: Array, shape: tuple[int, ...]) -> Array:
+    """As many of its last positions as there are: a prompt's are in front, and not every adapter has as many."""
+    return dout[:, dout.shape[1] - shape[1] :]
 
 
 class Folding(Story):
@@ -125,4 +134,4 @@ def settled(case: Case, got: Arrays) -> Case:
     return Case({**case.meta, "steps": steps}, case.arrays) if steps else case
 
 
-__all__ = ["RATE", "Folding", "Story", "settled", "tensors"]
+__all__ = ["RATE", "Folding", "Story", "last", "settled", "tensors"]
