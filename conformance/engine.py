@@ -355,7 +355,7 @@ def failure(name: str, case: Case, verdict: Verdict, options: Options) -> Event:
 
 def scripted(case: Case, path: Path, target: str) -> Event:
     """A story is stored as a script, too, where one can be written for the target."""
-    if case.level != "story" or target not in scripts.WRITERS:
+    if case.level != "story" or not scripts.writable(case, target):
         return {}
     file = path.with_suffix(".py")
     file.write_text(scripts.script(case, target), encoding="utf-8")
