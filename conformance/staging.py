@@ -48,8 +48,10 @@ class Cast:
     apart: bool = True
     settled: Callable[[Structure], Structure] = same
     layers: bool = True  # does a config name layers?
+    families: Sequence[str] = ("bert", "roberta", "gpt2")  # of transformers, the first that the target has
 
 
+CAUSAL = ("gpt2", "llama", "bert")
 LORA = Cast({"r": [2, 1, 3], "lora_alpha": [3.0, 1.0, 8.0]}, OPTIONS)
 BOTTLENECK = {"reduction_factor": [4, 2], "non_linearity": ["relu", "silu", "tanh"]}
 PRODUCT = {"r": [2, 1, 4], "alpha": [6.0, 1.0, 3.0]}
@@ -71,34 +73,34 @@ CASTS: Mapping[str, Cast] = {
     "houlsby": Cast(BOTTLENECK, layers=False),
     "pfeiffer": Cast(BOTTLENECK, layers=False),
     "parallel": Cast({**BOTTLENECK, "scaling": [4.0, 1.0]}, layers=False),
-    "prompt_tuning": Cast({"num_virtual_tokens": [2, 1, 3]}, layers=False),
-    "p_tuning": Cast({"num_virtual_tokens": [2, 1, 3], "encoder_hidden_size": [5, 3]}, layers=False),
+    "prompt_tuning": Cast({"num_virtual_tokens": [2, 1, 3]}, layers=False, families=CAUSAL),
+    "p_tuning": Cast({"num_virtual_tokens": [2, 1, 3], "encoder_hidden_size": [5, 3]}, layers=False, families=CAUSAL),
     "prefix_tuning": Cast({
         "num_virtual_tokens": [2, 1, 3], "prefix_projection": [False, True], "encoder_hidden_size": [5, 3]
-    }, layers=False),
+    }, layers=False, families=CAUSAL),
 }  # fmt: skip
-RELEVANT = ("conv1d", "together", "heir", "train-any", "over-merged")  # without which other stories are told
+RELEVANT = ("conv1d", "together", "heir", "train-any", "train-loaded", "over-merged")  # without: other stories
 LONGEST_PROMPT = 3
-FAMILIES = ("bert", "gpt2", "roberta")  # transformers for what cannot be put on a chain
 
 
-def stage(info: Mapping[str, Any]) -> Structure:
+def stage(method: str, info: Mapping[str, Any]) -> Structure:
     """What the target and the method decide about the model and the stories: features that are lacking, if any, and
     the family of a transformer, with the layers that can be adapted, where a chain of layers will not do."""
     found: Structure = {}
     if lacks := [name for name in RELEVANT if name not in info["features"]]:
         found["lacks"] = lacks
     if "chain" not in info["features"]:
-        there = info.get("families", FAMILIES)
-        found["family"] = next((family for family in FAMILIES if family in there), FAMILIES[0])
+        families = CASTS[method].families
+        there = info.get("families", families)
+        found["family"] = next((family for family in families if family in there), families[0])
     return found
 
 
-def places(info: Mapping[str, Any], chain_places: Sequence[Sequence[str]]) -> Sequence[Sequence[str]]:
+def places(method: str, info: Mapping[str, Any], chain_places: Sequence[Sequence[str]]) -> Sequence[Sequence[str]]:
     """Layers to adapt: those of the chain, or of a transformer one, the next, several, and one of another kind."""
     if "chain" in info["features"]:
         return chain_places
-    first, second, *_, last = linears_of(info, stage(info)["family"])
+    first, second, *_, last = linears_of(info, stage(method, info)["family"])
     return ([first], [second, last], [first, second], [last])
 
 
@@ -117,7 +119,7 @@ def shorter(method: str, s: Structure) -> Iterator[Structure]:
     for where in (["q2"], ["q"]) if "family" not in s else ():
         if any(len(config.get("target_modules", ())) > 1 for config in s["configs"].values()):
             yield {**s, "configs": {n: settled({**c, "target_modules": where}) for n, c in s["configs"].items()}}
-    if s["dtype"] != "float32":
+    if s["dtype"] == "float64":
         yield {**s, "dtype": "float32"}
 
 

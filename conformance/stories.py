@@ -43,15 +43,15 @@ def story(
         move = st.tuples(st.integers(0, n), st.integers(0, 2), st.integers(0, 10))
         fields = {
             "moves": st.lists(move, min_size=LONGEST, max_size=LONGEST),
-            "configs": configurations(method, whole(info), places(info, where), options(info, method)),
+            "configs": configurations(method, whole(info), places(method, info, where), options(info, method)),
             "tied": st.sampled_from(list(tied)),
             "dtype": st.sampled_from([d for d in dtypes if d in info["dtypes"]]),
             "draw": st.integers(0, 3),
         }
-        return st.fixed_dictionaries(fields).map(lambda s: {**s, "able": able(info), **stage(info)})
+        return st.fixed_dictionaries(fields).map(lambda s: {**s, "able": able(info), **stage(method, info)})
 
     def always(method: str, info: Info) -> Sequence[Structure]:
-        there, found, on = able(info), [], (whole(info), places(info, where), options(info, method))
+        there, found, on = able(info), [], (whole(info), places(method, info, where), options(info, method))
         possible = [d for d in dtypes if d in info["dtypes"]]
         for n, corner in enumerate(corners):
             named = [(m, 0, 0) if isinstance(m, str) else m for m in corner]
@@ -59,7 +59,7 @@ def story(
                 found.append({
                     "moves": [[there.index(m) + 1, a, b] for m, a, b in named], "able": there, "draw": n,
                     "configs": plainly(method, n, *on), "tied": tied[n % len(tied)],
-                    "dtype": possible[n % len(possible)], **stage(info),
+                    "dtype": possible[n % len(possible)], **stage(method, info),
                 })  # fmt: skip
         return found
 

@@ -32,6 +32,7 @@ class Teller:
     last: str | None = None  # the one that was active alone before
     trained: str | None = None  # the only one that can be, where that is so
     files: dict[str, str] = field(default_factory=dict)  # what is saved, with whose config
+    loaded: set[str] = field(default_factory=set)
     sides: dict[str, bool] = field(default_factory=dict)  # layer → does an (IA)³ adapter scale what it takes?
     sums: dict[str, str] = field(default_factory=dict)  # made of others → how
     doubtful: bool = False  # a step may have been refused
@@ -68,6 +69,7 @@ class Teller:
             return None
         self.adapters[name] = name
         self.came(name)
+        self.loaded.discard(name)
         self.active = self.active or [name]
         self.last, self.trained = self.last or name, self.trained or name
         return do("add", adapter=name)
@@ -120,6 +122,8 @@ class Teller:
             return None
         if "train-any" in self.lacks and self.active != [self.trained]:
             return None
+        if "train-loaded" in self.lacks and any(name in self.loaded for name in self.active):
+            return None
         self.note(trained=True)
         return do("train")
 
@@ -163,7 +167,9 @@ class Teller:
         self.active, self.merged, self.enabled, self.sums, self.sides = names[:1], False, True, {}, {}
         for n in names:
             self.came(n)
-        self.last = self.trained = names[0]
+        self.last, self.loaded = names[0], set(names)
+        self.trained = names[0]
+        self.note(loaded=True)
         return do("load", adapters=names)
 
     def load_as(self, a: int, b: int) -> Step | None:
@@ -172,6 +178,8 @@ class Teller:
             return None
         file, name = sorted(self.files)[a % len(self.files)], free[b % len(free)]
         self.adapters[name] = self.files[file]
+        self.loaded.add(name)
+        self.note(loaded=True)
         self.came(name)
         return do("load_as", adapter=name, file=file)
 
@@ -212,7 +220,7 @@ class Teller:
             return None
         if len(ranks) > 1 and how != "cat" and not how.endswith("svd"):
             return None
-        self.note(combine=True)
+        self.note(combine=True, taken_out=self.merged)
         self.adapters[name], self.sums[name] = self.adapters[of[0]], how if len(of) > 1 else "linear"
         more: Structure = {"density": 0.6} if how.removesuffix("_svd") in PRUNING else {}
         more |= {"sign": "frequency"} if "ties" in how and a % 3 == 2 else {}
@@ -224,6 +232,7 @@ class Teller:
         if not there or name in self.adapters or not self.enabled or self.doubtful or self.held:
             return None
         first = there[a % len(there)]
+        self.note(taken_out=self.merged)
         of = [n for n in (first, *there) if self.config(n) == self.config(first)][1:][: 1 + b % 2] or [first]
         self.adapters[name], self.sums[name] = self.adapters[first], "average"
         return do("average", adapter=name, of=of, weights=[0.75, -1.5][: len(of)])

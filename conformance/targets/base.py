@@ -52,6 +52,7 @@ FEATURES: Mapping[str, str] = {
     "combine": "make an adapter of others in the ways of `refpeft.combine`",
     "average": "make an adapter whose tensors are the weighted sums of those of others",
     "train": "take a step of training",
+    "train-loaded": "train an adapter that was loaded from a file",
     "train-any": "of several adapters, train any that is active",
     "swap": "put a saved adapter in the place of another",
     "delete": "forget an adapter",

@@ -85,7 +85,7 @@ def lacking(method: str) -> list[str]:
     if method in FLAG and not adapts_embeddings(FLAG[method]):
         found.append("embedding")
     if method in prompts.CLASSES:
-        found.append("together")  # one at a time
+        found += ["together", "train-loaded"]  # one at a time, and for good
     if method in TURNED:
         found += ["conv1d", "embedding", *(["tied"] if method == "oft" else [])]
     return found + (["train-any"] if method == "adalora" else [])

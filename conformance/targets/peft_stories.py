@@ -52,6 +52,8 @@ class Story(Session):
         self.model = self.fresh()
         self.ids = tensor(case.arrays["ids"])
 
+    trainable = True  # what is loaded
+
     def fresh(self) -> Any:
         return Chain(self.case.meta["model"], dict(self.case.arrays)).eval()
 
@@ -77,7 +79,7 @@ class Story(Session):
     def load(self, adapters: Sequence[str]) -> None:
         first, *others = adapters
         self.model = peft.PeftModel.from_pretrained(
-            self.fresh(), str(self.folder / first), adapter_name=first, is_trainable=True
+            self.fresh(), str(self.folder / first), adapter_name=first, is_trainable=self.trainable
         )
         for name in others:
             self.load_as(name, name)
@@ -86,7 +88,7 @@ class Story(Session):
     def load_as(self, adapter: str, file: str) -> Arrays | None:
         """Where the name is taken, sizes that do not fit are refused: torch says so."""
         try:
-            trained = self.case.method != "adalora"  # of which one at a time can be
+            trained = self.trainable and self.case.method != "adalora"  # of which one at a time can be
             self.model.load_adapter(str(self.folder / file), adapter_name=adapter, is_trainable=trained)
         except RuntimeError as error:
             if "size mismatch" not in str(error):
@@ -140,6 +142,8 @@ class Story(Session):
 
 class Prompted(Story):
     """Of a transformer with prompts, which are the PeftModel's own and not its layers'."""
+
+    trainable = False
 
     def fresh(self) -> Any:
         return base_model(self.case)
