@@ -24,7 +24,7 @@ from refpeft.conformance.case import Case, read
 from refpeft.conformance.targets.adapterhub import METHODS, Place, head_places
 from refpeft.conformance.targets.base import Arrays, Skip
 from refpeft.conformance.targets.models import Driver, base_model, buildable, decoder_of, output, values_of
-from refpeft.conformance.targets.spec import real
+from refpeft.conformance.targets.spec import arguments, real
 from refpeft.conformance.targets.tensors import array, quietly, tensor
 from refpeft.ops import Array
 
@@ -48,7 +48,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {  # what of a method's options Adapt
 SETTINGS = {"attention": ["sdpa", "eager"]}  # of transformers; the first is its default
 FEATURES = (
     "forward", "grads", "frozen", "change", "merge", "unmerge", "disable", "several", "delete", "save", "conv1d",
-    "cache", "together", "weighted", "loss", "drop",
+    "cache", "together", "weighted", "loss", "drop", "train", "train-any", "train-loaded", "average",
 )  # fmt: skip
 SUMS = ("lora", "dora", "ia3", "prompt_tuning")  # whose adapters do not add up in a Stack, or of which there can be one
 HEADS = ("disable", "several", "delete", "save")  # for the head, which the method trains, belongs to no adapter there
@@ -58,7 +58,7 @@ class AdapterHub(Driver):
     def __init__(self) -> None:
         quietly("transformers", "adapters")
         self.declared = {
-            "name": "adapters", "version": adapters.__version__, "levels": ["model", "lifecycle"],
+            "name": "adapters", "version": adapters.__version__, "levels": ["model", "lifecycle", "story"],
             "methods": list(METHODS), "dtypes": ["float32", "float64"], "features": list(FEATURES),
             "families": [family for family in LINEARS if buildable(family) and adapted(family)],
             "linears": LINEARS, "options": OPTIONS, "settings": SETTINGS,
@@ -70,7 +70,9 @@ class AdapterHub(Driver):
         return Whole(case)
 
     def of_life(self, case: Case, folder: Path) -> "Session":
-        return Session(case, folder)
+        from refpeft.conformance.targets.adapters_stories import Story
+
+        return Story(case, folder) if case.level == "story" else Session(case, folder)
 
 
 def adapted(family: str) -> bool:
@@ -234,7 +236,7 @@ class Session:
     def run(self, steps: Sequence[Mapping[str, Any]]) -> Arrays:
         found: Arrays = {}
         for k, step in enumerate(steps):
-            said = getattr(self, step["do"])(**{n: v for n, v in step.items() if n != "do"}) or {}
+            said = getattr(self, step["do"])(**arguments(step)) or {}
             with torch.no_grad():
                 said["logits"] = array(output(self.model, self.case.arrays["ids"], **decoder_of(self.case)))
             found |= {f"{k}/{name}": a for name, a in said.items()}
