@@ -61,7 +61,7 @@ CASTS: Mapping[str, Cast] = {
     "dora": LORA,
     "ia3": Cast({"feedforward_modules": [[], ["last"]]}, shared=["feedforward_modules"], settled=one_side),
     "adalora": Cast({
-        "init_r": [3, 2, 4], "target_r": [1, 2], "lora_alpha": [6.0, 1.5, 2.0], "total_step": [10]
+        "init_r": [3, 2, 4], "lora_alpha": [6.0, 1.5, 2.0], "target_r": [1, 2], "total_step": [10]
     }),
     "vera": Cast({"r": [2], "d_initial": [0.1, 0.5]}, apart=False),  # A and B are of all, as large as they need
     "loha": Cast(PRODUCT, OPTIONS),
@@ -164,7 +164,10 @@ def chosen(cast: Cast, n: int, k: int) -> Structure:
     """The own fields of the k-th adapter in the n-th story that is always told."""
     if cast is LORA:
         return {"r": 3 if k == 1 and n % 6 == 2 else 2, "lora_alpha": float(3 + 2 * k)}
-    return {name: values[(n + k * (name not in cast.shared)) % len(values)] for name, values in cast.own.items()}
+    own = list(cast.own)
+    differ = own[1:2] if n % 2 and len(own) > 1 else own  # or all but the shapes is the same
+    step = {name: k * (name in differ and name not in cast.shared) for name in own}
+    return {name: values[(n + step[name]) % len(values)] for name, values in cast.own.items()}
 
 
 def case(method: str, prop: str, s: Structure, seed: int) -> Case:

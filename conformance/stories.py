@@ -39,13 +39,15 @@ def story(
         return heads if "chain" in info["features"] else [{}]
 
     def drawn(method: str, info: Info) -> Strategy:
-        n = len(able(info))
+        n, possible = len(able(info)), [d for d in dtypes if d in info["dtypes"]]
+        if not possible:
+            return st.nothing()
         move = st.tuples(st.integers(0, n), st.integers(0, 2), st.integers(0, 10))
         fields = {
             "moves": st.lists(move, min_size=LONGEST, max_size=LONGEST),
             "configs": configurations(method, whole(info), places(method, info, where), options(info, method)),
             "tied": st.sampled_from(list(tied)),
-            "dtype": st.sampled_from([d for d in dtypes if d in info["dtypes"]]),
+            "dtype": st.sampled_from(possible),
             "draw": st.integers(0, 3),
         }
         return st.fixed_dictionaries(fields).map(lambda s: {**s, "able": able(info), **stage(method, info)})
@@ -102,6 +104,7 @@ STORIES: Sequence[Property] = [
             [*BOTH, ("save", 0, 0), ("save", 1, 0), ("load", 1, 1), "train"],
             [*BOTH, ("save", 0, 0), "merge", ("load_as", 0, 0), "unmerge", ("activate", 2, 0)],
             [*BOTH, ("save", 1, 0), ("delete", 1, 0), ("load_as", 0, 1), ("activate", 1, 0)],
+            [*BOTH, ("save", 0, 0), ("save", 1, 0), ("load", 0, 1), SECOND],
         ],
         ["several", "save"],
     ),
@@ -143,7 +146,7 @@ STORIES: Sequence[Property] = [
         ["add", "activate", "merge", "unmerge", "disable", "enable", "train", "delete", "save", "load"],
         [
             ["add", "merge", "unmerge", "train"],
-            ["add", "train", "save", "load", "train"],
+            ["add", "train", "save", "load", "save", "train"],
             [*BOTH, ACTIVE, "train", "merge", "disable", "enable"],
             [*BOTH, "merge", SECOND, "merge", "merge", "unmerge"],
         ],

@@ -93,7 +93,7 @@ class Teller:
         if not self.active or self.doubtful or ("over-merged" in self.lacks and not self.enabled):
             return None
         self.merged = True
-        self.note(taken_out=not self.enabled)
+        self.note(taken_out=not self.enabled, written=True)
         return do("merge", **({"safe": True} if b % 2 else {}))
 
     def unmerge(self, a: int, b: int) -> Step | None:
@@ -143,6 +143,7 @@ class Teller:
         self.note(
             heir_has_head=not left and not plain(heir),
             head_beside_two=len(left) > 1 and not plain(config),
+            of_active=name in self.active and bool(left),
             two_left=len(left) > 1 and name == self.last,
             heir_elsewhere=not left and set(heir.get("target_modules", ())) != set(config.get("target_modules", ())),
         )

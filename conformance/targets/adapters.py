@@ -91,7 +91,7 @@ def adapted(family: str) -> bool:
 
 def adaptable(case: Case) -> Any:
     """transformers' model with the case's weights, ready for adapters; T5 has one kind of attention only."""
-    asked = case.meta.get("settings", {}).get("attention", "sdpa")
+    asked = case.meta.get("settings", {}).get("attention", "eager" if case.level == "story" else "sdpa")
     model = base_model(case, "eager" if case.meta["model"]["model_type"] == "t5" else asked)
     adapters.init(model)
     return model
@@ -125,9 +125,9 @@ def activate(model: Any, names: Sequence[str]) -> None:
 
 
 def places(case: Case, model: Any, name: str) -> dict[str, Place]:
-    about = case.meta["adapters"][name]
-    _, find = METHODS[about["method"]]
-    found = [*find(model, name), *head_places(about["config"].get("modules_to_save"), model)]
+    config = case.meta["adapters"].get(name, {}).get("config", {})  # none of one that was loaded under another name
+    _, find = METHODS[case.method]
+    found = [*find(model, name), *head_places(config.get("modules_to_save"), model)]
     return {p.name: p for p in found}
 
 

@@ -21,6 +21,9 @@ def number(line: str) -> float:
 
 
 SHOWN: dict[str, Callable[[Lines], bool]] = {  # what the script of a page prints, or how it ends
+    "peft-adalora-ranknum": lambda said: (
+        "ranknum" not in said[0] and "ranknum" in said[1] and 1 < float(said[2].split()[0]) < 1.5 and "False" in said[2]
+    ),
     "peft-configs-accepted": lambda said: len(said) == 2 and all(line.count("lora_") == 2 for line in said),
     "peft-delete-active": lambda said: said == ["['bar'] foo", "KeyError: 'foo'"],
     "peft-delete-modules-to-save": lambda said: said[0] == "['foo']" and number(said[1]) > 0.1 and number(said[2]) == 0,
