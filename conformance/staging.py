@@ -76,7 +76,7 @@ CASTS: Mapping[str, Cast] = {
     "prompt_tuning": Cast({"num_virtual_tokens": [2, 1, 3]}, layers=False, families=CAUSAL),
     "p_tuning": Cast({"num_virtual_tokens": [2, 1, 3], "encoder_hidden_size": [5, 3]}, layers=False, families=CAUSAL),
     "prefix_tuning": Cast({
-        "num_virtual_tokens": [2, 1, 3], "prefix_projection": [False, True], "encoder_hidden_size": [5, 3]
+        "num_virtual_tokens": [2, 1, 3], "encoder_hidden_size": [5, 3], "prefix_projection": [False, True]
     }, layers=False, families=CAUSAL),
 }  # fmt: skip
 RELEVANT = ("conv1d", "together", "heir", "train-any", "train-loaded", "over-merged")  # without: other stories

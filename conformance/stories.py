@@ -146,7 +146,7 @@ STORIES: Sequence[Property] = [
         ["add", "activate", "merge", "unmerge", "disable", "enable", "train", "delete", "save", "load"],
         [
             ["add", "merge", "unmerge", "train"],
-            ["add", "train", "save", "load", "save", "train"],
+            ["add", "save", "load", "save", "train"],
             [*BOTH, ACTIVE, "train", "merge", "disable", "enable"],
             [*BOTH, "merge", SECOND, "merge", "merge", "unmerge"],
         ],
