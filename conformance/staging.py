@@ -53,8 +53,8 @@ class Cast:
 
 CAUSAL = ("gpt2", "llama", "bert")
 LORA = Cast({"r": [2, 1, 3], "lora_alpha": [3.0, 1.0, 8.0]}, OPTIONS)
-BOTTLENECK = {"reduction_factor": [4, 2], "non_linearity": ["relu", "silu", "tanh"]}
-PRODUCT = {"r": [2, 1, 4], "alpha": [6.0, 1.0, 3.0]}
+BOTTLENECK: Mapping[str, Sequence[Any]] = {"reduction_factor": [4, 2], "non_linearity": ["relu", "silu", "tanh"]}
+PRODUCT: Mapping[str, Sequence[Any]] = {"r": [2, 1, 4], "alpha": [6.0, 1.0, 3.0]}
 CASTS: Mapping[str, Cast] = {
     "lora": LORA,
     "rslora": LORA,
