@@ -28,9 +28,11 @@ def story(
     where: Sequence[Sequence[str]] = TARGETS,
     tied: Sequence[bool] = (False, True),
     dtypes: Sequence[str] = ("float32", "float64"),
+    alike: bool = False,
     **more: Any,
 ) -> Property:
-    """Stories of these moves; `corners` are some that are always told, as names of moves, or (name, a, b)."""
+    """Stories of these moves; `corners` are some that are always told, as names of moves, or (name, a, b). If `alike`,
+    two of the adapters have one config."""
 
     def able(info: Info) -> list[str]:
         return [m for m in moves if set(NEEDED[m]) <= set(info["features"])]
@@ -50,7 +52,7 @@ def story(
             "dtype": st.sampled_from(possible),
             "draw": st.integers(0, 3),
         }
-        return st.fixed_dictionaries(fields).map(lambda s: {**s, "able": able(info), **stage(method, info)})
+        return st.fixed_dictionaries(fields).map(lambda s: paired({**s, "able": able(info), **stage(method, info)}))
 
     def always(method: str, info: Info) -> Sequence[Structure]:
         there, found, on = able(info), [], (whole(info), places(method, info, where), options(info, method))
@@ -58,12 +60,15 @@ def story(
         for n, corner in enumerate(corners):
             named = [(m, 0, 0) if isinstance(m, str) else m for m in corner]
             if possible and all(m in there for m, _, _ in named):
-                found.append({
+                found.append(paired({
                     "moves": [[there.index(m) + 1, a, b] for m, a, b in named], "able": there, "draw": n,
                     "configs": plainly(method, n, *on), "tied": tied[n % len(tied)],
                     "dtype": possible[n % len(possible)], **stage(method, info),
-                })  # fmt: skip
+                }))  # fmt: skip
         return found
+
+    def paired(s: Structure) -> Structure:
+        return {**s, "configs": {**s["configs"], "foobar": s["configs"]["foo"]}} if alike else s
 
     def make(method: str, s: Structure, seed: int) -> Case:
         return case(method, name, s, seed)
@@ -135,10 +140,11 @@ STORIES: Sequence[Property] = [
         [
             ["add", ("average", 0, 0), ("activate", 1, 0), "train"],
             [*BOTH, ("average", 0, 1), ("activate", 2, 0)],
-            [*BOTH, "train", ("average", 1, 1), "train", ("activate", 2, 0), "merge"],
+            [*BOTH, "train", ("average", 0, 1), "train", ("activate", 2, 0), "merge"],
         ],
         ["several", "average"],
         heads=[{}],
+        alike=True,
     ),
     story(
         "sixteen-bits",
