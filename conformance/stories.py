@@ -5,6 +5,7 @@ models and adapters from `staging`.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from hypothesis import strategies as st
@@ -18,62 +19,79 @@ from refpeft.conformance.telling import NEEDED, SUMS
 LONGEST = 12
 
 
+@dataclass(frozen=True)
+class Kind:
+    """Stories of these moves; `corners` are some that are always told, as names of moves, or (name, a, b). If `alike`,
+    two of the adapters have one config."""
+
+    moves: Sequence[str]
+    corners: Sequence[Sequence[Any]]
+    heads: Sequence[Structure] = HEADS
+    where: Sequence[Sequence[str]] = TARGETS
+    tied: Sequence[bool] = (False, True)
+    dtypes: Sequence[str] = ("float32", "float64")
+    alike: bool = False
+
+    def able(self, info: Info) -> list[str]:
+        return [m for m in self.moves if set(NEEDED[m]) <= set(info["features"])]
+
+    def possible(self, info: Info) -> list[str]:
+        return [d for d in self.dtypes if d in info["dtypes"]]
+
+    def adapters(self, method: str, info: Info) -> tuple[Sequence[Structure], Sequence[Sequence[str]], Structure]:
+        """What may be trained whole, the layers to adapt, and the options that the target has chosen."""
+        heads = self.heads if "chain" in info["features"] else [{}]
+        return heads, places(method, info, self.where), options(info, method)
+
+    def drawn(self, method: str, info: Info) -> Strategy:
+        if not self.possible(info):
+            return st.nothing()
+        move = st.tuples(st.integers(0, len(self.able(info))), st.integers(0, 2), st.integers(0, 10))
+        fields = {
+            "moves": st.lists(move, min_size=LONGEST, max_size=LONGEST),
+            "configs": configurations(method, *self.adapters(method, info)),
+            "tied": st.sampled_from(list(self.tied)),
+            "dtype": st.sampled_from(self.possible(info)),
+            "draw": st.integers(0, 3),
+        }
+        more = {"able": self.able(info), **stage(method, info)}
+        return st.fixed_dictionaries(fields).map(lambda s: self.paired({**s, **more}))
+
+    def always(self, method: str, info: Info) -> Sequence[Structure]:
+        there, found, dtypes = self.able(info), [], self.possible(info)
+        for n, corner in enumerate(self.corners if dtypes else ()):
+            named = [(m, 0, 0) if isinstance(m, str) else m for m in corner]
+            if all(m in there for m, _, _ in named):
+                found.append({
+                    "moves": [[there.index(m) + 1, a, b] for m, a, b in named], "able": there, "draw": n,
+                    "configs": plainly(method, n, *self.adapters(method, info)), "tied": self.tied[n % len(self.tied)],
+                    "dtype": dtypes[n % len(dtypes)], **stage(method, info),
+                })  # fmt: skip
+        return [self.paired(s) for s in found]
+
+    def paired(self, s: Structure) -> Structure:
+        return {**s, "configs": {**s["configs"], "foobar": s["configs"]["foo"]}} if self.alike else s
+
+
 def story(
     name: str,
     statement: str,
     moves: Sequence[str],
     corners: Sequence[Sequence[Any]],
     needs: Sequence[str] = (),
-    heads: Sequence[Structure] = HEADS,
-    where: Sequence[Sequence[str]] = TARGETS,
-    tied: Sequence[bool] = (False, True),
-    dtypes: Sequence[str] = ("float32", "float64"),
-    alike: bool = False,
+    required: bool = True,
+    methods: Sequence[str] | None = None,
     **more: Any,
 ) -> Property:
-    """Stories of these moves; `corners` are some that are always told, as names of moves, or (name, a, b). If `alike`,
-    two of the adapters have one config."""
-
-    def able(info: Info) -> list[str]:
-        return [m for m in moves if set(NEEDED[m]) <= set(info["features"])]
-
-    def whole(info: Info) -> Sequence[Structure]:
-        return heads if "chain" in info["features"] else [{}]
-
-    def drawn(method: str, info: Info) -> Strategy:
-        n, possible = len(able(info)), [d for d in dtypes if d in info["dtypes"]]
-        if not possible:
-            return st.nothing()
-        move = st.tuples(st.integers(0, n), st.integers(0, 2), st.integers(0, 10))
-        fields = {
-            "moves": st.lists(move, min_size=LONGEST, max_size=LONGEST),
-            "configs": configurations(method, whole(info), places(method, info, where), options(info, method)),
-            "tied": st.sampled_from(list(tied)),
-            "dtype": st.sampled_from(possible),
-            "draw": st.integers(0, 3),
-        }
-        return st.fixed_dictionaries(fields).map(lambda s: paired({**s, "able": able(info), **stage(method, info)}))
-
-    def always(method: str, info: Info) -> Sequence[Structure]:
-        there, found, on = able(info), [], (whole(info), places(method, info, where), options(info, method))
-        possible = [d for d in dtypes if d in info["dtypes"]]
-        for n, corner in enumerate(corners):
-            named = [(m, 0, 0) if isinstance(m, str) else m for m in corner]
-            if possible and all(m in there for m, _, _ in named):
-                found.append(paired({
-                    "moves": [[there.index(m) + 1, a, b] for m, a, b in named], "able": there, "draw": n,
-                    "configs": plainly(method, n, *on), "tied": tied[n % len(tied)],
-                    "dtype": possible[n % len(possible)], **stage(method, info),
-                }))  # fmt: skip
-        return found
-
-    def paired(s: Structure) -> Structure:
-        return {**s, "configs": {**s["configs"], "foobar": s["configs"]["foo"]}} if alike else s
+    kind = Kind(moves, corners, **more)
 
     def make(method: str, s: Structure, seed: int) -> Case:
         return case(method, name, s, seed)
 
-    return Property(name, "story", statement, drawn, always, make, needs, smaller=shorter, **more)
+    return Property(
+        name, "story", statement, kind.drawn, kind.always, make, needs, required=required, methods=methods,
+        smaller=shorter,
+    )  # fmt: skip
 
 
 BOTH: Sequence[Any] = (("add", 0, 0), ("add", 1, 0))
