@@ -90,7 +90,7 @@ def stage(method: str, info: Mapping[str, Any]) -> Structure:
     if lacks := [name for name in RELEVANT if name not in info["features"]]:
         found["lacks"] = lacks
     if "chain" not in info["features"]:
-        families = CASTS[method].families
+        families = [info["stories"]] if "stories" in info else CASTS[method].families
         there = info.get("families", families)
         found["family"] = next((family for family in families if family in there), families[0])
     return found

@@ -61,7 +61,7 @@ class AdapterHub(Driver):
             "name": "adapters", "version": adapters.__version__, "levels": ["model", "lifecycle", "story"],
             "methods": list(METHODS), "dtypes": ["float32", "float64"], "features": list(FEATURES),
             "families": [family for family in LINEARS if buildable(family) and adapted(family)],
-            "linears": LINEARS, "options": OPTIONS, "settings": SETTINGS,
+            "linears": LINEARS, "stories": "bert", "options": OPTIONS, "settings": SETTINGS,
             "without": {**{method: ["together"] for method in SUMS}, "p_tuning_v2": HEADS},
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }  # fmt: skip

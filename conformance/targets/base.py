@@ -24,6 +24,7 @@ class Target(Protocol):
         without    optional: method → features that it lacks for this method
         families   optional: of gpt2, llama, qwen2, bert, roberta, t5, bart, those that it can build
         linears    optional: family → the layers that it can adapt
+        stories    optional: of these, the one that stories are told on, where there can be no chain of layers
         options    optional: method → fields of its config, with the only value that it has
         stored     optional: 'nf4', if it keeps W in four bits: then W is one that this does not change
         configs    optional: false where it reads an adapter's tensors and no config, which it could refuse
