@@ -180,7 +180,7 @@ class Teller:
         file, name = sorted(self.files)[a % len(self.files)], free[b % len(free)]
         self.adapters[name] = self.files[file]
         self.loaded.add(name)
-        self.note(loaded=True)
+        self.note(loaded=True, renamed=name != file)
         self.came(name)
         return do("load_as", adapter=name, file=file)
 
@@ -207,9 +207,9 @@ class Teller:
         name = self.named(a)
         if name is None or not self.files or name in self.sums or self.merged or self.doubtful:
             return None
-        self.doubtful = True
-        self.note(replaced=True)
-        return do("load_as", adapter=name, file=sorted(self.files)[b % len(self.files)], may="refuse")
+        self.doubtful, file = True, sorted(self.files)[b % len(self.files)]
+        self.note(replaced=True, renamed=name != file)
+        return do("load_as", adapter=name, file=file, may="refuse")
 
     def combine(self, a: int, b: int) -> Step | None:
         """Weights and densities that all differ from each other and from what leaves things as they are."""
