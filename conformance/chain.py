@@ -46,10 +46,12 @@ class Chain(Model):
         return x, chains, ()
 
 
-def source(tied: bool) -> dict[str, Any]:
-    """What stands in the place of a config.json: the layers, and the order in which they run."""
+def source(tied: bool, conv1d: bool = True) -> dict[str, Any]:
+    """What stands in the place of a config.json: the layers, and the order in which they run. Without `conv1d`, those
+    that would be are Linear too."""
     layers = {
-        path: {"kind": kind, "in": i, "out": o, "bias": bias} | ({"tied_to": "wte"} if tied and path == "head" else {})
+        path: {"kind": kind if conv1d or kind != "conv1d" else "linear", "in": i, "out": o, "bias": bias}
+        | ({"tied_to": "wte"} if tied and path == "head" else {})
         for path, (kind, i, o, bias) in LAYERS.items()
     }
     return {"model_type": FAMILY, "layers": layers, "order": list(ORDER)}

@@ -334,7 +334,7 @@ def smallest(
 ) -> tuple[Case, Verdict]:
     """The case made smaller as the property can, as long as it fails in the same way, and not in one that is known."""
     assert prop.smaller
-    for structure in prop.smaller(case.meta["structure"]):
+    for structure in prop.smaller(case.method, case.meta["structure"]):
         trial = prop.case(case.method, structure, case.meta["seed"] - case.meta["structure"]["draw"])
         found = examine(target, trial, clock).verdict
         if found.kind == verdict.kind and not any(e.explains(trial, found.kind) for e in entries):
@@ -361,7 +361,7 @@ def failure(name: str, case: Case, verdict: Verdict, options: Options) -> Event:
 
 def scripted(case: Case, path: Path, target: str) -> Event:
     """A story is stored as a script, too, where one can be written for the target."""
-    if case.level != "story" or target not in scripts.WRITERS:
+    if case.level != "story" or not scripts.writable(case, target):
         return {}
     file = path.with_suffix(".py")
     file.write_text(scripts.script(case, target), encoding="utf-8")

@@ -1,6 +1,7 @@
 """Mistakes in stories: adapters, names, files and combinations mixed up after something else was done."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import numpy as np
 import refpeft.tune
 from refpeft import combine as combinations
 from refpeft.adapter import Adapter
+from refpeft.conformance.case import DTYPES
 from refpeft.conformance.mistakes import with_scale
 from refpeft.conformance.targets.spec_stories import Story
 from refpeft.ops import Array
@@ -197,6 +199,93 @@ class SaveSavesActive(Story):
         for name in adapters:
             if name in self.case.meta["adapters"]:
                 self.add(name)
+
+
+class SecondTakesFirstConfig(Story):
+    """What the first adapter's config says of a layer holds for all that come after it."""
+
+    def add(self, adapter: str) -> None:
+        super().add(adapter)
+        first, a = next(iter(self.adapters.values())), self.adapters[adapter]
+        if {n: v.shape for n, v in a.params.items()} == {n: v.shape for n, v in first.params.items()}:
+            self.adapters[adapter] = a.replace(config=first.config)
+
+
+class TakenOutByDivision(Folds):
+    """What was multiplied in is divided out, and a little is lost each time."""
+
+    def unmerge(self) -> None:
+        if self.into:
+            lost = {n: a * a.dtype.type(1 - 1e-5) for n, a in self.base.params.items()}
+            self.base = replace(self.base, params=lost)
+        super().unmerge()
+
+
+class LoadsTheFirstFile(Story):
+    """Of adapters that are loaded together, all have the numbers of the first where these fit."""
+
+    def load(self, adapters: Sequence[str]) -> None:
+        super().load(adapters)
+        first = self.adapters[adapters[0]]
+        for name in adapters:
+            a = self.adapters[name]
+            fit = {n: v for n, v in first.params.items() if n in a.params and v.shape == a.params[n].shape}
+            self.adapters[name] = a.replace(params={**a.params, **fit})
+
+
+class StaysInFront(Story):
+    """Disabled, the prompt, prefix or bottleneck goes on."""
+
+    def now(self) -> list[Adapter]:
+        return [self.adapters[name] for name in self.active]
+
+
+class LoadsInModelsDtype(Story):
+    """An adapter in float32 is rounded to the 16 bits of the model when it is loaded, and widened again."""
+
+    def load(self, adapters: Sequence[str]) -> None:
+        super().load(adapters)
+        half = DTYPES[self.case.meta["dtype"]]
+        for name, a in self.adapters.items():
+            self.adapters[name] = a.replace(params={n: v.astype(half).astype(v.dtype) for n, v in a.params.items()})
+
+
+class MergedStaysWide(Folds):
+    """Merged, a model in 16 bits computes in 32, and says so."""
+
+    def logits(self) -> Array:
+        out = super().logits()
+        return out.astype(np.float32) if self.into else out
+
+
+class LeavesHalf(Folds):
+    """Half of what was merged stays in the weights when it is taken out."""
+
+    def unmerge(self) -> None:
+        if self.into:
+            there = self.into.params
+            lost = {n: 0.5 * (a + there[n].astype(a.dtype)) for n, a in self.base.params.items()}
+            self.base = replace(self.base, params={n: a.astype(self.base.params[n].dtype) for n, a in lost.items()})
+        super().unmerge()
+
+
+class AverageIsNormalised(Story):
+    """Weights are divided by their sum."""
+
+    def average(self, adapter: str, of: Sequence[str], weights: Sequence[float]) -> None:
+        super().average(adapter, of, [w / sum(weights) for w in weights])
+
+
+class AverageSeesLater(Story):
+    """An average is of the adapters as they were added, whatever they have been trained to since."""
+
+    def average(self, adapter: str, of: Sequence[str], weights: Sequence[float]) -> None:
+        kept = dict(self.adapters)
+        for name in of:
+            if name in self.case.meta["adapters"]:
+                super().add(name)
+        super().average(adapter, of, weights)
+        self.adapters = {**kept, adapter: self.adapters[adapter]}
 
 
 class CombinedSeesLater(Story):

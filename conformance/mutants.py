@@ -352,6 +352,7 @@ PRODUCTS: Mapping[str, Mutant] = {
 # ── stories ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 ANY, FILES, SWAP, COMBINED = (("story", name) for name in ("any-order", "files", "hot-swap", "combined"))
+AVERAGED, HALVES = ("story", "averaged"), ("story", "sixteen-bits")
 STORIES: Mapping[str, Mutant] = {  # which only show after something else was done
     "merges-again": Mutant(ANY, of_story=mh.MergesAgain),
     "delete-leaves-merged-weights": Mutant(ANY, of_story=mh.DeleteLeavesMerged),
@@ -376,6 +377,18 @@ STORIES: Mapping[str, Mutant] = {  # which only show after something else was do
     "ties-against-the-majority": Mutant(COMBINED, mp.instead(combine, elected=mh.against), methods=SUMS),
     "ties-elects-by-the-other-count": Mutant(COMBINED, mp.instead(combine, elected=mh.by_frequency), methods=SUMS),
     "ties-mean-of-all": Mutant(COMBINED, mp.instead(combine, summing=mh.mean_of_all), methods=SUMS),
+    **each(("ia3", "lokr", "boft"), "merges-again", ANY, of_story=mh.MergesAgain),
+    **each(("adalora", "vera", "oft"), "switch-on-top-of-merged", ANY, of_story=mh.SwitchKeepsMerged),
+    **each(("ia3", "loha", "houlsby", "p_tuning"), "training-moves-inactive-adapters", ANY, of_story=mh.TrainsAll),
+    **each(("vera", "lokr", "prefix_tuning"), "loads-the-first-file-for-all", FILES, of_story=mh.LoadsTheFirstFile),
+    **each(("ia3", "oft"), "taken-out-by-division", ANY, of_story=mh.TakenOutByDivision),
+    **each(("loha", "adalora", "oft"), "second-takes-first-config", ANY, of_story=mh.SecondTakesFirstConfig),
+    **each(("prompt_tuning", "parallel"), "stays-enabled-in-stories", ANY, of_story=mh.StaysInFront),
+    **each(("lora", "ia3"), "half-stays-merged", HALVES, of_story=mh.LeavesHalf),
+    **each(("dora", "vera"), "merged-stays-wide", HALVES, of_story=mh.MergedStaysWide),
+    **each(("lora", "lokr", "prefix_tuning"), "loads-in-the-models-dtype", HALVES, of_story=mh.LoadsInModelsDtype),
+    **each(("ia3", "pfeiffer"), "average-normalised", AVERAGED, of_story=mh.AverageIsNormalised),
+    **each(("lora", "parallel"), "averaged-as-they-were-added", AVERAGED, of_story=mh.AverageSeesLater),
 }
 REJECTS: Mapping[str, Mutant] = {
     "unknown-field-ignored": Mutant(("layer", "rejects"), forgets=["lora_alfa"]),

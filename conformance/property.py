@@ -32,7 +32,7 @@ class Property:
     methods: Sequence[str] | None = None
     families: Sequence[str] | None = None  # those whose models it is about
     any_head: bool = True  # or only language models
-    smaller: Callable[[Structure], Iterator[Structure]] | None = None  # what to try of a failure that is met
+    smaller: Callable[[str, Structure], Iterator[Structure]] | None = None  # what to try of a failure that is met
 
     def applies(self, method: str) -> bool:
         """Is it about methods of this kind?"""

@@ -21,6 +21,10 @@ from refpeft.conformance.yardstick import Yardstick
 from refpeft.ops import Array
 
 WRITERS: Mapping[str, str] = {"peft": "story.peft.py.jinja"}  # target → its template
+CONFIGS: Mapping[str, str] = {  # method → its config in HF peft, where that is not LoRA's
+    "ia3": "IA3Config", "vera": "VeraConfig", "adalora": "AdaLoraConfig", "loha": "LoHaConfig", "lokr": "LoKrConfig",
+    "oft": "OFTConfig", "boft": "BOFTConfig",
+}  # fmt: skip
 TOLERANCE = {"float64": 1e-9, "float32": 1e-3}  # of what a difference that is reported is far above
 
 
@@ -28,8 +32,10 @@ def script(case: Case, target: str) -> str:
     """The text of the script. What is no story, and a target that has no template, is an error."""
     if target not in WRITERS:
         raise ValueError(f"scripts can be written for {', '.join(WRITERS)}, not for {target!r}")
-    if case.meta.get("model", {}).get("model_type") != chain.FAMILY:
+    if case.level != "story":
         raise ValueError(f"scripts are written of stories (level story), not of a case of level {case.level}")
+    if not writable(case, target):
+        raise ValueError(f"scripts are written of stories about chains of layers, not about {case.method}")
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -38,20 +44,33 @@ def script(case: Case, target: str) -> str:
     return template.render(about(case, target))
 
 
+def writable(case: Case, target: str) -> bool:
+    """A story of a chain of layers, whose library has a template."""
+    return target in WRITERS and case.meta.get("model", {}).get("model_type") == chain.FAMILY
+
+
 def about(case: Case, target: str) -> dict[str, Any]:
     m, arrays = case.meta, case.arrays
     steps, expected = m["steps"], Yardstick(case).ref
     used = {step["do"] for step in steps}
     return {
+        "make": CONFIGS.get(case.method, "LoraConfig"), "one_trained": case.method == "adalora",
         "id": m["id"], "dtype": m["dtype"], "layers": m["model"]["layers"], "order": m["model"]["order"],
         "weights": tensors(arrays, "model/"), "adapters": {
-            name: (own["config"], tensors(arrays, name + "/")) for name, own in m["adapters"].items()
+            name: (own["config"], values(case, name)) for name, own in m["adapters"].items()
         },
         "masks": list(masks(case)), "ids": arrays["ids"],
         "dout": arrays["dout"] if "train" in used else None, "rate": RATE, "used": used,
         "tolerance": TOLERANCE.get(m["dtype"], 1e-1),
         "steps": [(filled(step), rounded(expected[f"{k}/logits"]), line(step)) for k, step in enumerate(steps)],
     }  # fmt: skip
+
+
+def values(case: Case, name: str) -> dict[str, tuple[Array, str]]:
+    """The tensors of an adapter, as its file calls them, with their dtypes. VeRA's A and B are of the whole model."""
+    still = case.meta["adapters"][name].get("frozen", ())
+    there = tensors(case.arrays, name + "/").items()
+    return {f"base_model.{'' if n in still else 'model.'}{n}": (a, a.dtype.name) for n, a in there}
 
 
 def masks(case: Case) -> Iterator[Array]:

@@ -17,6 +17,9 @@ Structure = dict[str, Any]
 RUNS = ("model/logits", "model/param-grads", "model/count")
 TOKENS = ("model/causal", "model/padding", "model/incremental")
 LIVES = tuple("lifecycle/" + name for name in ("disable", "switch", "delete", "save-load", "saved-keys"))
+STORIES = tuple("story/" + name for name in ("any-order", "files", "replaced", "averaged", "sixteen-bits"))
+BESIDE = ("chain", "merge")  # features that make no sense for what is put beside the layers of a transformer
+ALONE_IN_FRONT = (*BESIDE, "together")
 MERGES = tuple(
     ["model/merge", "export/onnx"]
     + ["lifecycle/" + name for name in ("merge-twice", "safe-merge", "refused-merge", "unmerge", "change")]
@@ -97,7 +100,7 @@ OPTIONS: Sequence[Structure] = (  # a norm after the adapter takes away what a n
 )
 PFEIFFER = {**BOTTLENECK, "residual_before_ln": [True, False, "post_add"]}
 TOGETHER = ("model/order", "lifecycle/two-active")
-BOTTLENECKS = (*RUNS, "model/causal", "model/padding", "model/options", "model/left-out", *LIVES, *TOGETHER)
+BOTTLENECKS = (*RUNS, "model/causal", "model/padding", "model/options", "model/left-out", *LIVES, *TOGETHER, *STORIES)
 
 
 def wider(first: Structure) -> Structure:
@@ -110,7 +113,7 @@ ENCODER: Mapping[str, Sequence[Any]] = {
     "encoder_hidden_size": [5, 3],
 }
 WITH_HEAD = ("model/modules-to-save", "lifecycle/modules-to-save", "lifecycle/saved-modules")
-SOFT = (*RUNS, *TOKENS, "model/left-padding", "model/loss", "lifecycle/language-head", *LIVES)
+SOFT = (*RUNS, *TOKENS, "model/left-padding", "model/loss", "lifecycle/language-head", *LIVES, *STORIES)
 DROPS = ("model/dropped",)
 LAYERS = ("model/layers", "model/rows")
 INTRINSIC = (*SELECTION, "model/transpose", "model/two-merged", "lifecycle/two-active", "lifecycle/two-merged")
@@ -132,14 +135,14 @@ ALONE = (
 ONE_LAYER = tuple("layer/" + name for name in (*ALONE, "dtype"))
 WHOLE_TOO = (*WITH_HEAD, "lifecycle/language-head", "lifecycle/saved-names")
 PAIRS = ("model/order", "model/two-merged", "lifecycle/two-active", "lifecycle/two-merged", "export/onnx-two")
-MATRICES = (*SELECTION, *PAIRS, *WHOLE_TOO, "model/trained")
+MATRICES = (*SELECTION, *PAIRS, *WHOLE_TOO, "model/trained", *STORIES)
 
 
 # the last of each family's layers: vectors on what two kinds of layers give, and on what a third takes
 TAKES = r".*(mlp\.c_proj|down_proj|intermediate\.dense|\.wo|fc2)"
 
 
-TIED = ("model/embedding", "model/tied", "export/onnx-tied")
+TIED = ("model/embedding", "model/tied", "export/onnx-tied", "story/tied")
 SCALED = ("model/patterns", "lifecycle/saved-patterns")
 
 
@@ -294,12 +297,23 @@ TRAITS: Mapping[str, Traits] = {
     "trainable_tokens": Traits(
         "W", SELECTION, {"token_indices": [[2, 5], [7], [12, 3, 4]]}, fixed=embedding, second=other_tokens
     ),
-    "houlsby": Traits("H", BOTTLENECKS, {**BOTTLENECK, "train_norms": [True, False]}, OPTIONS, second=wider),
-    "pfeiffer": Traits("PF", BOTTLENECKS, PFEIFFER, OPTIONS, second=wider),
-    "parallel": Traits("PA", BOTTLENECKS, BOTTLENECK, OPTIONS, second=wider),
-    "prompt_tuning": Traits("PT", (*SOFT, *WITH_HEAD), PROMPT, fixed=placed, second=longer),
-    "p_tuning": Traits("PU", (*SOFT, *WITH_HEAD, *DROPS, "model/recurrent"), ENCODER, fixed=prompted, second=longer),
-    "prefix_tuning": Traits("PX", (*SOFT, *DROPS, *LAYERS, *TOGETHER), PREFIX, second=longer, architectures=("",)),
+    "houlsby": Traits(
+        "H", BOTTLENECKS, {**BOTTLENECK, "train_norms": [True, False]}, OPTIONS, second=wider, lacks=BESIDE
+    ),
+    "pfeiffer": Traits("PF", BOTTLENECKS, PFEIFFER, OPTIONS, second=wider, lacks=BESIDE),
+    "parallel": Traits("PA", BOTTLENECKS, BOTTLENECK, OPTIONS, second=wider, lacks=BESIDE),
+    "prompt_tuning": Traits("PT", (*SOFT, *WITH_HEAD), PROMPT, fixed=placed, second=longer, lacks=ALONE_IN_FRONT),
+    "p_tuning": Traits(
+        "PU",
+        (*SOFT, *WITH_HEAD, *DROPS, "model/recurrent"),
+        ENCODER,
+        fixed=prompted,
+        second=longer,
+        lacks=ALONE_IN_FRONT,
+    ),
+    "prefix_tuning": Traits(
+        "PX", (*SOFT, *DROPS, *LAYERS, *TOGETHER), PREFIX, second=longer, architectures=("",), lacks=BESIDE
+    ),
     "p_tuning_v2": Traits(
         "PV",
         (*RUNS, "model/padding", *LAYERS, *LIVES, *WITH_HEAD),

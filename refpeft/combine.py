@@ -18,6 +18,9 @@ The others replace the sum Σ wₖ Tₖ by another of the same tensors and weigh
 d is the `density`. The masks are arguments. One adapter alone is `linear`, whatever was asked for. An adapter that does
 not adapt a layer is left out there; where `cat` has rows to spare then, they are zero.
 
+`average` is another function: of adapters of any method that have one config, every tensor is θ = Σ wₖ θₖ. That is what
+AdapterHub's `average_adapter` calls linear, and HF peft's weighted sum of (IA)³.
+
 TIES: Yadav et al. 2023, arXiv 2306.01708, §4;   DARE: Yu et al. 2023, arXiv 2311.03099, eq. (1)-(4).
 
 Claims:
@@ -26,6 +29,8 @@ Claims:
     CO3  Weight 0 takes an adapter out of cat, linear and svd; weight −w subtracts what w adds.
     CO4  d = 1 prunes nothing: magnitude_prune and dare_linear are linear, with `_svd` they are svd.
     CO5  Where DARE keeps an entry, it is the original over d.
+    CO6  An average is linear in the tensors: with weights 1 and 0 it is the first. What it does to ΔW = s B A has
+         cross terms, (Σ wⱼ Bⱼ)(Σ wₖ Aₖ), so that weight −1 alone changes nothing; of (IA)³ it is the average of l.
 
 Where implementations differ:
     * The papers prune ΔW (task vectors of whole models); on A and B each for itself, signs and magnitudes are of
@@ -75,6 +80,18 @@ def combine(
         name = adapters[there[0]].by_module[path][0]
         params |= {name["A"]: A, name["B"]: B}
     return adapters[0].replace(config=config(adapters, r), params=params)
+
+
+def average(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+    """θ = Σ wₖ θₖ of every tensor that is trained; all else is the first one's."""
+    if not adapters or len(adapters) != len(weights):
+        raise ValueError(f"{len(adapters)} adapters need as many weights, found {len(weights)}")
+    first = adapters[0]
+    for a in adapters:
+        if (a.method, a.config) != (first.method, first.config):
+            raise ValueError("an average is of adapters of one method with one config, and these differ")
+    terms = {n: [w * a.params[n] for w, a in zip(weights, adapters, strict=True)] for n in first.params}
+    return first.replace(params={n: np.asarray(sum(t), first.params[n].dtype) for n, t in terms.items()})
 
 
 def check(adapters: Sequence[Adapter], weights: Sequence[float], how: str, density: float) -> None:

@@ -34,7 +34,7 @@ from refpeft.conformance.targets.models import (
     output,
     values_of,
 )
-from refpeft.conformance.targets.spec import real
+from refpeft.conformance.targets.spec import arguments, real
 from refpeft.conformance.targets.tensors import array, fill_all, quietly, tensor
 from refpeft.ops import Array
 
@@ -61,7 +61,7 @@ SETTINGS = {
 }
 FEATURES = (
     "forward", "grads", "frozen", "change", "merge", "unmerge", "disable", "several", "delete", "save", "conv1d",
-    "cache", "together", "weighted", "loss", "drop",
+    "cache", "together", "weighted", "loss", "drop", "train", "train-any", "train-loaded", "average",
 )  # fmt: skip
 SUMS = ("lora", "dora", "ia3", "prompt_tuning")  # whose adapters do not add up in a Stack, or of which there can be one
 HEADS = ("disable", "several", "delete", "save")  # for the head, which the method trains, belongs to no adapter there
@@ -71,10 +71,10 @@ class AdapterHub(Driver):
     def __init__(self) -> None:
         quietly("transformers", "adapters")
         self.declared = {
-            "name": "adapters", "version": adapters.__version__, "levels": ["model", "lifecycle"],
+            "name": "adapters", "version": adapters.__version__, "levels": ["model", "lifecycle", "story"],
             "methods": list(METHODS), "dtypes": ["float32", "float64"], "features": list(FEATURES),
             "families": [family for family in LINEARS if buildable(family) and adapted(family)],
-            "linears": LINEARS, "options": OPTIONS, "settings": SETTINGS,
+            "linears": LINEARS, "stories": "bert", "options": OPTIONS, "settings": SETTINGS,
             "without": {method: lacks(method) for method in METHODS},
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }  # fmt: skip
@@ -83,7 +83,9 @@ class AdapterHub(Driver):
         return Whole(case)
 
     def of_life(self, case: Case, folder: Path) -> "Session":
-        return Session(case, folder)
+        from refpeft.conformance.targets.adapters_stories import Story
+
+        return Story(case, folder) if case.level == "story" else Session(case, folder)
 
 
 def lacks(method: str) -> list[str]:
@@ -108,7 +110,7 @@ def adapted(family: str) -> bool:
 
 def adaptable(case: Case) -> Any:
     """transformers' model with the case's weights, ready for adapters; T5 has one kind of attention only."""
-    asked = case.meta.get("settings", {}).get("attention", "sdpa")
+    asked = case.meta.get("settings", {}).get("attention", "eager" if case.level == "story" else "sdpa")
     model = base_model(case, "eager" if case.meta["model"]["model_type"] == "t5" else asked)
     adapters.init(model)
     return model
@@ -144,9 +146,9 @@ def activate(model: Any, names: Sequence[str]) -> None:
 
 
 def places(case: Case, model: Any, name: str) -> dict[str, Place]:
-    about = case.meta["adapters"][name]
-    _, find = METHODS[about["method"]]
-    found = [*find(model, name), *head_places(about["config"].get("modules_to_save"), model)]
+    config = case.meta["adapters"].get(name, {}).get("config", {})  # none of one that was loaded under another name
+    _, find = METHODS[case.method]
+    found = [*find(model, name), *head_places(config.get("modules_to_save"), model)]
     return {p.name: p for p in found}
 
 
@@ -234,7 +236,7 @@ class Session:
     def run(self, steps: Sequence[Mapping[str, Any]]) -> Arrays:
         found: Arrays = {}
         for k, step in enumerate(steps):
-            said = getattr(self, step["do"])(**{n: v for n, v in step.items() if n != "do"}) or {}
+            said = getattr(self, step["do"])(**arguments(step)) or {}
             with torch.no_grad():
                 said["logits"] = array(output(self.model, self.case.arrays["ids"], **decoder_of(self.case)))
             found |= {f"{k}/{name}": a for name, a in said.items()}

@@ -24,6 +24,7 @@ class Target(Protocol):
         without    optional: method → features that it lacks for this method, and settings
         families   optional: of gpt2, llama, qwen2, bert, roberta, t5, bart, those that it can build
         linears    optional: family → the layers that it can adapt
+        stories    optional: of these, the one that stories are told on, where there can be no chain of layers
         options    optional: method → fields of its config, with the only value that it has
         stored     optional: 'nf4', if it keeps W in four bits: then W is one that this does not change
         configs    optional: false where it reads an adapter's tensors and no config, which it could refuse
@@ -51,11 +52,17 @@ FEATURES: Mapping[str, str] = {
     "together": "have several adapters active at once",
     "weighted": "make an adapter that is a weighted sum of others",
     "combine": "make an adapter of others in the ways of `refpeft.combine`",
+    "average": "make an adapter whose tensors are the weighted sums of those of others",
     "train": "take a step of training",
+    "train-loaded": "train an adapter that was loaded from a file",
+    "train-any": "of several adapters, train any that is active",
     "swap": "put a saved adapter in the place of another",
     "delete": "forget an adapter",
+    "heir": "make another adapter active where the active one is deleted",
     "save": "write an adapter's tensors to a safetensors file, and read them back",
     "convert": "save an adapter that started from factors of the weights as one of the untouched weights, and load it",
+    "over-merged": "switch, disable and delete while something is merged, which is then taken out",
+    "chain": "adapt a model that is a chain of layers, and no transformer",
     "embedding": "adapt embeddings",
     "cores": "LoHa with cores, as of convolutions: a matrix [o, i k] is one that sees k places of its input",
     "conv1d": "adapt layers that store W as [i, o]",

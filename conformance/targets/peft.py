@@ -79,9 +79,7 @@ class Peft(Driver):
             "features": [f for f in FEATURES if f not in ABSENT and NEEDED.get(f, "r") in FIELDS
                          and (f != "together" or together()) and (f != "convert" or conversion())
                          and (f != "swap" or find_spec("peft.utils.hotswap"))],
-            "without": {method: ["embedding"] for method, flag in FLAG.items() if not adapts_embeddings(flag)}
-                       | {method: ["together"] for method in prompts.CLASSES}  # one at a time
-                       | {method: ["conv1d", "embedding"] for method in TURNED} | {"oft": ["conv1d", "tied"]},
+            "without": {method: lacking(method) for method in ("lora", *FLAG, *CLASSES, *prompts.CLASSES)},
             "families": [family for family in tiny.FAMILIES if buildable(family)],
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }  # fmt: skip
@@ -90,9 +88,23 @@ class Peft(Driver):
         return Layer(case) if case.level == "layer" else Whole(case)
 
     def of_life(self, case: Case, folder: Path) -> "Session":
-        from refpeft.conformance.targets.peft_stories import Story
+        from refpeft.conformance.targets.peft_stories import Prompted, Story
 
-        return Story(case, folder) if case.level == "story" else Session(case, folder)
+        if case.level != "story":
+            return Session(case, folder)
+        return Prompted(case, folder) if case.method in prompts.CLASSES else Story(case, folder)
+
+
+def lacking(method: str) -> list[str]:
+    """Features that it lacks for a method."""
+    found = [] if method == "ia3" else ["average"]
+    if method in FLAG and not adapts_embeddings(FLAG[method]):
+        found.append("embedding")
+    if method in prompts.CLASSES:
+        found += ["together", "train-loaded"]  # one at a time, and for good
+    if method in TURNED:
+        found += ["conv1d", "embedding", *(["tied"] if method == "oft" else [])]
+    return found + (["train-any"] if method == "adalora" else [])
 
 
 # ── what this version has, found out by trying ───────────────────────────────────────────────────────────────────────

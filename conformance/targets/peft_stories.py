@@ -17,8 +17,9 @@ from peft.tuners.lora import LoraLayer
 
 from refpeft.conformance.case import Case
 from refpeft.conformance.targets.base import Arrays
+from refpeft.conformance.targets.models import base_model, output
 from refpeft.conformance.targets.peft import PREFIX, Session, plain
-from refpeft.conformance.targets.spec_stories import RATE
+from refpeft.conformance.targets.spec_stories import RATE, last
 from refpeft.conformance.targets.tensors import array, tensor
 from refpeft.ops import Array
 
@@ -51,11 +52,16 @@ class Story(Session):
         self.model = self.fresh()
         self.ids = tensor(case.arrays["ids"])
 
+    trainable = True  # what is loaded
+
     def fresh(self) -> Any:
         return Chain(self.case.meta["model"], dict(self.case.arrays)).eval()
 
+    def said(self) -> Any:
+        return self.model(self.ids)
+
     def logits(self) -> Array:
-        return array(self.model(self.ids))
+        return array(self.said())
 
     def disable(self) -> None:
         self.model.base_model.disable_adapter_layers()
@@ -66,13 +72,14 @@ class Story(Session):
     def train(self) -> None:
         """A step of gradient descent on whatever is trained now."""
         self.model.zero_grad()
-        self.model(self.ids).backward(tensor(self.case.arrays["dout"]))
+        out = self.said()
+        out.backward(tensor(last(self.case.arrays["dout"], out.shape)))
         torch.optim.SGD([p for p in self.model.parameters() if p.requires_grad], lr=RATE).step()
 
     def load(self, adapters: Sequence[str]) -> None:
         first, *others = adapters
         self.model = peft.PeftModel.from_pretrained(
-            self.fresh(), str(self.folder / first), adapter_name=first, is_trainable=True
+            self.fresh(), str(self.folder / first), adapter_name=first, is_trainable=self.trainable
         )
         for name in others:
             self.load_as(name, name)
@@ -81,7 +88,8 @@ class Story(Session):
     def load_as(self, adapter: str, file: str) -> Arrays | None:
         """Where the name is taken, sizes that do not fit are refused: torch says so."""
         try:
-            self.model.load_adapter(str(self.folder / file), adapter_name=adapter, is_trainable=True)
+            trained = self.trainable and self.case.method != "adalora"  # of which one at a time can be
+            self.model.load_adapter(str(self.folder / file), adapter_name=adapter, is_trainable=trained)
         except RuntimeError as error:
             if "size mismatch" not in str(error):
                 raise
@@ -102,6 +110,9 @@ class Story(Session):
             if "while they are merged" not in str(error):
                 raise
             return {"refused": np.array(True)}
+
+    def average(self, adapter: str, of: Sequence[str], weights: Sequence[float]) -> None:
+        self.model.add_weighted_adapter(list(of), list(weights), adapter)
 
     def combine(
         self,
@@ -127,3 +138,21 @@ class Story(Session):
             for name in names:
                 for n in there:
                     yield tensor(self.case.arrays[f"mask/{adapter}/{n}/{name}"])
+
+
+class Prompted(Story):
+    """Of a transformer with prompts, which are the PeftModel's own and not its layers'."""
+
+    trainable = False
+
+    def fresh(self) -> Any:
+        return base_model(self.case)
+
+    def said(self) -> Any:
+        return output(self.model, self.case.arrays["ids"])
+
+    def disable(self) -> None:
+        Session.disable(self)
+
+    def enable(self) -> None:
+        Session.enable(self)

@@ -1,13 +1,16 @@
 """Stories on the specification: whatever was done before, the model says what it says of the adapters active now."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from refpeft.combine import combine
-from refpeft.conformance.case import Case
+from refpeft import tune
+from refpeft.combine import average, combine
+from refpeft.conformance.case import DTYPES, Case
 from refpeft.conformance.targets.base import Arrays
-from refpeft.conformance.targets.spec import Session, tensors
+from refpeft.conformance.targets.spec import Session, model_of, tensors
+from refpeft.model import Model
 from refpeft.ops import Array
 from refpeft.part import stored
 
@@ -30,8 +33,8 @@ class Story(Session):
 
     def train(self) -> None:
         """θ ← θ − η ∂⟨logits, dout⟩/∂θ, for the adapters active now and nothing else."""
-        _, vjp = self.base(self.case.arrays["ids"], self.now())
-        for name, grads in zip(self.active, vjp(self.case.arrays["dout"]), strict=True):
+        logits, vjp = self.base(self.case.arrays["ids"], self.now())
+        for name, grads in zip(self.active, vjp(last(self.case.arrays["dout"], logits.shape)), strict=True):
             a = self.adapters[name]
             self.adapters[name] = a.replace(params={n: v - v.dtype.type(RATE) * grads[n] for n, v in a.params.items()})
 
@@ -60,8 +63,66 @@ class Story(Session):
 
         self.adapters[adapter] = combine([self.adapters[n] for n in of], weights, how, density, sign, mask=mask)
 
+    def average(self, adapter: str, of: Sequence[str], weights: Sequence[float]) -> None:
+        """A new adapter whose tensors are weighted sums; it is not active yet."""
+        self.adapters[adapter] = average([self.adapters[n] for n in of], weights)
+
     def mask(self, name: str, shape: tuple[int, ...]) -> Array:
         return self.case.arrays["mask/" + name]
+
+
+def last(dout: Array, shape: tuple[int, ...]) -> Array:
+    """As many of its last positions as there are: a prompt's are in front, and not every adapter has as many."""
+    return dout[:, dout.shape[1] - shape[1] :]
+
+
+class Folding(Story):
+    """What is merged is written into the weights, which are rounded to the model's dtype; what that took away or added
+    stays there when the adapter is taken out. In float64 otherwise: how far from the formula do merges alone lead?"""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case.in_float64())
+        self.dtype = DTYPES[case.meta["dtype"]]
+        self.into: Model | None = None
+        self.exact: Model | None = None
+
+    def logits(self) -> Array:
+        if self.into and self.enabled:
+            out: Array = self.into(self.case.arrays["ids"])[0]
+            return out
+        return super().logits()
+
+    def merge(self, safe: bool = False) -> None:
+        if self.into is None:
+            adapters = [self.adapters[name] for name in self.active]
+            self.exact = tune.merge(self.base, adapters)
+            self.into = self.rounded(self.exact, {})
+
+    def unmerge(self) -> None:
+        if self.into and self.exact:
+            off = {n: a - self.exact.params[n] for n, a in self.into.params.items() if n in self.base.params}
+            self.base = self.rounded(self.base, off)
+        self.into = self.exact = None
+
+    def rounded(self, model: Model, off: Mapping[str, Array]) -> Model:
+        there = {n: a + off.get(n, 0) for n, a in model.params.items()}
+        return replace(model, params={n: a.astype(self.dtype).astype(np.float64) for n, a in there.items()})
+
+    def activate(self, adapters: Sequence[str]) -> None:
+        self.unmerge()
+        super().activate(adapters)
+
+    def disable(self) -> None:
+        self.unmerge()
+        super().disable()
+
+    def delete(self, adapter: str) -> None:
+        self.unmerge()
+        super().delete(adapter)
+
+    def load(self, adapters: Sequence[str]) -> None:
+        self.into, self.exact, self.base = None, None, model_of(self.case)
+        super().load(adapters)
 
 
 def settled(case: Case, got: Arrays) -> Case:
@@ -73,4 +134,4 @@ def settled(case: Case, got: Arrays) -> Case:
     return Case({**case.meta, "steps": steps}, case.arrays) if steps else case
 
 
-__all__ = ["RATE", "Story", "settled", "tensors"]
+__all__ = ["RATE", "Folding", "Story", "last", "settled", "tensors"]

@@ -96,7 +96,7 @@ class Place:
 def complete(cfg: Config, model: "Model") -> Config:
     """With HF peft's targets for the family, where none are named. A name that no targeted module ends in is refused,
     unless it is among the family's own."""
-    targets, forward = DEFAULTS[model.config.family]
+    targets, forward = DEFAULTS.get(model.config.family, (None, ()))
     cfg = cfg if cfg.target_modules is not None else replace(cfg, target_modules=targets)
     cfg = cfg if cfg.feedforward_modules is not None else replace(cfg, feedforward_modules=forward)
     names = [] if isinstance(cfg.feedforward_modules, str) else cfg.feedforward_modules or []

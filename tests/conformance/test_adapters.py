@@ -33,7 +33,7 @@ def case(level: str, prop: str, method: str, family: str, **more: Any) -> Case:
 
 @pytest.mark.adapterhub
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("level", ["model", "lifecycle"])
+@pytest.mark.parametrize("level", ["model", "lifecycle", "story"])
 def test_adapters_differs_only_where_it_is_known_to(level: str, tmp_path: Path) -> None:
     rows = [e for e in engine.check("adapters", folder=tmp_path, examples=1, levels=[level]) if e["type"] == "result"]
     found = [r for r in rows if r["status"] != "undeclared"]

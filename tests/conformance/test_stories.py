@@ -3,7 +3,7 @@
 import ast
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +12,40 @@ import pytest
 from typer.testing import CliRunner
 
 from refpeft.cli import app
-from refpeft.conformance import engine, stories
+from refpeft.conformance import engine, staging, stories, telling
 from refpeft.conformance.case import Case
 from refpeft.conformance.mutants import MUTANTS
 from refpeft.conformance.script import literal, script
 from refpeft.conformance.targets.spec import Spec
 from refpeft.conformance.targets.spec_stories import Story, settled
+from refpeft.conformance.traits import LORA
 
 KNOWN = Path(engine.__file__).parent / "known" / "peft"
 BOTH = [*stories.BOTH]
 
 
-def told(moves: Sequence[Any], method: str = "lora", prop: str = "files", **config: Any) -> Case:
-    """A story of named moves, on float32, untied."""
-    able = list(stories.NEEDED)
+def told(
+    moves: Sequence[Any],
+    method: str = "lora",
+    prop: str = "files",
+    dtype: str = "float32",
+    lacks: Sequence[str] = (),
+    **config: Any,
+) -> Case:
+    """A story of named moves, untied."""
+    able = list(telling.NEEDED)
     named = [(m, 0, 0) if isinstance(m, str) else m for m in moves]
     configs = {
         name: {"r": 2, "lora_alpha": 3.0 + n, "target_modules": ["q", "q2"], **config}
-        for n, name in enumerate(stories.NAMES)
+        for n, name in enumerate(telling.NAMES)
     }
+    if method not in LORA:
+        configs = staging.plainly(method, 0, [{}], [["q", "q2"]], config)
     structure = {
         "moves": [[able.index(m) + 1, a, b] for m, a, b in named], "able": able, "draw": 0, "configs": configs,
-        "tied": False, "dtype": "float32",
+        "tied": False, "dtype": dtype, **({"lacks": lacks} if lacks else {}),
     }  # fmt: skip
-    return stories.case(method, prop, structure, 0)
+    return staging.case(method, prop, structure, 0)
 
 
 def done(case: Case) -> list[str]:
@@ -54,7 +64,7 @@ def test_what_is_not_possible_is_left_out() -> None:
 
 def test_any_part_of_a_story_is_a_story() -> None:
     rng = np.random.default_rng(0)
-    names = list(stories.NEEDED)
+    names = list(telling.NEEDED)
     for _ in range(30):
         moves = [(names[n], int(a), int(b)) for n, a, b in rng.integers(0, [len(names), 3, 11], (10, 3))]
         for kept in (moves, moves[1:], moves[::2], moves[:5]):
@@ -70,8 +80,8 @@ def test_all_moves_and_all_combinations_are_told_always() -> None:
             steps = prop.case("lora", s, 0).meta["steps"]
             seen |= {step["do"] for step in steps}
             sums |= {step["how"] for step in steps if step["do"] == "combine"}
-    assert seen == {*stories.NEEDED} - {"replace", "thin"}
-    assert sums == {*stories.SUMS}
+    assert seen == {*telling.NEEDED} - {"replace", "thin"}
+    assert sums == {*telling.SUMS}
 
 
 def test_a_target_is_told_what_it_declares() -> None:
@@ -194,26 +204,38 @@ def test_a_script_shows_a_known_failure_by_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.peft
-@pytest.mark.parametrize("method", ["lora", "dora"])
-def test_a_script_of_what_is_right_says_so(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [("lora", "float32"), ("lora", "bfloat16"), ("dora", "float32"), ("vera", "float32"), ("adalora", "float32"),
+     ("lokr", "float64"), ("boft", "float32")],
+)  # fmt: skip
+def test_a_script_of_what_is_right_says_so(method: str, dtype: str, tmp_path: Path) -> None:
     """Files, training, merging, a head; combinations with masks."""
     flags: dict[str, Any] = {"use_dora": True} if method == "dora" else {}
-    sums: Sequence[Any] = () if flags else (("combine", 0, 6), ("activate", 3, 0), "train", ("combine", 0, 9))
+    sums: Sequence[Any] = (("combine", 0, 6), ("activate", 3, 0), "train", ("combine", 0, 9))
     moves = [
         *BOTH,
         "train",
         "save",
         ("load_as", 0, 0),
         ("activate", 2, 0),
-        *sums,
+        *(sums if (method, dtype) == ("lora", "float32") else ()),
         "merge",
         "unmerge",
         "disable",
         "enable",
     ]
-    done = ran(script(told(moves, method, **flags), "peft"), tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == len(moves)
+    lacks = [f for f in staging.RELEVANT if f in peft_without(method)]
+    case = told(moves, method, "files", dtype, lacks, **flags)
+    assert done(case) == [m if isinstance(m, str) else m[0] for m in moves]
+    said = ran(script(case, "peft"), tmp_path)
+    assert said.returncode == 0, said.stderr
+    assert len(said.stdout.splitlines()) == len(moves)
+
+
+def peft_without(method: str) -> Sequence[str]:
+    lacking: Mapping[str, Sequence[str]] = engine.here("peft").info()["without"]
+    return lacking[method]
 
 
 # ── HF peft ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,4 +1,4 @@
-"""Combinations of LoRA adapters: claims CO1–CO5 of `refpeft.combine`, and what it refuses. HF peft's: the stories."""
+"""Combinations of LoRA adapters: claims CO1–CO6 of `refpeft.combine`, and what it refuses. HF peft's: the stories."""
 
 import re
 from typing import Any
@@ -8,7 +8,7 @@ import pytest
 
 import refpeft
 from refpeft.adapter import Adapter
-from refpeft.combine import HOW, PLAIN, combine
+from refpeft.combine import HOW, PLAIN, average, combine
 from refpeft.methods.lora import ΔW
 from tests.models import tiny
 
@@ -158,3 +158,35 @@ def test_one_name_for_each_way() -> None:
     assert set(PLAIN) < set(HOW)
     made = combine([lora(1), lora(2)], [1.0, 1.0], "svd")
     assert made.config.r == 2
+
+
+def test_an_average_is_linear_in_the_tensors_and_not_in_what_they_do() -> None:
+    """CO6"""
+    one, two = lora(1), lora(2)
+    first = average([one, two], [1.0, 0.0])
+    assert all(np.array_equal(v, one.params[n]) for n, v in first.params.items())
+    same(deltas(average([one], [-1.0])), deltas(one))
+    sum_of_halves = average([one, two], [0.5, 0.25])
+    for path, (names, _) in one.by_module.items():
+        A, B = ([a.params[names[x]] for a in (one, two)] for x in "AB")
+        wanted = one.config.scale * (0.5 * B[0] + 0.25 * B[1]) @ (0.5 * A[0] + 0.25 * A[1])
+        np.testing.assert_allclose(deltas(sum_of_halves)[path], wanted, atol=1e-12)
+
+
+def test_an_average_of_vectors_is_the_average_of_what_they_do() -> None:
+    """CO6: of (IA)³, in which W′ is linear."""
+    config = {"target_modules": ["c_attn"], "feedforward_modules": []}
+    fresh = refpeft.init("ia3", config, MODEL)
+    rng = np.random.default_rng(0)
+    both = [fresh.replace(params={n: rng.normal(size=v.shape) for n, v in fresh.params.items()}) for _ in range(2)]
+    name = next(site.weight for site in MODEL.sites.values() if site.path.endswith("c_attn"))
+    W = [refpeft.merge(MODEL, a).params[name] for a in both]
+    found = refpeft.merge(MODEL, average(both, [0.75, -1.5])).params[name]
+    np.testing.assert_allclose(found, 0.75 * W[0] - 1.5 * W[1], atol=1e-12)
+
+
+def test_what_cannot_be_averaged() -> None:
+    with pytest.raises(ValueError, match="one method with one config, and these differ"):
+        average([lora(1), lora(2, r=3)], [1.0, 1.0])
+    with pytest.raises(ValueError, match="1 adapters need as many weights, found 2"):
+        average([lora(1)], [1.0, 1.0])
