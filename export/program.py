@@ -121,7 +121,8 @@ def export(
         report("tracing the specification, writing the weights")
         symbols = Graph(RULES)
         frozen = Path(source) if link and source is not None else None
-        made = traced(form, subject, symbols, folder / weights.DATA, frozen)
+        data = folder / weights.DATA
+        made = traced(form, subject, symbols, data, frozen)
         protos = modelled(subject, symbols, made, graph)
         for name, proto in protos.items():
             save(proto, folder / name, beside)
@@ -131,8 +132,8 @@ def export(
         if verify:
             report("running it on onnxruntime")
         provider, cases = proven(folder, subject, FORMS[form], protos, beside, verify, device)
-        if not beside:
-            (folder / weights.DATA).unlink(missing_ok=True)
+        if not beside or not data.stat().st_size:
+            data.unlink()
         result = described(folder, Path(out), form, subject, made, protos, beside, provider, cases)
         write_card(folder, made, subject, result)
     return result
