@@ -84,7 +84,7 @@ def decoder(graph: Graph, model: Model, hooks: Hooks, subject: Subject) -> Outpu
 
 def shown(model: Model, shape: Sequence[Any]) -> Sequence[Any]:
     """As the file has it. optimum begins with keys and values of length 0 that are d/h wide, whatever a head's width
-    is: of T5's some must be let in so, and what is empty is joined to anything. Those of transformers.js are of one
+    is: of T5's some must be let in so, and what is empty is joined to anything. Those of transformers.js are of no
     text."""
     c = model.config
     return shape if c.num_heads * c.head_dim == c.hidden_size else (*shape[:3], "head_width")
