@@ -251,7 +251,12 @@ def pair(x: Node) -> tuple[Node, Node]:
 def cached(x: Node) -> bool:
     """Does this attention read keys and values of before, joined to its own?"""
     pair = [a for a in x.args[1:3] if a is not None and a.op == "Concat" and len(a.args) == 2 and len(a.shape) == 4]
-    return len(pair) == 2 and len(x.shape) == 4 and all(a.args[0] is not None and not a.args[0].op for a in pair)
+    return len(pair) == 2 and len(x.shape) == 4 and all(fed(a.args[0]) for a in pair)
+
+
+def fed(past: Node | None) -> bool:
+    """Does this come from outside, in its shape? Attention joins nothing else, not even where that is empty."""
+    return past is not None and not past.op and not past.attrs.get("loose")
 
 
 def stated(y: Symbol) -> Symbol:

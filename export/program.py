@@ -127,7 +127,8 @@ def export(
         report(f"tracing the specification, writing {size / 1e6:,.1f} MB of weights")
         symbols = Graph(RULES)
         frozen = Path(source) if link and source is not None else None
-        made = traced(form, subject, symbols, folder / weights.DATA, frozen)
+        data = folder / weights.DATA
+        made = traced(form, subject, symbols, data, frozen)
         protos = modelled(subject, symbols, made, graph)
         for name, proto in protos.items():
             save(proto, folder / name, beside)
@@ -137,8 +138,8 @@ def export(
         if verify:
             report("running it on onnxruntime")
         verified = proven(folder, subject, FORMS[form], protos, beside, verify, device)
-        if not beside:
-            (folder / weights.DATA).unlink(missing_ok=True)
+        if not beside or not data.stat().st_size:
+            data.unlink()
         result = described(folder, Path(out), form, subject, made, protos, beside, verified)
         write_card(folder, made, subject, result)
     return result

@@ -79,7 +79,7 @@ def decoder(graph: Graph, model: Model, hooks: Hooks, subject: Subject, begun: b
     names = caches(c, "past_key_values")
     lengths = {"decoder": PAST, "encoder": BEGUN if begun else KNOWN}
     shapes = [(BATCH, c.num_heads, lengths[n.split(".")[2]], c.head_dim) for n in names]
-    given = [graph.input(n, dtype, shape, shown(model, shape)) for n, shape in zip(names, shapes, strict=True)]
+    given = [graph.input(n, dtype, s, shown(model, s), loose=True) for n, s in zip(names, shapes, strict=True)]
     past, new = pairs(m, states, [x.swapaxes(1, 2) for x in given])
     target: Any = model.target(seen, ids, None, hooks, past)
     x, _, present = stack(m, "decoder.", c.num_decoder_layers or 0, target, past, Encoded(states, mask))
@@ -92,7 +92,8 @@ def decoder(graph: Graph, model: Model, hooks: Hooks, subject: Subject, begun: b
 
 def shown(model: Model, shape: Sequence[Any]) -> Sequence[Any]:
     """As the file has it. optimum begins with keys and values of length 0 that are d/h wide, whatever a head's width
-    is: of T5's some must be let in so, and what is empty is joined to anything."""
+    is: of T5's some must be let in so, and what is empty is joined to anything. Those of transformers.js are of no
+    text."""
     c = model.config
     return shape if c.num_heads * c.head_dim == c.hidden_size else (*shape[:3], "head_width")
 

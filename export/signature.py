@@ -22,6 +22,7 @@ INT = np.dtype(np.int64)
 HIDDEN = "last_hidden_state"
 BATCH, SEQUENCE, DECODED = "batch", "sequence", "decoder_sequence"
 PAST, KNOWN = "past_sequence", "past_encoder_sequence"
+ROWS = "batch_size"  # of a past: transformers.js makes the first one by this name, and axes of other names empty
 
 
 def run(graph: Graph, model: Model, hooks: Hooks, subject: Subject) -> tuple[list[str], Outputs]:
@@ -50,16 +51,18 @@ def decoding(graph: Graph, model: Model, hooks: Hooks, subject: Subject) -> tupl
     c = model.config
     ids = graph.input("input_ids", INT, (BATCH, SEQUENCE))
     shape = (BATCH, c.num_kv_heads, PAST, c.head_dim)
-    past = [[graph.input(name, subject.dtype, shape) for name in pair] for pair in caches(model, "past_key_values")]
+    shown = (ROWS, *shape[1:])
+    names = caches(model, "past_key_values")
+    past = [[graph.input(name, subject.dtype, shape, shown) for name in pair] for pair in names]
     s, t = ids.shape[1], past[0][0].shape[2]
     mask = graph.input("attention_mask", INT, (BATCH, t + s))
     places = graph.input("position_ids", INT, (BATCH, SEQUENCE))
     cache = [(k.swapaxes(1, 2), v.swapaxes(1, 2)) for k, v in past]
     out, _, present = model.run(hooks, ids, mask, None, places, past=cache)
     kept = [x.swapaxes(1, 2) for pair in present for x in pair]
-    names = [name for pair in caches(model, "present") for name in pair]
+    kept_names = [name for pair in caches(model, "present") for name in pair]
     logits = last(out, {*graph.live(kept)}, {}) if subject.last_logits else out
-    found = {"logits": logits, **dict(zip(names, kept, strict=True))}
+    found = {"logits": logits, **dict(zip(kept_names, kept, strict=True))}
     inputs: Sequence[Symbol] = [ids, mask, places, *(x for pair in past for x in pair)]
     return [x.node.name for x in inputs], found
 

@@ -59,12 +59,20 @@ class Graph:
         self.made: dict[Any, Node] = {}
 
     def input(
-        self, name: str, dtype: Any, shape: Sequence[Size | str], shown: Sequence[Size | str] | None = None
+        self,
+        name: str,
+        dtype: Any,
+        shape: Sequence[Size | str],
+        shown: Sequence[Size | str] | None = None,
+        loose: bool = False,
     ) -> "Symbol":
         """An input, or a weight. A str in its shape names a size; the first input that has it tells its value. A size
-        may also be one that other inputs tell. `shown`: the shape as a model's signature has it, if that is another."""
+        may also be one that other inputs tell. `shown`: the shape as a model's signature has it, if that is another.
+        `loose`: where it is empty, other sizes may differ."""
         dims = tuple(Dim(self, {(d,): 1}) if isinstance(d, str) else d for d in shape)
-        self.made[name] = Node(name, "", (), {"shown": shape if shown is None else shown}, np.dtype(dtype), dims)
+        self.made[name] = Node(
+            name, "", (), {"shown": shape if shown is None else shown, "loose": loose}, np.dtype(dtype), dims
+        )
         x = Symbol(self, self.made[name])
         for axis, d in enumerate(shape):
             if isinstance(d, str):

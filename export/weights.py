@@ -53,15 +53,12 @@ def store(tensors: Iterable[Tensor], data: Path, frozen: Path | None = None) -> 
             for block in blocks(array, dtype):
                 write(file, block)
             protos[name] = external(name, array.shape, dtype, offset, file.tell() - offset)
-        written = file.tell()
     for original in linked.values():
         linking.link(original, data.parent)
     if frozen is not None and not linked:
         raise ValueError(
             f"{frozen}: none of its tensors can stay as it is, so there is nothing to link: --weights copy"
         )
-    if not written:
-        data.unlink()
     return protos
 
 

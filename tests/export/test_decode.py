@@ -29,7 +29,7 @@ def test_every_family_and_form(family: str, form: str, dtype: str, tmp_path: Pat
     assert max(c["ratio"] for c in result.cases) <= LIMIT
     assert {c["what"] for c in result.cases} <= {"decoding", "no adapter, decoding"}
     g, e = model.config.num_kv_heads, model.config.head_dim
-    past = ["batch", g, "past_sequence", e]
+    past = ["batch_size", g, "past_sequence", e]
     layers = [f"past_key_values.{n}.{what}" for n in range(2) for what in ("key", "value")]
     assert list(result.inputs) == ["input_ids", "attention_mask", "position_ids", *layers]
     assert result.inputs["past_key_values.1.value"] == past

@@ -154,6 +154,16 @@ def test_a_graph_that_holds_its_weights_is_what_protobuf_reads(tmp_path: Path, m
     assert 0 in {len(t.raw_data) for t in inside.graph.initializer}
 
 
+@pytest.mark.parametrize("external", [False, True])
+def test_a_graph_may_hold_no_weight_at_all(external: bool, tmp_path: Path) -> None:
+    """Where all of them are trained they are inputs, and no file is left that holds none."""
+    model = tiny("gpt2", dtype=F32)
+    adapter = refpeft.init("full", {}, model)
+    result = export(model, adapter, tmp_path / "out", "training", external=external, verify=False)
+    assert not result.external_data
+    assert not (tmp_path / "out" / "model.onnx.data").exists()
+
+
 def test_large_weights_are_external_unless_told_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("refpeft.export.program.INLINE_LIMIT", 1000)
     model = tiny("gpt2", dtype=F32)

@@ -36,14 +36,15 @@ def padded(prompts: Rows) -> dict[str, Rows]:
 
 
 def folders(root: Path, name: str, case: str) -> Any:
-    """The base model, the adapter and the export, without a token that ends a text."""
+    """The base model, the adapter and the export, a fast or a portable one, without a token that ends a text."""
     model, adapter = made(CASES[case], name)
     refpeft.save(model, root / "model")
     settings = {"eos_token_id": None, "decoder_start_token_id": model.config.decoder_start_token_id, "pad_token_id": 0}
     (root / "model" / "generation_config.json").write_text(json.dumps(settings))
     refpeft.save_adapter(adapter, root / "adapter")
     adapter = refpeft.load_adapter(root / "adapter", model)
-    export(model, adapter, root / "out", case.split()[0], decode=True, verify=False, source=root / "model")
+    how: dict[str, Any] = {"decode": True, "verify": False, "source": root / "model"}
+    export(model, adapter, root / "out", case.split()[0], graph="fast" if case == "unmerged" else "portable", **how)
     return model, adapter
 
 

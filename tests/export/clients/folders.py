@@ -24,6 +24,8 @@ WRITERS: Mapping[str, tuple[str, str, str, dict[str, Any]]] = {  # case → form
     "external": ("merged", "gpt2", "lora", {"external": True}),
     "last": ("merged", "llama", "lora", {"last_logits": True}),
     "float16": ("merged", "llama", "lora", {"dtype": "float16"}),
+    "fast": ("unmerged", "llama", "lora", {"graph": "fast"}),
+    "int4": ("merged", "gpt2", "lora", {"dtype": "int4"}),
     "unmerged": ("unmerged", "qwen2", "dora", {}),
     "inputs": ("inputs", "gpt2", "rslora", {}),
     "prompt": ("prompt", "llama", "prompt_tuning", {}),
