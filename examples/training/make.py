@@ -93,12 +93,12 @@ def batch_of(t: Tokenizer, rows: Sequence[Mapping[str, Any]]) -> dict[str, Array
 def losses(model: refpeft.Model, adapter: refpeft.Adapter, t: Tokenizer, rows: Sequence[Any], name: str) -> list[float]:
     """Of every step, as the specification has it."""
     o, found = optimizer({"optimizer": name}), []
-    state = o.start(adapter.params)
+    state = o.start(adapter)
     for _ in range(EPOCHS):
         for k in range(0, len(rows), BATCH):
             batch = batch_of(t, rows[k : k + BATCH])
             _, L, _, grads = answer_and_gradient(model, adapter, loss_for(model), batch)
-            params, state = o.step(model, adapter.params, grads, state, RATE)
+            params, state = o.step(model, adapter, grads, state, RATE)
             adapter = replace(adapter, params=params)
             found.append(float(L))
     return found

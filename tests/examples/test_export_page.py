@@ -67,7 +67,7 @@ ROWS = {
     "LoRA": ["lora", "rslora", "dora"],
     "AdaLoRA": ["adalora"],
     "(IA)³": ["ia3", "vera"],
-    "LoHa": ["loha", "lokr", "oft", "boft"],
+    "LoHa": ["loha", "lokr", "glora", "dylora", "oft", "boft"],
     "BitFit": ["bitfit", "ln_tuning", "trainable_tokens", "partial", "full"],
     "trained heads": ["head"],
     "prompt tuning": ["prompt_tuning", "p_tuning"],
