@@ -16,7 +16,7 @@ def questions(method: str) -> Sequence[Question]:
     kinds: Mapping[tuple[str, ...], Callable[[str], list[Question]]] = {
         ("lora",): matrices,
         ("dora",): magnitudes,
-        ("loha", "lokr"): sums,
+        ("loha", "lokr", "glora", "dylora"): sums,
         ("oft", "boft"): rotations,
         ("prompt_tuning", "p_tuning"): prompts,
         ("prefix_tuning",): prefixes,

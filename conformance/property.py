@@ -59,6 +59,8 @@ class Property:
         return there and family in traits.families
 
     def structure(self, method: str, info: Info) -> Strategy:
+        if self.families and "model" not in info and not strategies.buildable(info, self.families):
+            return st.nothing()  # the target has none of the families that it is about
         return self.draw(method, info)
 
     def case(self, method: str, structure: Structure, seed: int) -> Case:

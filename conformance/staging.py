@@ -66,6 +66,8 @@ CASTS: Mapping[str, Cast] = {
     "vera": Cast({"r": [2], "d_initial": [0.1, 0.5]}, apart=False),  # A and B are of all, as large as they need
     "loha": Cast(PRODUCT, OPTIONS),
     "lokr": Cast({**PRODUCT, "decompose_both": [False, True], "decompose_factor": [-1, 2]}, OPTIONS),
+    "glora": Cast(PRODUCT, OPTIONS),
+    "dylora": Cast({"r": [4, 2], "rank": [2, 1], "alpha": [6.0, 1.0, 3.0]}),
     "oft": Cast({
         "oft_block_size": [2, 4], "num_cayley_neumann_terms": [5, 4, 7], "block_share": [False, True]
     }, settled=dividing),

@@ -74,7 +74,7 @@ def test_all_that_is_awkward_occurs(method: str) -> None:
 def test_every_method_of_the_suite_that_has_stories_has_a_cast() -> None:
     asked = {m for m in TRAITS if any(p.applies(m) for p in stories.STORIES)}
     assert asked == set(staging.CASTS)
-    assert len(asked) == 16
+    assert len(asked) == 18
     assert set(staging.RELEVANT) <= set(FEATURES)
 
 

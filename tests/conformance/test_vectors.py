@@ -53,7 +53,7 @@ def test_the_stored_vectors_are_those_that_are_made_now() -> None:
 
 
 def test_they_are_small_and_about_a_dozen_for_every_method_in_both_regimes() -> None:
-    assert sum(p.stat().st_size for p in STORED.rglob("*") if p.is_file()) < 5e6
+    assert sum(p.stat().st_size for p in STORED.rglob("*") if p.is_file()) < 5.5e6
     methods = Counter(e["method"] for e in ENTRIES)
     assert list(methods) == known()
     assert min(methods.values()) >= 12
