@@ -22,7 +22,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import peft
 import torch
 import transformers
-from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.pytorch_utils import Conv1D
 
 from refpeft.conformance import tiny
@@ -461,6 +460,8 @@ class Session:
             self.merge_safely()
 
     def merge_safely(self) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer  # which came with 0.5.0
+
         layers = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
         if not all("safe_merge" in inspect.signature(layer.merge).parameters for layer in layers):
             raise Skip("merging has no safe_merge here")
