@@ -23,7 +23,7 @@ from refpeft.conformance import tiny
 from refpeft.conformance.case import Case, read
 from refpeft.conformance.targets import models
 from refpeft.conformance.targets.adapterhub import METHODS, Place, head_places
-from refpeft.conformance.targets.base import Arrays, Skip
+from refpeft.conformance.targets.base import Arrays, Life, Skip
 from refpeft.conformance.targets.models import (
     Driver,
     base_model,
@@ -34,7 +34,7 @@ from refpeft.conformance.targets.models import (
     output,
     values_of,
 )
-from refpeft.conformance.targets.spec import arguments, real
+from refpeft.conformance.targets.spec import real
 from refpeft.conformance.targets.tensors import array, fill_all, quietly, tensor
 from refpeft.ops import Array
 
@@ -227,20 +227,15 @@ class Whole:
 # ── a life ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Session:
+class Session(Life):
     def __init__(self, case: Case, folder: Path) -> None:
         self.case, self.folder = case, folder
         self.model = adaptable(case)
         self.active: list[str] = []
 
-    def run(self, steps: Sequence[Mapping[str, Any]]) -> Arrays:
-        found: Arrays = {}
-        for k, step in enumerate(steps):
-            said = getattr(self, step["do"])(**arguments(step)) or {}
-            with torch.no_grad():
-                said["logits"] = array(output(self.model, self.case.arrays["ids"], **decoder_of(self.case)))
-            found |= {f"{k}/{name}": a for name, a in said.items()}
-        return found
+    def logits(self) -> Array:
+        with torch.no_grad():
+            return array(output(self.model, self.case.arrays["ids"], **decoder_of(self.case)))
 
     def add(self, adapter: str) -> None:
         add(self.case, self.model, adapter)

@@ -1,6 +1,6 @@
 """What a target is: something that says what it can do, and answers cases."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from refpeft.conformance.case import Case
@@ -78,3 +78,22 @@ FEATURES: Mapping[str, str] = {
     "nf4": "store the weights of a layer in four bits, NF4",
     "tied": "tied input and output embeddings",
 }
+
+
+class Life:
+    """A model and what is done to it, a method for each step; what is said then, and the logits after it."""
+
+    def logits(self) -> Array:
+        raise NotImplementedError
+
+    def run(self, steps: Sequence[Mapping[str, Any]]) -> Arrays:
+        found: Arrays = {}
+        for k, step in enumerate(steps):
+            said = getattr(self, step["do"])(**arguments(step)) or {}
+            found |= {f"{k}/{name}": a for name, a in {**said, "logits": self.logits()}.items()}
+        return found
+
+
+def arguments(step: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a step: all but what it is called, and whether it may be refused."""
+    return {name: value for name, value in step.items() if name not in ("do", "may")}

@@ -25,11 +25,11 @@ from lycoris import LycorisNetwork, create_lycoris_from_weights  # type: ignore[
 from safetensors.torch import load_file
 
 from refpeft.conformance.case import Case
-from refpeft.conformance.targets.base import Arrays, Info, Skip
+from refpeft.conformance.targets.base import Arrays, Info, Life, Skip
 from refpeft.conformance.targets.layers import HONOURED, Layers, Place
 from refpeft.conformance.targets.lycoris import FIELDS, UNDONE, Settings, blocks, not_wide, places
 from refpeft.conformance.targets.models import Driver, base_model, decoder_of, output, values_of
-from refpeft.conformance.targets.spec import arguments, mask_of, real
+from refpeft.conformance.targets.spec import mask_of, real
 from refpeft.conformance.targets.tensors import array, fill_all, tensor
 from refpeft.conformance.targets.torch_layers import gradient
 from refpeft.method import Targets, targeted
@@ -283,7 +283,7 @@ class Whole:
 # ── a life ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Session:
+class Session(Life):
     def __init__(self, case: Case, folder: Path) -> None:
         self.case, self.folder = case, folder
         self.off = case.meta["settings"]["off"]
@@ -291,13 +291,6 @@ class Session:
         self.adapters: dict[str, Adapter] = {}
         self.active: list[str] = []
         self.is_merged = False
-
-    def run(self, steps: Sequence[Mapping[str, Any]]) -> Arrays:
-        found: Arrays = {}
-        for k, step in enumerate(steps):
-            said = getattr(self, step["do"])(**arguments(step)) or {}
-            found |= {f"{k}/{name}": a for name, a in said.items()} | {f"{k}/logits": self.logits()}
-        return found
 
     def logits(self) -> Array:
         return array(output(self.model, self.case.arrays["ids"], **decoder_of(self.case)))

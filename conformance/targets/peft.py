@@ -28,7 +28,7 @@ from refpeft.conformance import tiny
 from refpeft.conformance.case import DTYPES, Case, read
 from refpeft.conformance.targets import models
 from refpeft.conformance.targets import peft_prompts as prompts
-from refpeft.conformance.targets.base import FEATURES, Arrays, Skip
+from refpeft.conformance.targets.base import FEATURES, Arrays, Life, Skip
 from refpeft.conformance.targets.models import (
     Driver,
     base_model,
@@ -40,7 +40,7 @@ from refpeft.conformance.targets.models import (
     steps_of,
     values_of,
 )
-from refpeft.conformance.targets.spec import LATIN, arguments, mask_of, real
+from refpeft.conformance.targets.spec import LATIN, mask_of, real
 from refpeft.conformance.targets.tensors import array, quietly, tensor
 from refpeft.conformance.targets.torch_layers import Patches
 from refpeft.methods import METHODS
@@ -424,23 +424,15 @@ class Whole:
 # ── a life ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Session:
+class Session(Life):
     def __init__(self, case: Case, folder: Path) -> None:
         self.case, self.folder = case, folder
         self.model = base_model(case)
         self.disabled: Any = None
 
-    def run(self, steps: Sequence[Mapping[str, Any]]) -> Arrays:
-        found: Arrays = {}
-        for k, step in enumerate(steps):
-            said = getattr(self, step["do"])(**arguments(step)) or {}
-            with torch.no_grad():
-                said["logits"] = self.logits()
-            found |= {f"{k}/{name}": a for name, a in said.items()}
-        return found
-
     def logits(self) -> Array:
-        return array(output(self.model, self.case.arrays["ids"], **decoder_of(self.case)))
+        with torch.no_grad():
+            return array(output(self.model, self.case.arrays["ids"], **decoder_of(self.case)))
 
     def add(self, adapter: str) -> None:
         self.model = add(self.case, self.model, adapter)

@@ -20,7 +20,7 @@ from refpeft.checkpoint.families import describe
 from refpeft.checkpoint.wrapper import PREFIX
 from refpeft.conformance import chain
 from refpeft.conformance.case import DTYPES, Case
-from refpeft.conformance.targets.base import FEATURES, Arrays
+from refpeft.conformance.targets.base import FEATURES, Arrays, Life
 from refpeft.conformance.traits import known
 from refpeft.inputs import shift_right
 from refpeft.method import Phi
@@ -297,7 +297,7 @@ def tensors(case: Case, prefix: str) -> Arrays:
 # ── a life: steps, and what the model says after each ────────────────────────────────────────────────────────────────
 
 
-class Session:
+class Session(Life):
     """The invariant of all lifecycles: the model says what the specification says of the adapters active now."""
 
     def __init__(self, case: Case) -> None:
@@ -307,13 +307,6 @@ class Session:
         self.enabled = True
         self.merged: Model | None = None
         self.files: dict[str, Adapter] = {}
-
-    def run(self, steps: Sequence[Mapping[str, Any]]) -> Arrays:
-        found: Arrays = {}
-        for k, step in enumerate(steps):
-            said = getattr(self, step["do"])(**arguments(step)) or {}
-            found |= {f"{k}/{name}": a for name, a in said.items()} | {f"{k}/logits": self.logits()}
-        return found
 
     def logits(self) -> Array:
         model, adapters = (self.merged, []) if self.merged else (self.base, self.now())
@@ -376,11 +369,6 @@ class Session:
         """New values written into the parameters of an adapter."""
         new = tensors(self.case, f"new-{adapter}/")
         self.adapters[adapter] = self.adapters[adapter].replace(params=new)
-
-
-def arguments(step: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a step: all but what it is called, and whether it may be refused."""
-    return {name: value for name, value in step.items() if name not in ("do", "may")}
 
 
 def filed(adapter: Adapter) -> Arrays:
