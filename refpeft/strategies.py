@@ -50,15 +50,22 @@ def info(dtypes: Sequence[str]) -> Mapping[str, Any]:
     return {**Spec().info(), "dtypes": list(dtypes)}
 
 
+HEADS = ("", tiny.CLASSIFIER)  # '' is the family's language model
+
+
 def structures(
-    method: str, families: Sequence[str] | None, dtypes: Sequence[str], layers: int
+    method: str,
+    families: Sequence[str] | None,
+    dtypes: Sequence[str],
+    layers: int,
+    heads: tuple[str, ...] = HEADS,
 ) -> st.SearchStrategy[dict[str, Any]]:
     if method not in TRAITS:
         raise ValueError(f"unknown method {method!r}: there are {', '.join(TRAITS)}")
     for family in families or ():
         if family not in FAMILIES:
             raise ValueError(f"unknown family {family!r}: there are {', '.join(FAMILIES)}")
-    return drawn.model(method, info(dtypes), tuple(families or FAMILIES), layers=layers)
+    return drawn.model(method, info(dtypes), tuple(families or FAMILIES), heads, layers)
 
 
 def models(
@@ -76,11 +83,12 @@ def configs(method: str, family: str = "llama") -> st.SearchStrategy[Any]:
 def adapters(method: str, model: Model) -> st.SearchStrategy[Adapter]:
     """Adapters of this model, its parameters moved away from where the method starts them."""
     family = model.config.family
+    head = str(model.source["architectures"][0]).removeprefix(tiny.PREFIX[family])
 
     def made(s: Mapping[str, Any]) -> Adapter:
         return adapter_of(method, s["config"], model, s["draw"])
 
-    return structures(method, [family], ("float32",), 1).map(made)
+    return structures(method, [family], ("float32",), 1, ("" if head == tiny.LM[family] else head,)).map(made)
 
 
 def tuned(

@@ -6,7 +6,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import refpeft
-from refpeft import strategies
+from refpeft import Adapter, strategies
+from refpeft.conformance import build
 from refpeft.conformance.targets.spec import Spec
 from refpeft.conformance.traits import TRAITS
 from refpeft.conformance.yardstick import Yardstick
@@ -26,6 +27,21 @@ def test_models_and_adapters_go_together(data: st.DataObject) -> None:
         assert adapter.method == method
         assert all(np.isfinite(p).all() for p in adapter.params.values())
         assert {p.dtype for p in adapter.params.values()} <= {next(iter(model.params.values())).dtype}
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "LlamaForSequenceClassification"])
+def test_adapters_are_for_the_head_that_the_model_has(architecture: str) -> None:
+    """A prompt has the classifier trained beside it, where there is one."""
+    source = {"family": "llama", "architecture": architecture.removeprefix("Llama"), "layers": 1, "dtype": "float32"}
+    model = build.tiny_model(source, 0)
+    classifies = architecture.endswith("Classification")
+
+    @FEW
+    @given(strategies.adapters("p_tuning", model))
+    def each(adapter: Adapter) -> None:
+        assert bool(adapter.config.modules_to_save) == classifies
+
+    each()
 
 
 @pytest.mark.parametrize("method", sorted(TRAITS))
