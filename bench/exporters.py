@@ -139,7 +139,9 @@ def command(name: str, folder: Path, out: Path) -> list[str]:
 
 
 def exported(name: str, folder: Path, out: Path, graph: str = "model.onnx") -> tuple[float, float]:
-    """Seconds, and the peak of anonymous memory of the process and those that it starts, in MB."""
+    """Seconds, and the peak of anonymous memory of the process and those that it starts, in MB. What others have
+    written is on the disk before, so that nobody waits for that."""
+    os.sync()
     start, peak = time.perf_counter(), 0.0
     env = os.environ | {"HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryFile("w+") as said:
