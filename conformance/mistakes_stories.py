@@ -11,7 +11,7 @@ from refpeft import combine as combinations
 from refpeft.adapter import Adapter
 from refpeft.conformance.case import DTYPES
 from refpeft.conformance.mistakes import with_scale
-from refpeft.conformance.targets.spec_stories import Story
+from refpeft.conformance.targets.spec_stories import Story, Written
 from refpeft.ops import Array
 
 
@@ -20,10 +20,8 @@ def whole(a: Adapter) -> list[str]:
     return [name for name in a.params if "lora_" not in name]
 
 
-class Folds(Story):
+class Folds(Written):
     """A story in which what is merged is written into the weights, as libraries do."""
-
-    into: Any = None
 
     def logits(self) -> Array:
         model, adapters = (self.into, self.beside()) if self.into else (self.base, self.now())
@@ -38,18 +36,6 @@ class Folds(Story):
 
     def unmerge(self) -> None:
         self.into = None
-
-    def activate(self, adapters: Sequence[str]) -> None:
-        self.unmerge()
-        super().activate(adapters)
-
-    def disable(self) -> None:
-        self.unmerge()
-        super().disable()
-
-    def delete(self, adapter: str) -> None:
-        self.unmerge()
-        super().delete(adapter)
 
     def load(self, adapters: Sequence[str]) -> None:
         self.unmerge()

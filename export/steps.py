@@ -50,11 +50,10 @@ def across(runner: Runner, rows: Sequence[Sequence[int]], c: Config, start: int,
     (states,) = runner.encoder.run_values(values({"input_ids": ids, "attention_mask": mask}), [HIDDEN], looked=0)
     kind = next(i.type for i in runner.session.get_inputs() if i.name.startswith(PAST))
     begin = seq2seq.start(c, np.float16 if "float16" in kind else np.float32, len(rows), prefix)
-    known = {seq2seq.STATES: states, **values({seq2seq.MASK: mask})}
     if prefix:
-        known = values(
-            dict(zip((seq2seq.STATES, seq2seq.MASK), seq2seq.behind(begin, states.numpy(), mask), strict=True))
-        )
+        shown, mask = seq2seq.behind(begin, states.numpy(), mask)
+        states = values({seq2seq.STATES: shown})[seq2seq.STATES]
+    known = {seq2seq.STATES: states, **values({seq2seq.MASK: mask})}
     past: Mapping[str, Any] = values(begin)
 
     def step(chosen: Array | None) -> Array:

@@ -220,10 +220,11 @@ class Symbol(NDArrayOperatorsMixin):
         ]
         unknown = [k for k, d in enumerate(spec) if isinstance(d, Dim)]
         empty = [k for k, d in enumerate(shape) if isinstance(d, Dim) and not d.least()]
-        for first in [k for k in unknown if k in empty][:1] or unknown[:1]:
-            if set(empty) - {first}:  # beside an axis of no places there is nothing to tell −1 by
-                return self.graph.emit("Reshape", (x, self.graph.ints(shape)), x.dtype, shape, allowzero=1)
-            spec[first] = -1
+        free = [k for k in unknown if k in empty] or unknown
+        if free and set(empty) - {free[0]}:  # beside an axis of no places there is nothing to tell −1 by
+            return self.graph.emit("Reshape", (x, self.graph.ints(shape)), x.dtype, shape, allowzero=1)
+        if free:
+            spec[free[0]] = -1
         return self.graph.emit("Reshape", (x, self.graph.ints(spec)), x.dtype, shape)
 
     def astype(self, dtype: Any, copy: bool = True) -> "Symbol":

@@ -6,12 +6,11 @@ trains, belongs to no adapter. An average is `average_adapter` with its strategy
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from refpeft.conformance.targets.adapters import Session, default_dtype
 from refpeft.conformance.targets.base import Arrays
-from refpeft.conformance.targets.models import decoder_of, output
+from refpeft.conformance.targets.models import decoder_of, output, refused
 from refpeft.conformance.targets.spec_stories import RATE, last
 from refpeft.conformance.targets.tensors import tensor
 
@@ -27,18 +26,12 @@ class Story(Session):
         torch.optim.SGD([p for p in self.model.base_model.parameters() if p.requires_grad], lr=RATE).step()
 
     def load_as(self, adapter: str, file: str) -> Arrays | None:
-        """Where the name is taken, sizes that do not fit are refused: torch says so."""
+        how = {"load_as": adapter, "use_safetensors": True, "with_head": False}
         try:
             with default_dtype(self.case.meta["dtype"]):
-                where = str(self.folder / file)
-                self.model.load_adapter(where, load_as=adapter, use_safetensors=True, with_head=False)
-        except RuntimeError as error:
-            if "size mismatch" not in str(error):
-                raise
-            return {"refused": np.array(True)}
+                return refused(lambda: self.model.load_adapter(str(self.folder / file), **how))
         finally:
             self.model.eval()
-        return None
 
     def average(self, adapter: str, of: Sequence[str], weights: Sequence[float]) -> None:
         with default_dtype(self.case.meta["dtype"]):

@@ -13,6 +13,12 @@ from refpeft.ops import Array
 Function = Callable[[Mapping[str, Any], Any], Any]
 
 
+def exact() -> None:
+    """float64 where it is asked for, on the CPU."""
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_platforms", "cpu")
+
+
 def gradients(f: Function, φ: Mapping[str, Any], x: Array, dy: Array) -> dict[str, Array]:
     """Of Σ dy ⊙ f(φ, x): 'd' + each name in φ, and dx where x is not of integers."""
     wanted = (0, 1) if x.dtype.kind == "f" else (0,)

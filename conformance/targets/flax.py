@@ -8,13 +8,12 @@ embeddings; `nnx.Param` and `nnx.LoRAParam` are how one tells what to train.
 from collections.abc import Mapping
 from importlib.metadata import version
 
-import jax  # type: ignore[import-not-found, unused-ignore]
 import jax.numpy as jnp  # type: ignore[import-not-found, unused-ignore]
 import numpy as np
 from flax import nnx  # type: ignore[import-not-found, unused-ignore]
 
 from refpeft.conformance.case import Case
-from refpeft.conformance.targets.arrays import module_gradients
+from refpeft.conformance.targets.arrays import exact, module_gradients
 from refpeft.conformance.targets.base import Arrays
 from refpeft.conformance.targets.layers import Layer, Layers
 from refpeft.ops import Array
@@ -56,8 +55,7 @@ class Adapted(Layer):
 
 
 def loaded() -> Layers:
-    jax.config.update("jax_enable_x64", True)
-    jax.config.update("jax_platforms", "cpu")
+    exact()
     return Layers(
         Adapted, name="flax", version=version("flax"), methods=["lora"],
         features=["forward", "grads", "init", "change"], settings={"module": ["LoRALinear", "LoRA"]},

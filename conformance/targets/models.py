@@ -2,7 +2,7 @@
 
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -118,3 +118,14 @@ def values_of(case: Case, prefix: str) -> Arrays:
 def output(model: Any, ids: Array, mask: Array | None = None, **more: Any) -> Any:
     out = model(input_ids=tensor(ids), attention_mask=None if mask is None else tensor(mask), **more)
     return out.logits if hasattr(out, "logits") else out.last_hidden_state
+
+
+def refused(load: Callable[[], Any]) -> Arrays | None:
+    """Loads an adapter. Where the name is taken, sizes that do not fit are refused: torch says so."""
+    try:
+        load()
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        return {"refused": np.array(True)}
+    return None

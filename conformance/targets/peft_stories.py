@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 
 from refpeft.conformance.case import Case
 from refpeft.conformance.targets.base import Arrays
-from refpeft.conformance.targets.models import base_model, output
+from refpeft.conformance.targets.models import base_model, output, refused
 from refpeft.conformance.targets.peft import PREFIX, Session, plain
 from refpeft.conformance.targets.spec_stories import RATE, last
 from refpeft.conformance.targets.tensors import array, tensor
@@ -86,17 +86,12 @@ class Story(Session):
         self.model.eval()
 
     def load_as(self, adapter: str, file: str) -> Arrays | None:
-        """Where the name is taken, sizes that do not fit are refused: torch says so."""
+        trained = self.trainable and self.case.method != "adalora"  # of which one at a time can be
+        where = str(self.folder / file)
         try:
-            trained = self.trainable and self.case.method != "adalora"  # of which one at a time can be
-            self.model.load_adapter(str(self.folder / file), adapter_name=adapter, is_trainable=trained)
-        except RuntimeError as error:
-            if "size mismatch" not in str(error):
-                raise
-            return {"refused": np.array(True)}
+            return refused(lambda: self.model.load_adapter(where, adapter_name=adapter, is_trainable=trained))
         finally:
             self.model.eval()
-        return None
 
     def swap(self, adapter: str, file: str) -> None:
         from peft.utils.hotswap import hotswap_adapter

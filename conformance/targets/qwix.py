@@ -8,14 +8,13 @@ merging; `nnx.LoRAParam` is how one tells what to train. Flax's `Embed` multipli
 from collections.abc import Mapping
 from importlib.metadata import version
 
-import jax  # type: ignore[import-not-found, unused-ignore]
 import jax.numpy as jnp  # type: ignore[import-not-found, unused-ignore]
 import numpy as np
 import qwix  # type: ignore[import-not-found, unused-ignore]
 from flax import nnx  # type: ignore[import-not-found, unused-ignore]
 
 from refpeft.conformance.case import Case
-from refpeft.conformance.targets.arrays import module_gradients
+from refpeft.conformance.targets.arrays import exact, module_gradients
 from refpeft.conformance.targets.base import Arrays
 from refpeft.conformance.targets.layers import Layer, Layers
 from refpeft.ops import Array
@@ -64,8 +63,7 @@ def linear(module: str, W: Array, b: Array | None) -> nnx.Module:
 
 
 def loaded() -> Layers:
-    jax.config.update("jax_enable_x64", True)
-    jax.config.update("jax_platforms", "cpu")
+    exact()
     return Layers(
         Adapted, name="qwix", version=version("qwix"), methods=["lora"],
         features=["forward", "grads", "init", "change"], settings={"module": ["Linear", "Einsum"]},

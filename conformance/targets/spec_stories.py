@@ -76,14 +76,31 @@ def last(dout: Array, shape: tuple[int, ...]) -> Array:
     return dout[:, dout.shape[1] - shape[1] :]
 
 
-class Folding(Story):
+class Written(Story):
+    """A story in which what is merged is written into the weights, and taken out before others are to run."""
+
+    into: Model | None = None
+
+    def activate(self, adapters: Sequence[str]) -> None:
+        self.unmerge()
+        super().activate(adapters)
+
+    def disable(self) -> None:
+        self.unmerge()
+        super().disable()
+
+    def delete(self, adapter: str) -> None:
+        self.unmerge()
+        super().delete(adapter)
+
+
+class Folding(Written):
     """What is merged is written into the weights, which are rounded to the model's dtype; what that took away or added
     stays there when the adapter is taken out. In float64 otherwise: how far from the formula do merges alone lead?"""
 
     def __init__(self, case: Case) -> None:
         super().__init__(case.in_float64())
         self.dtype = DTYPES[case.meta["dtype"]]
-        self.into: Model | None = None
         self.exact: Model | None = None
 
     def logits(self) -> Array:
@@ -107,18 +124,6 @@ class Folding(Story):
     def rounded(self, model: Model, off: Mapping[str, Array]) -> Model:
         there = {n: a + off.get(n, 0) for n, a in model.params.items()}
         return replace(model, params={n: a.astype(self.dtype).astype(np.float64) for n, a in there.items()})
-
-    def activate(self, adapters: Sequence[str]) -> None:
-        self.unmerge()
-        super().activate(adapters)
-
-    def disable(self) -> None:
-        self.unmerge()
-        super().disable()
-
-    def delete(self, adapter: str) -> None:
-        self.unmerge()
-        super().delete(adapter)
 
     def load(self, adapters: Sequence[str]) -> None:
         self.into, self.exact, self.base = None, None, model_of(self.case)
