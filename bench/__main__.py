@@ -41,11 +41,6 @@ def step_figures(found: dict[str, Any]) -> Iterator[Figure]:
         yield f"training step, {shape}: peak memory", measured["a_mb"] / measured["b_mb"], 1.0, ""
 
 
-def export_figures(found: dict[str, Any]) -> Iterator[Figure]:
-    yield "export, gpt2-small merged: time against torch.onnx.export", found["ratio"], 0.08, ""
-    yield "export, gpt2-small merged: peak anonymous memory", found["anonymous_mb"], 200, " MB"
-
-
 def fastfood_figures(found: dict[str, Any]) -> Iterator[Figure]:
     for way in ("forward", "transpose"):
         yield f"fastfood, 2²² parameters, {way}: time against scipy.fft.dct", found[way]["ratio"], fastfood.LIMIT, ""
@@ -65,9 +60,12 @@ def main() -> None:
     console = Console()
     figures: list[Figure] = []
     scripts = {
-        "step.py": step_figures, "methods.py": method_figures, "export.py": export_figures,
-        "exporters.py": exporter_figures, "seq2seq.py": exporter_figures, "fastfood.py": fastfood_figures,
-    }  # fmt: skip
+        "step.py": step_figures,
+        "methods.py": method_figures,
+        "exporters.py": exporter_figures,
+        "seq2seq.py": exporter_figures,
+        "fastfood.py": fastfood_figures,
+    }
     for script, read in scripts.items():
         console.print(f"\n[bold]bench/{script}[/]")
         figures += read(run(script))

@@ -4,15 +4,14 @@
 
 The shapes of T5-small and BART-base with random weights; two graphs each. Every folder has a process of its own, all
 take turns, and a ratio is the median over the rounds; as it is a matter of luck which pages of memory a process gets,
-all are started several times anew, each time in the opposite order. The first step makes keys and values of 128 places
-of the encoder, decode writes a token after 128 others. One thread; `--cpu` takes the processor's time, for a machine
-that does other things too.
+all are started several times anew, each time in another order. The first step makes keys and values of 128 places of the
+encoder, decode writes a token after 128 others. One thread; `--cpu` takes the processor's time, for a machine that does
+other things too.
 """
 
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from bench.exporters import INT8, Figure, exported, python_of, table
+from bench.exporters import INT8, Figure, Session, command, exported, ours, python_of, ratio, repeated, table
 from bench.step import write
 
 T5 = {
@@ -43,19 +42,12 @@ SHAPES: dict[str, dict[str, Any]] = {"t5-small": T5, "bart-base": BART}
 GRAPHS = {
     "fast": {"graph": "fast"}, "portable": {}, "fast, int4": {"graph": "fast", "dtype": "int4", "blocks": INT8},
 }  # fmt: skip
+ENCODER, DECODER = "encoder_model.onnx", "decoder_model_merged.onnx"
 CASES = {  # graph, batch, places of the encoder, of the decoder
-    "encoder 4×128": ("encoder_model", 4, 128, 0), "first step 4": ("first", 4, 128, 0),
-    "decode 1": ("decoder_model_merged", 1, 128, 128), "decode 4": ("decoder_model_merged", 4, 128, 128),
+    "encoder 4×128": (ENCODER, 4, 128, 0), "first step 4": ("first", 4, 128, 0),
+    "decode 1": (DECODER, 1, 128, 128), "decode 4": (DECODER, 4, 128, 128),
 }  # fmt: skip
 AGAINST_PORTABLE, AGAINST_OPTIMUM = 1.05, 1.0  # where the one has little to gain it ties with the other
-
-
-def export(name: str, model: Path, out: Path) -> None:
-    import refpeft
-    from refpeft.export import export as run
-
-    options: dict[str, Any] = GRAPHS[name]
-    run(refpeft.load(model), None, out, verify=False, decode=True, source=model, **options)
 
 
 # ── runs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -69,15 +61,15 @@ def serve(folder: Path, cpu: bool) -> None:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
     sessions = {
-        name: onnxruntime.InferenceSession(folder / f"{name}.onnx", options, ["CPUExecutionProvider"])
-        for name in ("encoder_model", "decoder_model_merged")
+        name: onnxruntime.InferenceSession(folder / name, options, ["CPUExecutionProvider"])
+        for name in (ENCODER, DECODER)
     }
     config = json.loads((folder / "config.json").read_text())
     print("ready", flush=True)
     for line in sys.stdin:
         case, runs = line.rstrip().rsplit(" ", 1)
         graph, b, t, past = CASES[case]
-        session = sessions.get(graph, sessions["decoder_model_merged"])
+        session = sessions.get(graph, sessions[DECODER])
         fed = feeds(session, config, b, t, past)
         session.run(None, fed)
         seconds = []
@@ -110,52 +102,19 @@ def feeds(session: Any, c: dict[str, Any], b: int, t: int, past: int) -> dict[st
     return {i.name: fed(i.name) for i in session.get_inputs()}
 
 
-class Worker:
-    """A process with the graphs of one folder."""
-
-    def __init__(self, folder: Path, cpu: bool) -> None:
-        words = [sys.executable, __file__, "--serve", str(folder), *["--cpu"] * cpu]
-        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.answer()
-
-    def answer(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError("onnxruntime cannot load or run it, see above")
-        return line
-
-    def run(self, case: str, runs: int) -> float:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{case} {runs}\n")
-        self.process.stdin.flush()
-        return 1e3 * statistics.median(json.loads(self.answer()))
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-
-def repeated(folders: dict[str, Path], options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
-    found: dict[str, dict[str, list[float]]] = {case: {name: [] for name in folders} for case in CASES}
-    for k in range(options.processes):
-        order = dict(reversed(folders.items())) if k % 2 else folders
-        for case, times in latencies(order, options.rounds, options.cpu).items():
-            for name, t in times.items():
-                found[case][name] += t
-    return found
-
-
 def latencies(folders: dict[str, Path], rounds: int, cpu: bool) -> dict[str, dict[str, list[float]]]:
     """Case → graph → milliseconds of every round."""
-    workers = {name: Worker(folder, cpu) for name, folder in folders.items()}
+    workers = {
+        name: Session([sys.executable, __file__, "--serve", str(folder), *["--cpu"] * cpu])
+        for name, folder in folders.items()
+    }
     found: dict[str, dict[str, list[float]]] = {case: {name: [] for name in folders} for case in CASES}
     try:
         for case, times in found.items():
             runs = 8 if case.startswith("decode") else 2
             for _ in range(rounds):
                 for name, worker in workers.items():
-                    times[name].append(worker.run(case, runs))
+                    times[name].append(1e3 * worker.run(case, runs))
     finally:
         for worker in workers.values():
             worker.close()
@@ -172,24 +131,22 @@ def figures(shape: str, found: dict[str, dict[str, list[float]]]) -> Iterator[Fi
             yield f"{shape}, {case}: fast against optimum", ratio(times, "fast", "optimum"), AGAINST_OPTIMUM, ""
 
 
-def ratio(times: dict[str, list[float]], a: str, b: str) -> float:
-    return statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
-
-
 def measured(shape: str, root: Path, options: argparse.Namespace, console: Any) -> list[Figure]:
     model = root / shape
     write(str(model), SHAPES[shape])
     folders = {name: root / f"{shape} {name}" for name in GRAPHS}
     for name, folder in folders.items():
-        export(name, model, folder)
+        exported(ours(model, folder, GRAPHS[name]), folder, DECODER)
     if python_of("optimum"):
         folders["optimum"] = root / f"{shape} optimum"
-        exported("optimum", model, folders["optimum"], "decoder_model_merged.onnx")
-    found = repeated(folders, options)
+        exported(command("optimum", model, folders["optimum"]), folders["optimum"], DECODER)
+    found = repeated(lambda order: latencies(order, options.rounds, options.cpu), folders, options.processes)
     rows = [[name, *(f"{statistics.median(t[name]):.2f}" for t in found.values())] for name in folders]
-    what = "of the processor" if options.cpu else "on onnxruntime"
     rounds = f"{options.processes}×{options.rounds}"
-    console.print(table(f"{shape}: milliseconds {what}, medians of {rounds} rounds", ("", *CASES), rows))
+    what = "of the processor" if options.cpu else "on onnxruntime"
+    console.print(
+        table(f"{shape}: milliseconds {what}, the luckiest of {options.processes} processes", ("", *CASES), rows)
+    )
     return list(figures(shape, found))
 
 
