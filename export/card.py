@@ -1,8 +1,9 @@
 """refpeft.json, which says what an exported folder is; a folder may come from anywhere, so it is not trusted.
 
-It lists the files that were exported with their sizes and SHA-256: of a file above 64 MB that of 64 pieces of 1 MB, at
-equal distances from its first byte to its last. So another file is noticed, one that is cut short, and any change of
-what is small, the graph above all; a change of few bytes in large weights may not be: to see it, all must be read.
+It lists the files that were exported with their sizes and SHA-256: of a file above 64 MB that of 1024 pieces of 16 kB,
+at equal distances from its first byte to its last. So another file is noticed, one that is cut short, another tensor in
+the place of one that takes more than a thousandth of it, and any change of what is small, the graph above all; a change
+of few bytes in large weights may not be: to see it, all must be read.
 """
 
 import hashlib
@@ -25,8 +26,8 @@ WITHIN: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "inputs": SHAPE, "optional_inputs": SHAPE, "unread": ("names", lambda n: isinstance(n, str)),
     "facts": ("what is said of each adapter", lambda f: isinstance(f, dict)),
 }  # fmt: skip
-MB = 1 << 20
-PIECES = 64
+WHOLE = 64 << 20  # bytes of a file that are all read
+PIECES, PIECE = 1024, 16 << 10
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -65,13 +66,13 @@ def needed(folder: Path, card: Mapping[str, Any], *names: str) -> list[Any]:
 def digest(file: Path) -> dict[str, Any]:
     """Its size, and the SHA-256 of all or of pieces of it."""
     size = file.stat().st_size
-    whole = size <= PIECES * MB
-    starts = range(0, size, MB) if whole else [k * (size - MB) // (PIECES - 1) for k in range(PIECES)]
+    whole = size <= WHOLE
+    starts = range(0, size, PIECE) if whole else [k * (size - PIECE) // (PIECES - 1) for k in range(PIECES)]
     found = hashlib.sha256()
-    with file.open("rb") as f:
+    with file.open("rb", buffering=0) as f:
         for start in starts:
             f.seek(start)
-            found.update(f.read(MB))
+            found.update(f.read(PIECE))
     return {"size": size, "sha256" if whole else "sha256_of_pieces": found.hexdigest()}
 
 

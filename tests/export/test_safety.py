@@ -135,7 +135,8 @@ def test_what_a_card_holds_is_looked_at(field: str, value: Any, words: str, serv
 
 def test_hashes_of_large_files_see_pieces_of_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first and the last byte too; what is small is read whole."""
-    monkeypatch.setattr(card, "MB", 100)
+    for name, number in {"WHOLE": 6400, "PIECES": 64, "PIECE": 100}.items():
+        monkeypatch.setattr(card, name, number)
     file = tmp_path / "x"
     raw = np.random.default_rng(0).bytes(64_000)
     file.write_bytes(raw[:6400])
