@@ -6,35 +6,34 @@ What each rewrite is worth was measured on CPUs, against the portable graph; wha
                  every layer is then a Gemm
     sum          Gemm adds: x W + b, and x W + u B where an adapter runs beside a layer, or x W + r with a residual,
                  without a pass over the output of its own; a scale goes into it too
-    narrow       matrices of few columns that read the same x, [A_q; A_k; A_v] of LoRA, as one
+    beside       matrices that read the same x as one, [W_q; W_k; W_v], and [A_q; A_k; A_v] of LoRA, which a runtime
+                 joins when it loads them; and what lies side by side (GPT-2's too) is taken apart by one node
     attention    past and new keys and values are joined inside Attention, whose mask is made of numbers, once for all
 
 On CPUs com.microsoft's MultiHeadAttention is slower than this, other fused nodes of onnxruntime's own tie, and
 GroupQueryAttention cannot read several positions of several texts after a past. So all nodes are standard. What is
-stored in 16 or 4 bits comes after this (`refpeft.export.rewriting`): a sum remains beside a product with 4 bits, and to
-join those that read the same x is worth nothing.
+stored in 16 or 4 bits comes after this (`refpeft.export.rewriting`): a sum remains beside a product with 4 bits, and
+those that read the same x stay apart, as to join them is worth nothing.
 """
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from refpeft.export.beside import NARROW, Beside, alike, columns, cuts, pair, rowwise, split
 from refpeft.export.sizes import Dim, product
 from refpeft.export.symbols import INT, Graph, Node, Symbol, concatenate, where
 
-EACH = {"Add", "Sub", "Mul", "Div", "Tanh", "Sigmoid", "Relu", "Gelu", "Cast"}
-NORMS = {"LayerNormalization", "RMSNormalization"}
-NARROW = 64  # columns of a matrix that leave most of a CPU's registers empty
 WIDE = 16384  # columns of an output that no cache holds: adding inside Gemm copies it once more
 
 
-def fast(graph: Graph, outputs: Mapping[str, Symbol]) -> dict[str, Symbol]:
-    """The same outputs, computed by fewer and larger nodes."""
+def fast(graph: Graph, outputs: Mapping[str, Symbol], blocked: Collection[str] = ()) -> dict[str, Symbol]:
+    """The same outputs, computed by fewer and larger nodes. `blocked`: weights that are stored in blocks."""
     live = graph.live(outputs.values())
-    rewrite = Rewrite(graph, live, outputs)
+    rewrite = Rewrite(graph, live, outputs, blocked)
     for x in live:  # each in its turn, so that no stack of calls is as deep as the model
         rewrite.whole(x)
     return {name: rewrite.whole(y.node) for name, y in outputs.items()}
@@ -43,14 +42,17 @@ def fast(graph: Graph, outputs: Mapping[str, Symbol]) -> dict[str, Symbol]:
 class Rewrite:
     """What has been rewritten so far: nodes in their own shape, and as rows."""
 
-    def __init__(self, graph: Graph, live: Sequence[Node], outputs: Mapping[str, Symbol]) -> None:
+    def __init__(
+        self, graph: Graph, live: Sequence[Node], outputs: Mapping[str, Symbol], blocked: Collection[str]
+    ) -> None:
         self.graph = graph
         self.uses = Counter(a for x in live for a in x.args if a is not None)
         self.uses.update(y.node for y in outputs.values())
         self.done: dict[Node, Symbol] = {}
         self.flat: dict[Node, Symbol] = {}
         self.joined = {k: x for x in live if x.op == "Attention" and cached(x) for k in x.args[1:3] if k}
-        self.narrow = narrow(live)
+        self.beside = {x: group for group in [*alike(live, self.uses, blocked), *cuts(live)] for x in group.members}
+        self.parts: dict[Node, list[Symbol]] = {}
 
     def whole(self, x: Node) -> Symbol:
         """x in its own shape."""
@@ -72,6 +74,8 @@ class Rewrite:
             return self.done[x]
         if x.op == "Attention" and cached(x):
             return self.attention(x)
+        if x in self.beside:
+            return self.part(x).reshape(x.shape)
         if rowwise(x):
             return self.rows(x).reshape(x.shape)
         args = [None if a is None else self.whole(a) for a in x.args]
@@ -87,6 +91,8 @@ class Rewrite:
         n, d = product(x.shape[:-1]), x.shape[-1]
         if not rowwise(x):
             return self.whole(x).reshape(n, d)
+        if x in self.beside:
+            return self.part(x).reshape(n, d)
         if x.op == "Add":
             return self.sum(x)
         if x.op == "MatMul" or scaled(x):
@@ -105,7 +111,7 @@ class Rewrite:
     def sum(self, x: Node) -> Symbol:
         """A sum of any number of terms: each product adds to what there is; what is left is added."""
         terms = self.terms(x)
-        products = [t for t in terms if adds(t) and self.uses[t] == 1]
+        products = [t for t in terms if adds(t) and self.uses[t] == 1 and t not in self.beside]
         others = [self.row_argument(t, x) for t in terms if t not in products]
         others.sort(key=lambda t: t.ndim)  # a bias first
         y = others.pop(0) if others and products else None
@@ -123,13 +129,11 @@ class Rewrite:
         return [t for a in inner for t in (self.terms(a) if self.sums(a, x) else [a])]
 
     def sums(self, a: Node, x: Node) -> bool:
-        return a.op == "Add" and a.shape == x.shape and rowwise(a) and self.uses[a] == 1
+        return a.op == "Add" and a.shape == x.shape and rowwise(a) and self.uses[a] == 1 and a not in self.beside
 
     def product(self, x: Node, c: Symbol | None) -> Symbol:
         """α a Wᵀ + c"""
         α, x = (float(scalar(x)), factor(x)) if x.op == "Mul" else (1.0, x)
-        if x in self.narrow and c is None and α == 1:
-            return self.side_by_side(x)
         a, W = pair(x)
         if scaled(a):
             α, a = α * float(scalar(a)), factor(a)
@@ -138,15 +142,23 @@ class Rewrite:
         args = (self.rows(a), weight) if c is None else (self.rows(a), weight, c)
         return self.graph.emit("Gemm", args, x.dtype, (product(x.shape[:-1]), x.shape[-1]), **attrs)
 
-    def side_by_side(self, x: Node) -> Symbol:
-        """x's columns of a [A₁; A₂; …]ᵀ"""
-        group = self.narrow[x]
-        stack = concatenate(self.graph, [matrix(self.whole(pair(y)[1]))[0] for y in group])
-        shape = (product(x.shape[:-1]), stack.shape[0])
-        u = self.graph.emit("Gemm", (self.rows(pair(x)[0]), stack), x.dtype, shape, transB=1)
-        ends = np.cumsum([columns(y) for y in group])
-        end = int(ends[group.index(x)])
-        return u[:, end - columns(x) : end]
+    # ── side by side ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def part(self, x: Node) -> Symbol:
+        """One of what lies side by side, in its own shape or as rows: that of all in its group."""
+        group = self.beside[x]
+        first = group.members[0]
+        if first not in self.parts:
+            y = self.together(group) if group.weights else self.rows(group.source)
+            y = y if group.rows else y.reshape(*x.shape[:2], y.shape[1])
+            self.parts[first] = split(y, [columns(m) for m in group.members])
+        return self.parts[first][group.members.index(x)]
+
+    def together(self, group: Beside) -> Symbol:
+        """x [W₁; W₂; …]ᵀ + [b₁; b₂; …]"""
+        g, x = self.graph, self.rows(group.source)
+        stack, *bias = (concatenate(g, list(map(self.whole, w))) for w in (group.weights, group.biases) if w)
+        return g.emit("Gemm", (x, stack, *bias), x.dtype, (x.shape[0], stack.shape[0]), transB=1)
 
     # ── attention ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -169,22 +181,6 @@ class Rewrite:
         """0 where the mask holds and −∞ where not, which Attention would make in every layer."""
         m = self.whole(mask)
         return where(self.graph, m, np.zeros((), dtype), np.asarray(-math.inf, dtype)) if m.dtype == bool else m
-
-
-def rowwise(x: Node) -> bool:
-    """Does this treat every position of [b, s, d] alone?"""
-    if len(x.shape) != 3 or not isinstance(x.shape[0], Dim):
-        return False
-    args = [a for a in x.args if a is not None]
-    if x.op in EACH:
-        return all(a.shape == x.shape or len(a.shape) <= 1 for a in args)
-    if x.op in NORMS:
-        return all(len(a.shape) <= 1 for a in args[1:])
-    if x.op == "MatMul":
-        return len(args[0].shape) == 3 and len(args[1].shape) == 2
-    if x.op == "Gather":
-        return x.attrs["axis"] == 0 and len(args[0].shape) == 2
-    return x.op == "Slice" and list(args[3].attrs["value"]) == [2]
 
 
 def adds(x: Node) -> bool:
@@ -221,31 +217,6 @@ def matrix(W: Symbol) -> tuple[Symbol, int]:
     """A matrix as it is stored, and whether that is its transpose."""
     stored = W.source("Transpose")
     return (W, 0) if stored is None else (stored, 1)
-
-
-def narrow(live: Sequence[Node]) -> dict[Node, list[Node]]:
-    """Products with matrices of few rows that read the same x: the group of each."""
-    groups: dict[Node, list[Node]] = {}
-    for x in live:
-        if x.op == "MatMul" and rowwise(x) and pair(x)[1].op == "Transpose" and 0 < columns(x) <= NARROW:
-            a, W = pair(x)
-            if isinstance(W.shape[0], int) and 4 * columns(x) <= W.shape[0]:
-                groups.setdefault(a, []).append(x)
-    return {x: group for group in groups.values() if len(group) > 1 for x in group}
-
-
-def columns(x: Node) -> int:
-    """Of a product; 0 if they are not known yet."""
-    n = x.shape[-1]
-    return n if isinstance(n, int) else 0
-
-
-def pair(x: Node) -> tuple[Node, Node]:
-    """The two that a node is made of."""
-    a, b = x.args
-    assert a is not None
-    assert b is not None
-    return a, b
 
 
 def cached(x: Node) -> bool:

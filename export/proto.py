@@ -73,6 +73,9 @@ def node(x: Node, names: Mapping[Node, str], more: Sequence[Node | None] = ()) -
     attrs = {key: attribute(x, key, v, names) for key, v in x.attrs.items()}
     args = x.args[:1] if x.op == "If" else x.args  # its branches see the others by themselves
     inputs, outputs = ([called(a, names) for a in nodes] for nodes in (args, (x, *more)))
+    if x.op == "Split" and x.args[1] is not None:  # which has all of its outputs, read or not
+        outputs += [""] * (len(x.args[1].attrs["value"]) - len(outputs))
+        outputs = [name or f"{x.name}_{k}" for k, name in enumerate(outputs)]
     return helper.make_node(x.op, inputs, outputs, name=x.name, **attrs)
 
 

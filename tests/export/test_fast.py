@@ -10,6 +10,7 @@ import pytest
 import refpeft
 from refpeft.export.program import export
 from refpeft.export.verification import LIMIT
+from refpeft.model import Model
 from refpeft.tune import LINEAR
 from tests.export.adapters import CASES, made
 from tests.export.test_decode import WRITERS
@@ -104,13 +105,51 @@ def test_encoder_decoders_that_decode(name: str, form: str, dtype: str, tmp_path
 
 def test_a_residual_and_a_bias_are_added_by_gemm(tmp_path: Path) -> None:
     """LLaMA has no biases: o and down add the residual. GPT-2 has: its four layers add those, and residuals remain."""
-    export(tiny("llama", dtype=F32), None, tmp_path / "llama", verify=False, decode=True, graph="fast")
+    export(wide("llama"), None, tmp_path / "llama", verify=False, decode=True, graph="fast")
     export(tiny("gpt2", dtype=F32), None, tmp_path / "gpt2", verify=False, decode=True, graph="fast")
     llama, gpt2 = nodes(tmp_path / "llama"), nodes(tmp_path / "gpt2")
-    assert (llama["Gemm"], llama["MatMul"]) == (2 * 7 + 1, 0)
+    assert (llama["Gemm"], llama["MatMul"]) == (2 * 5 + 1, 0)
     assert (gpt2["Gemm"], gpt2["MatMul"]) == (2 * 4 + 1, 0)
     assert sum(len(n.input) == 3 for n in gemms(tmp_path / "llama")) == 2 * 2
     assert sum(len(n.input) == 3 for n in gemms(tmp_path / "gpt2")) == 2 * 4
+
+
+def wide(family: str) -> Model:
+    """Its MLP is as wide as in real models, or what it reads would be joined too."""
+    return tiny(family, dtype=F32, intermediate_size=32)
+
+
+@pytest.mark.parametrize(("family", "biases"), [("llama", False), ("qwen2", True), ("bert", True), ("roberta", True)])
+def test_queries_keys_and_values_are_one_product(family: str, biases: bool, tmp_path: Path) -> None:
+    """Their matrices, and their biases, are joined under the names that they have, which a runtime does on loading."""
+    model = wide(family)
+    export(model, None, tmp_path / "out", verify=False, graph="fast")
+    graph = onnx.load(str(tmp_path / "out" / "model.onnx")).graph
+    weights = {i.name for i in graph.initializer} & model.params.keys()
+    joined = [list(n.input) for n in graph.node if n.op_type == "Concat" and weights.issuperset(n.input)]
+    kinds = Counter(tuple(sorted(name.rpartition(".")[2] for name in names)) for names in joined)
+    assert kinds == {("weight",) * 3: 2} | ({("bias",) * 3: 2} if biases else {})
+    splits = [n for n in graph.node if n.op_type == "Split"]
+    assert [len(n.output) for n in splits] == [3, 3]
+    assert all(name for n in splits for name in n.output)
+
+
+def test_gpt2s_queries_keys_and_values_are_taken_apart_by_one_node(tmp_path: Path) -> None:
+    export(tiny("gpt2", dtype=F32), None, tmp_path / "out", verify=False, decode=True, graph="fast")
+    found = nodes(tmp_path / "out")
+    assert (found["Split"], found["Slice"]) == (2, 0)
+
+
+def test_weights_that_something_else_reads_stay_apart(tmp_path: Path) -> None:
+    """In training most are needed for the gradient of x too, and those joined would be there twice."""
+    model, adapter = made("lora", "llama")
+    export(model, adapter, tmp_path / "out", "training", verify=False, graph="fast")
+    graph = onnx.load(str(tmp_path / "out" / "model.onnx")).graph
+    reads = Counter(name for n in graph.node for name in n.input)
+    joined = [n.input for n in graph.node if n.op_type == "Concat" and model.params.keys() >= set(n.input)]
+    assert joined
+    assert {reads[name] for names in joined for name in names} == {1}
+    assert max(reads[name] for name in model.params) > 1
 
 
 def gemms(folder: Path) -> list[onnx.NodeProto]:
