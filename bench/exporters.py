@@ -15,6 +15,7 @@ import argparse
 import compileall
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -339,6 +340,7 @@ def exports(folder: Path, shape: str, out: Path, names: Sequence[str]) -> tuple[
         if name not in OURS:
             again = out / f"again {name}"
             found["refpeft"].append(exported(command("refpeft", folder, again), again))
+            shutil.rmtree(again)  # and with it what the system keeps of it in memory
     median = {
         name: (statistics.median(s for s, _ in runs), statistics.median(m for _, m in runs))
         for name, runs in found.items()

@@ -4,9 +4,9 @@
 
 The shapes of T5-small and BART-base with random weights; two graphs each. Every folder has a process of its own, all
 take turns, and a ratio is the median over the rounds; as it is a matter of luck which pages of memory a process gets,
-all are started several times anew, each time in another order. The first step makes keys and values of 128 places of the
-encoder, decode writes a token after 128 others. One thread; `--cpu` takes the processor's time, for a machine that does
-other things too.
+all are started several times anew, each time in another order. The first step makes keys and values of 128 places of
+the encoder, decode writes a token after 128 others. One thread; `--cpu` takes the processor's time, for a machine that
+does other things too.
 """
 
 import argparse
@@ -144,9 +144,7 @@ def measured(shape: str, root: Path, options: argparse.Namespace, console: Any) 
     rows = [[name, *(f"{statistics.median(t[name]):.2f}" for t in found.values())] for name in folders]
     rounds = f"{options.processes}×{options.rounds}"
     what = "of the processor" if options.cpu else "on onnxruntime"
-    console.print(
-        table(f"{shape}: milliseconds {what}, the luckiest of {options.processes} processes", ("", *CASES), rows)
-    )
+    console.print(table(f"{shape}: milliseconds {what}, medians of {rounds} rounds", ("", *CASES), rows))
     return list(figures(shape, found))
 
 

@@ -15,7 +15,7 @@ A form decides what of a model with its adapters lies in the graph, and what com
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from onnx import TensorProto
@@ -26,7 +26,7 @@ from refpeft.export.runtime import Runner
 from refpeft.export.symbols import Graph, Symbol
 from refpeft.hooks import Hooks
 from refpeft.method import shared
-from refpeft.methods import METHODS, boft, oft, prefix_tuning
+from refpeft.methods import METHODS
 from refpeft.model import Model
 from refpeft.prompts import drop_encoder
 
@@ -99,13 +99,11 @@ class Form(Protocol):
 def trained(adapter: Adapter) -> Adapter:
     """The same function without what only training needs: the networks that make prompts and prefixes, and the Cayley
     transform, whose inverse of a matrix ONNX does not have."""
-    if adapter.method == "oft":
-        return oft.rotations(adapter)
-    if adapter.method == "boft":
-        return boft.rotations(adapter)
     if adapter.method == "p_tuning":
         return drop_encoder(adapter)
-    return prefix_tuning.flat(adapter) if adapter.method in ("prefix_tuning", "p_tuning_v2") else adapter
+    method = METHODS[adapter.method]
+    simpler = getattr(method, "flat", getattr(method, "rotations", None))
+    return adapter if simpler is None else cast(Adapter, simpler(adapter))
 
 
 def prefixes(adapters: Sequence[Adapter]) -> list[str]:

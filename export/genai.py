@@ -16,15 +16,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from refpeft.checkpoint.safetensors import read_json
+from refpeft.checkpoint import tokens
 from refpeft.export.card import write_json
 from refpeft.export.form import Made, Subject
-from refpeft.export.generation import ends
 from refpeft.model import Model
 
 FILE = "genai_config.json"
 ROOM: Mapping[str, int] = {"llama": 2048, "qwen2": 32768}  # max_position_embeddings that a config.json leaves out
-SETTINGS = ("generation_config.json", "config.json")
 KNOWN = ("input_ids", "attention_mask", "position_ids", "logits")
 CACHES = {  # field → how the tensors of layer %d are called
     "past_key_names": "past_key_values.%d.key",
@@ -75,18 +73,12 @@ def names(values: Sequence[str]) -> dict[str, str]:
 
 def special(folder: Path) -> dict[str, Any]:
     """The ids that the folder names; a row that has ended is filled with the padding, else with what ends one."""
-    stop = ends(folder)
-    found = {f"{what}_token_id": named(folder, f"{what}_token_id") for what in ("bos", "pad")}
+    stop = tokens.ends(folder)
+    found: dict[str, Any] = {name: [*tokens.ids(folder, name), None][0] for name in ("bos_token_id", "pad_token_id")}
     if stop:
         found |= {"eos_token_id": stop[0] if len(stop) == 1 else stop}
         found["pad_token_id"] = stop[0] if found["pad_token_id"] is None else found["pad_token_id"]
     return {name: value for name, value in found.items() if value is not None}
-
-
-def named(folder: Path, token: str) -> Any:
-    """What generation_config.json, else config.json, says of a token."""
-    files = [folder / name for name in SETTINGS if (folder / name).is_file()]
-    return next((i for file in files if isinstance(i := read_json(file).get(token), int)), None)
 
 
 def context(model: Model) -> int:

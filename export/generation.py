@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from refpeft.checkpoint import tokens
 from refpeft.checkpoint.families import Plan, plan
-from refpeft.checkpoint.safetensors import read_json, show
+from refpeft.checkpoint.safetensors import read_json
 from refpeft.export import adapters as files
 from refpeft.export import runtime, steps
 from refpeft.export.card import needed, read_card
@@ -95,7 +96,7 @@ def open_writer(
     if not card["decode"]:
         raise ValueError(f"{folder}: its graph does not decode: export it with --decode")
     runner = runtime.open_folder(folder, device)
-    writer = begun(Writer(runner, plan(read_json(folder / "config.json")), ends(folder)), folder)
+    writer = begun(Writer(runner, plan(read_json(folder / "config.json")), tokens.ends(folder)), folder)
     if card["form"] == "multi":
         which = np.asarray([] if adapter_ids is None else adapter_ids, np.int64)
         if not which.size or which.min() < -1 or which.max() >= len(card["adapters"]):
@@ -145,30 +146,11 @@ def begun(writer: Writer, folder: Path) -> Writer:
     if writer.runner.encoder is None:
         return writer
     names = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
-    start, bos, eos = ([*tokens(folder, name), None][0] for name in names)
+    start, bos, eos = ([*tokens.ids(folder, name), None][0] for name in names)
     start = writer.plan.config.decoder_start_token_id if start is None else start
     if start is None:
         raise ValueError(f"{folder / 'config.json'}: decoder_start_token_id is missing, with which a text begins")
     return replace(writer, start=start, forced=(bos, eos))
-
-
-def ends(folder: Path) -> list[int]:
-    """The ids with which a text ends."""
-    return tokens(folder, "eos_token_id", several=True)
-
-
-def tokens(folder: Path, name: str, several: bool = False) -> list[int]:
-    """What the settings say of an id, or of several."""
-    for file in ("generation_config.json", "config.json"):
-        ids = read_json(folder / file).get(name) if (folder / file).is_file() else None
-        if isinstance(ids, int):
-            return [ids]
-        if several and isinstance(ids, list) and all(isinstance(i, int) for i in ids):
-            return ids
-        if ids is not None:
-            wanted = "an integer or a list of them" if several else "an integer"
-            raise ValueError(f"{folder / file}: {name} must be {wanted}, found {show(ids)}")
-    return []
 
 
 # ── step by step ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -18,17 +18,21 @@ Array = np.ndarray[Any, Any]
 FICLONE = 0x40049409
 
 
-def place(a: Array, folder: Path) -> tuple[Path, int] | None:
-    """The file of this folder whose bytes the array is, and where in it they begin; None if it is no such thing."""
+def origin(a: Array) -> tuple[Path, int] | None:
+    """The file whose bytes the array is, and where in it they begin; None if it is no such thing."""
     base: Any = a
     while isinstance(base, np.ndarray):
         base = base.base
     if not isinstance(base, Mapped) or not a.flags.c_contiguous or not a.size:
         return None
-    if base.path.parent.resolve() != folder.resolve():
-        return None
     start = np.frombuffer(base, np.uint8).__array_interface__["data"][0]
     return base.path, a.__array_interface__["data"][0] - start
+
+
+def place(a: Array, folder: Path) -> tuple[Path, int] | None:
+    """The same, if the file is in this folder."""
+    found = origin(a)
+    return found if found is not None and found[0].parent.resolve() == folder.resolve() else None
 
 
 def link(file: Path, folder: Path) -> None:

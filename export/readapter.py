@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from refpeft.adapter import Adapter
-from refpeft.checkpoint import load_adapter
+from refpeft.checkpoint.adapters import load_adapter
 from refpeft.checkpoint.families import plan
 from refpeft.checkpoint.folder import new_file
 from refpeft.checkpoint.safetensors import read_json, show

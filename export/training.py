@@ -20,7 +20,8 @@ import numpy as np
 
 from refpeft import optim
 from refpeft.adapter import Adapter
-from refpeft.checkpoint import safetensors, save_adapter
+from refpeft.checkpoint import safetensors
+from refpeft.checkpoint.adapters import save_adapter
 from refpeft.checkpoint.safetensors import Malformed, show
 from refpeft.config import POOLS
 from refpeft.export import initialisers

@@ -1,8 +1,8 @@
 """The weights of an export, one tensor at a time: cast and written without ever holding two of them.
 
-A checkpoint's arrays are maps of its files; what no adapter changes goes from map to file in blocks. Tensors keep their
-names, their layout and, in the same dtype, their bytes; layers that share a tensor go on sharing it. Those that a graph
-holds itself are put into its file from there, in blocks too: protobuf would need them in memory several times.
+A checkpoint's arrays are maps of its files; what no adapter changes goes from file to file in blocks. Tensors keep
+their names, their layout and, in the same dtype, their bytes; layers that share a tensor go on sharing it. Those that a
+graph holds itself are put into its file from there, in blocks too: protobuf would need them in memory several times.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,6 +22,7 @@ __all__ = ["DATA", "merged", "size", "store"]
 
 Array = np.ndarray[Any, Any]
 BLOCK = 4 << 20  # bytes that are cast or transposed at a time
+PIECE = 1 << 20  # bytes that are copied at a time: they stay in the CPU's cache
 ALIGN = 4096  # so that a runtime can map each tensor
 DATA = "model.onnx.data"
 
@@ -50,7 +51,8 @@ def store(tensors: Iterable[Tensor], data: Path, frozen: Path | None = None) -> 
                 continue
             file.seek(-file.tell() % ALIGN, 1)
             offset = file.tell()
-            for block in blocks(array, dtype):
+            source = linking.origin(array) if dtype == array.dtype else None
+            for block in blocks(array, dtype) if source is None else pieces(*source, array.nbytes):
                 write(file, block)
             protos[name] = external(name, array.shape, dtype, offset, file.tell() - offset)
     for original in linked.values():
@@ -118,6 +120,19 @@ def write(file: Any, block: Array) -> None:
     rest = block.reshape(-1).view(np.uint8).data
     while len(rest):
         rest = rest[file.write(rest) :]
+
+
+def pieces(path: Path, start: int, size: int) -> Iterator[Array]:
+    """Bytes of a file, in one small piece of memory: to read them into that is quicker than to map them."""
+    buffer = np.empty(min(size, PIECE), np.uint8)
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while size:
+            n = file.readinto(buffer[:size])  # type: ignore[arg-type]
+            if not n:
+                raise OSError(f"{path} was cut short while it was read")
+            size -= n
+            yield buffer[:n]
 
 
 def blocks(array: Array, dtype: np.dtype[Any]) -> Iterator[Array]:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from refpeft.adapter import Adapter, by_row
     from refpeft.check import check_model, check_op
-    from refpeft.checkpoint import load, load_adapter, save, save_adapter
+    from refpeft.checkpoint.adapters import load_adapter, save_adapter
+    from refpeft.checkpoint.models import load, save
     from refpeft.intrinsic import intrinsic_dimension
     from refpeft.methods import METHODS
     from refpeft.model import Model
@@ -34,7 +35,8 @@ SPEC_VERSION = "1"  # of what the methods compute: changes when a formula does, 
 HOME = {  # where each name lives: imported when it is first used, so that `refpeft --help` needs no NumPy
     "adapter": ("Adapter", "by_row"),
     "check": ("check_model", "check_op"),
-    "checkpoint": ("load", "load_adapter", "save", "save_adapter"),
+    "checkpoint.adapters": ("load_adapter", "save_adapter"),
+    "checkpoint.models": ("load", "save"),
     "intrinsic": ("intrinsic_dimension",),
     "methods": ("METHODS",),
     "model": ("Model",),

@@ -23,6 +23,8 @@ A method that takes hold of a model elsewhere than at its layers has
     kept(adapter) → adapter            of hollow arrays: what a file keeps of the adapter, if not all
     masks(cfg, model, rng, ids_shape, decoder_shape) → masks      its dropout masks, if they are of its own parts and
                                        not of the model's layers
+    flat(adapter), rotations(adapter) → adapter      the same function without the network that makes its prefix, or
+                                       with the rotations that its parameters make in their place
     reads_all(cfg) → field             the field of its config, if any, that makes a position depend on all others: such
                                        an adapter cannot decode step by step
     remembered(cfg, params) → memory, penalty(cfg, params) → R, grads, follow(cfg, t, params, grads, memory) → params,

@@ -16,6 +16,7 @@ import numpy as np
 from refpeft.hollow import hollow
 from refpeft.hooks import Hooks, Prompt
 from refpeft.method import as_dtype
+from refpeft.methods import METHODS
 from refpeft.ops import Array, embedding, is_half, rows
 from refpeft.part import Grads, Lazy, Once, Part, Want, join
 from refpeft.stacks import task_type
@@ -156,8 +157,6 @@ def drop_encoder(adapter: "Adapter") -> "Adapter":
     """The same function without the network that made the prompt or prefix: its output is all that is needed then.
 
     What is trained after that is the prompt itself. A head that was trained beside stays."""
-    from refpeft.methods import METHODS
-
     method = METHODS[adapter.method]
     if hasattr(method, "flat"):
         found: Adapter = method.flat(adapter)

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from refpeft.checkpoint.safetensors import Malformed, show
+from refpeft.checkpoint.safetensors import Malformed, read_json, show
 
 FILE = "tokenizer.json"
 ABOUT = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")  # which are true of more tokens too
@@ -131,3 +131,25 @@ def kinds(part: Any) -> str:
     """What a normaliser or decoder consists of."""
     steps = (part or {}).get("normalizers") or (part or {}).get("decoders") or [part]
     return ", ".join(step["type"] for step in steps if step) or "none"
+
+
+# ── tokens that a model knows by their ids ───────────────────────────────────────────────────────────────────────────
+
+
+def ends(folder: Path) -> list[int]:
+    """The ids with which a text ends."""
+    return ids(folder, "eos_token_id", several=True)
+
+
+def ids(folder: Path, name: str, several: bool = False) -> list[int]:
+    """What generation_config.json, else config.json, says of an id, or of several."""
+    for file in ("generation_config.json", "config.json"):
+        found = read_json(folder / file).get(name) if (folder / file).is_file() else None
+        if isinstance(found, int):
+            return [found]
+        if several and isinstance(found, list) and all(isinstance(i, int) for i in found):
+            return found
+        if found is not None:
+            wanted = "an integer or a list of them" if several else "an integer"
+            raise ValueError(f"{folder / file}: {name} must be {wanted}, found {show(found)}")
+    return []

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import refpeft
-from refpeft.checkpoint import Malformed
+from refpeft.checkpoint.safetensors import Malformed
 from refpeft.export import export, initialisers
 from tests.audit.test_audit import Folders, audit, made, wrong
 

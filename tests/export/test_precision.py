@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 import refpeft
-from refpeft.checkpoint import Malformed
+from refpeft.checkpoint.safetensors import Malformed
 from refpeft.export import adapters as files
 from refpeft.export import initialisers, int4
 from refpeft.export.generation import Options, open_writer, write

@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import refpeft
-from refpeft.checkpoint import Malformed, safetensors
+from refpeft.checkpoint import safetensors
 from refpeft.checkpoint.families import plan
+from refpeft.checkpoint.safetensors import Malformed
 
 CONFIG = {
     "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 8, "n_head": 2, "n_layer": 1,
