@@ -27,7 +27,7 @@ class Beside:
 
 def alike(live: Sequence[Node], uses: Counter[Node], blocked: Collection[str]) -> Iterator[Beside]:
     """Products that read the same x: with matrices of few rows, and with a layer's queries, keys and values."""
-    sums = {x.args[0]: x for x in live if biased(x, uses)}
+    sums, by_row = {x.args[0]: x for x in live if biased(x, uses)}, read_by_row(live)
     groups: dict[tuple[Node, bool, bool], list[Node]] = {}
     for x in live:
         if x.op == "MatMul" and rowwise(x) and pair(x)[1].op == "Transpose" and columns(x):
@@ -39,11 +39,12 @@ def alike(live: Sequence[Node], uses: Counter[Node], blocked: Collection[str]) -
             weights = [w for x in products for w in pair(x)[1].args if w is not None]
             biases = [b for x in products if x in sums for b in sums[x].args[1:] if b is not None]
             members = [sums.get(x, x) for x in products]
-            yield Beside(members, a, by_row(members, live), weights, biases)
+            yield Beside(members, a, not by_row.isdisjoint(members), weights, biases)
 
 
 def cuts(live: Sequence[Node]) -> Iterator[Beside]:
     """Slices that all of an output is cut into."""
+    by_row = read_by_row(live)
     groups: dict[Node, list[tuple[int, int, Node]]] = {}
     for x in live:
         if x.op == "Slice" and rowwise(x) and x.args[0] is not None:
@@ -55,7 +56,7 @@ def cuts(live: Sequence[Node]) -> Iterator[Beside]:
         ends = [0, *(end for _, end, _ in parts)]
         if len(parts) > 1 and [start for start, _, _ in parts] == ends[:-1] and ends[-1] == columns(source):
             members = [x for _, _, x in parts]
-            yield Beside(members, source, by_row(members, live))
+            yield Beside(members, source, not by_row.isdisjoint(members))
 
 
 def split(y: Symbol, widths: Sequence[int]) -> list[Symbol]:
@@ -86,8 +87,9 @@ def biased(x: Node, uses: Counter[Node]) -> bool:
     return a.op == "MatMul" and uses[a] == 1 and not b.op and len(b.shape) == 1
 
 
-def by_row(members: Sequence[Node], live: Sequence[Node]) -> bool:
-    return any(rowwise(x) for x in live if not set(members).isdisjoint(x.args))
+def read_by_row(live: Sequence[Node]) -> set[Node | None]:
+    """What is read by nodes that treat every position alone."""
+    return {a for x in live if rowwise(x) for a in x.args}
 
 
 # ── nodes ────────────────────────────────────────────────────────────────────────────────────────────────────────────
