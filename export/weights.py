@@ -75,15 +75,12 @@ def inline(model: ModelProto, data: Path, out: Path) -> None:
     held = [(*whole(t), *span(t)) for t in model.graph.initializer]
     begin = graph.SerializeToString()
     length = len(begin) + sum(len(field(INITIALIZER, n)) + n for _, n, *_ in held)
-    with data.open("rb") as source, out.open("wb") as file:
+    with out.open("wb") as file:
         file.write(rest.SerializeToString() + field(GRAPH, length) + begin)
         for head, n, offset, size in held:
             file.write(field(INITIALIZER, n) + head)
-            source.seek(offset)
-            while size:
-                block = source.read(min(size, BLOCK))
-                size -= len(block)
-                file.write(block)
+            for block in pieces(data, offset, size):
+                file.write(block.data)
 
 
 GRAPH, INITIALIZER, RAW = 7, 5, 9  # fields of ModelProto, GraphProto and TensorProto
@@ -128,7 +125,7 @@ def pieces(path: Path, start: int, size: int) -> Iterator[Array]:
     with path.open("rb", buffering=0) as file:
         file.seek(start)
         while size:
-            n = file.readinto(buffer[:size])  # type: ignore[arg-type]
+            n = file.readinto(buffer[:size].data)
             if not n:
                 raise OSError(f"{path} was cut short while it was read")
             size -= n
