@@ -3,7 +3,7 @@
 What each rewrite is worth was measured on CPUs, against the portable graph; what was worth nothing is not here:
 
     rows         positions of all texts as rows of one matrix, [b, s, d] → [b s, d], from the embeddings to the head:
-                 every layer is then a Gemm
+                 every layer is then a Gemm; but not what the graph answers with, which would be copied into its shape
     sum          Gemm adds: x W + b, and x W + u B where an adapter runs beside a layer, or x W + r with a residual,
                  without a pass over the output of its own; a scale goes into it too
     beside       matrices that read the same x as one, [W_q; W_k; W_v], and [A_q; A_k; A_v] of LoRA, which a runtime
@@ -27,7 +27,6 @@ from refpeft.export.beside import NARROW, Beside, alike, columns, cuts, pair, ro
 from refpeft.export.sizes import Dim, product
 from refpeft.export.symbols import INT, Graph, Node, Symbol, concatenate, where
 
-WIDE = 16384  # columns of an output that no cache holds: adding inside Gemm copies it once more
 
 
 def fast(graph: Graph, outputs: Mapping[str, Symbol], blocked: Collection[str] = ()) -> dict[str, Symbol]:
@@ -53,6 +52,7 @@ class Rewrite:
         self.joined = {k: x for x in live if x.op == "Attention" and cached(x) for k in x.args[1:3] if k}
         self.beside = {x: group for group in [*alike(live, self.uses, blocked), *cuts(live)] for x in group.members}
         self.parts: dict[Node, list[Symbol]] = {}
+        self.ends = {y.node for y in outputs.values() if self.uses[y.node] == 1}
 
     def whole(self, x: Node) -> Symbol:
         """x in its own shape."""
@@ -76,7 +76,7 @@ class Rewrite:
             return self.attention(x)
         if x in self.beside:
             return self.part(x).reshape(x.shape)
-        if rowwise(x):
+        if rowwise(x) and x not in self.ends:
             return self.rows(x).reshape(x.shape)
         args = [None if a is None else self.whole(a) for a in x.args]
         if x.op == "Reshape" and args[0] is not None:
@@ -116,8 +116,7 @@ class Rewrite:
         others.sort(key=lambda t: t.ndim)  # a bias first
         y = others.pop(0) if others and products else None
         for p in sorted(products, key=low_rank):
-            apart = y is not None and y.ndim == 2 and wide(x)
-            y = y + self.product(p, None) if apart else self.product(p, y)
+            y = self.product(p, y)
         for t in others:
             y = t if y is None else y + t
         assert y is not None
@@ -207,10 +206,6 @@ def low_rank(x: Node) -> bool:
     """Is it a product over few columns? Then it comes last."""
     r = pair(factor(x) if x.op == "Mul" else x)[1].shape[0]
     return isinstance(r, Dim) or r <= NARROW
-
-
-def wide(x: Node) -> bool:
-    return isinstance(x.shape[-1], int) and x.shape[-1] > WIDE
 
 
 def matrix(W: Symbol) -> tuple[Symbol, int]:
