@@ -12,13 +12,12 @@ What each rewrite is worth was measured on CPUs, against the portable graph; wha
 
 On CPUs com.microsoft's MultiHeadAttention is slower than this, other fused nodes of onnxruntime's own tie, and
 GroupQueryAttention cannot read several positions of several texts after a past. So all nodes are standard. What is
-stored in 16 or 4 bits comes after this (`refpeft.export.rewriting`): a sum remains beside a product with 4 bits, and
-those that read the same x stay apart, as to join them is worth nothing.
+stored in 16 or 4 bits comes after this (`refpeft.export.rewriting`): a sum remains beside a product with 4 bits.
 """
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,11 +27,10 @@ from refpeft.export.sizes import Dim, product
 from refpeft.export.symbols import INT, Graph, Node, Symbol, concatenate, where
 
 
-
-def fast(graph: Graph, outputs: Mapping[str, Symbol], blocked: Collection[str] = ()) -> dict[str, Symbol]:
-    """The same outputs, computed by fewer and larger nodes. `blocked`: weights that are stored in blocks."""
+def fast(graph: Graph, outputs: Mapping[str, Symbol]) -> dict[str, Symbol]:
+    """The same outputs, computed by fewer and larger nodes."""
     live = graph.live(outputs.values())
-    rewrite = Rewrite(graph, live, outputs, blocked)
+    rewrite = Rewrite(graph, live, outputs)
     for x in live:  # each in its turn, so that no stack of calls is as deep as the model
         rewrite.whole(x)
     return {name: rewrite.whole(y.node) for name, y in outputs.items()}
@@ -41,16 +39,14 @@ def fast(graph: Graph, outputs: Mapping[str, Symbol], blocked: Collection[str] =
 class Rewrite:
     """What has been rewritten so far: nodes in their own shape, and as rows."""
 
-    def __init__(
-        self, graph: Graph, live: Sequence[Node], outputs: Mapping[str, Symbol], blocked: Collection[str]
-    ) -> None:
+    def __init__(self, graph: Graph, live: Sequence[Node], outputs: Mapping[str, Symbol]) -> None:
         self.graph = graph
         self.uses = Counter(a for x in live for a in x.args if a is not None)
         self.uses.update(y.node for y in outputs.values())
         self.done: dict[Node, Symbol] = {}
         self.flat: dict[Node, Symbol] = {}
         self.joined = {k: x for x in live if x.op == "Attention" and cached(x) for k in x.args[1:3] if k}
-        self.beside = {x: group for group in [*alike(live, self.uses, blocked), *cuts(live)] for x in group.members}
+        self.beside = {x: group for group in [*alike(live, self.uses), *cuts(live)] for x in group.members}
         self.parts: dict[Node, list[Symbol]] = {}
         self.ends = {y.node for y in outputs.values() if self.uses[y.node] == 1}
 

@@ -78,12 +78,13 @@ def kept(graph: Graph, x: Node, weights: Stored) -> Symbol | None:
 # ── blocks of 4 bits ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def parts(graph: Graph, name: str, weights: Stored) -> tuple[Symbol, Symbol, Symbol | None]:
-    """q, s and z of a matrix."""
+def parts(graph: Graph, weights: Stored, *names: str) -> tuple[Symbol, Symbol, Symbol | None]:
+    """q, s and z of a matrix, or of several, one below the other."""
 
     def part(end: str) -> Symbol | None:
-        t = weights.tensors.get(name + end)
-        return None if t is None else graph.stored(t.name, helper.tensor_dtype_to_np_dtype(t.data_type), tuple(t.dims))
+        found = [weights.tensors[name + end] for name in names if name + end in weights.tensors]
+        each = [graph.stored(t.name, helper.tensor_dtype_to_np_dtype(t.data_type), tuple(t.dims)) for t in found]
+        return concatenate(graph, each) if len(each) > 1 else next(iter(each), None)
 
     q, s, z = map(part, (Q, S, Z))
     assert q is not None
@@ -93,10 +94,10 @@ def parts(graph: Graph, name: str, weights: Stored) -> tuple[Symbol, Symbol, Sym
 
 def product(graph: Graph, x: Node, new: New, weights: Stored) -> Symbol | None:
     """x Wᵀ (+ c) with W in blocks, if the node is that. The operator adds a bias, and nothing that has rows."""
-    name = multiplier(x, weights.blocked)
-    if name is None or weights.blocks is None or name + Q not in weights.tensors:
+    names = multiplier(x, weights.blocked)
+    if weights.blocks is None or not names or any(name + Q not in weights.tensors for name in names):
         return None
-    q, s, z = parts(graph, name, weights)
+    q, s, z = parts(graph, weights, *names)
     y, *rest = (None if a is None else new[a] for a in x.args)
     assert y is not None
     α = x.attrs.get("alpha", 1)
@@ -119,21 +120,23 @@ def relevel(proto: ModelProto, level: int) -> None:
                 attribute.i = level
 
 
-def multiplier(x: Node, blocked: Mapping[str, str]) -> str | None:
-    """The name of W where the node is x Wᵀ: of a linear layer W is stored, of a Conv1D Wᵀ."""
+def multiplier(x: Node, blocked: Mapping[str, str]) -> list[str]:
+    """The name of W, or of all that it is made of, where the node is x Wᵀ: of a linear layer W is stored, of a Conv1D
+    Wᵀ."""
     if x.op not in ("MatMul", "Gemm") or x.args[1] is None:
-        return None
+        return []
     right, flipped = x.args[1], bool(x.attrs.get("transB"))
     if right.op == "Transpose" and right.args[0] is not None and len(right.shape) == 2:
         right, flipped = right.args[0], not flipped
-    if right.op or right.name not in blocked:
-        return None
-    return right.name if flipped == (blocked[right.name] == "linear") else None
+    stacked = right.op == "Concat" and right.attrs["axis"] == 0 and flipped
+    below = [a for a in (right.args if stacked else [right]) if a is not None]
+    fits = all(not a.op and a.name in blocked and flipped == (blocked[a.name] == "linear") for a in below)
+    return [a.name for a in below] if fits else []
 
 
 def dequantised(graph: Graph, x: Node, weights: Stored) -> Symbol:
     """W as a matrix."""
-    q, s, z = parts(graph, x.name, weights)
+    q, s, z = parts(graph, weights, x.name)
     conv = weights.blocked[x.name] == "conv1d"
     middle = graph.constant(int4.MIDDLE, U8) if z is None else halves(z)[:, : s.shape[1], None]
     W: Symbol = int4.scaled(halves(q), middle, s)[:, : x.shape[0 if conv else 1]]
@@ -144,7 +147,7 @@ def rows(graph: Graph, table: Node, ids: Symbol, weights: Stored) -> Symbol:
     """W[ids]"""
     q, s, z = (
         None if t is None else graph.emit("Gather", (t, ids), t.dtype, (*ids.shape, *t.shape[1:]), axis=0)
-        for t in parts(graph, table.name, weights)
+        for t in parts(graph, weights, table.name)
     )
     assert q is not None
     assert s is not None

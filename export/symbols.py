@@ -163,9 +163,9 @@ class Symbol(NDArrayOperatorsMixin):
         rule = self.graph.rules.get(name)
         return y if rule is None else rule(*args, **options)
 
-    def source(self, op: str) -> "Symbol | None":
+    def source(self, *ops: str) -> "Symbol | None":
         """What this is the Transpose, Reshape, … of, if it is one."""
-        x = self.node.args[0] if self.node.op == op else None
+        x = self.node.args[0] if self.node.op in ops else None
         return None if x is None else Symbol(self.graph, x)
 
     # ── attributes and methods of an array ───────────────────────────────────────────────────────────────────────────
@@ -209,7 +209,7 @@ class Symbol(NDArrayOperatorsMixin):
         return self.graph.emit("Transpose", (x,), x.dtype, (x.shape[p] for p in perm), perm=perm)
 
     def reshape(self, *sizes: Any) -> "Symbol":
-        whole = self.source("Reshape")
+        whole = self.source("Reshape", "Unsqueeze")
         x = self if whole is None else whole
         shape = complete(x.shape, sizes[0] if isinstance(sizes[0], tuple | list) else sizes)
         if shape == x.shape:
@@ -381,11 +381,11 @@ def scatter_add(into: Symbol, index: Symbol, values: Symbol) -> None:
 # ── NumPy's functions ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def arange(g: Graph, n: Size) -> Any:
-    if not isinstance(n, Dim):
-        return np.arange(n)
-    stop = n.tensor().reshape(())
-    return g.emit("Range", (g.constant(0, INT), stop, g.constant(1, INT)), INT, (n,))
+def arange(g: Graph, start: Size, stop: Size | None = None) -> Any:
+    a, z = (0, start) if stop is None else (start, stop)
+    if not isinstance(a, Dim) and not isinstance(z, Dim):
+        return np.arange(a, z)
+    return g.emit("Range", (operand(g, a, INT), operand(g, z, INT), g.constant(1, INT)), INT, (z + -1 * a,))
 
 
 def where(g: Graph, condition: Any, a: Any, b: Any) -> Symbol:

@@ -129,10 +129,10 @@ def visible(causal: bool, ids: Array, start: int, attention_mask: Array | None) 
     s = ids.shape[1]
     mask = None
     if causal:
-        q, k = np.arange(s, like=ids), np.arange(start + s, like=ids)
-        mask = (k[None, :] <= q[:, None] + start)[None, None]
+        q, k = np.arange(start, start + s, like=ids), np.arange(start + s, like=ids)
+        mask = k <= q[:, None]
     if attention_mask is None:
-        return mask
+        return None if mask is None else mask[None, None]
     keep = attention_mask[:, None, None, :] > 0
     return keep if mask is None else keep & mask
 

@@ -257,13 +257,13 @@ def distances(m: Parts, at: str, ids: Array, past: Sequence[Pair] | None) -> Bia
         return None
     part, (n, longest) = m.part(at + "embed.relative"), m.config.relative
     s, start = ids.shape[1], past[0][0].shape[1] if past else 0
-    queries = np.arange(s, like=ids)[:, None] + start
+    queries = np.arange(start, start + s, like=ids)[:, None]
 
     @cache
     def columns(before: int) -> tuple[Array, Back]:
         """[s, t, h] for the tokens, or for the places `before` them."""
         keys = np.arange(before, like=ids) - before if before else np.arange(start + s, like=ids)
-        return part.run(buckets(keys[None, :] - queries, n, longest, both=not m.config.causal_at(at)))
+        return part.run(buckets(keys - queries, n, longest, both=not m.config.causal_at(at)))
 
     def bias(memories: Sequence[Memory]) -> tuple[Array, Back]:
         terms = [(columns(k.k.shape[1]), k.placed) for k in memories] + [(columns(0), True)]
@@ -367,5 +367,5 @@ def rotations(c: Config, x: Array, places: Array) -> Pair | None:
         return None
     dtype = x.real.dtype
     wide = dtype if dtype.itemsize > 2 else np.dtype(np.float32)
-    θ = places[:, :, None, None].astype(wide) * c.inv_freq.astype(wide)
-    return np.cos(θ).astype(dtype), np.sin(θ).astype(dtype)
+    θ = places.astype(wide)[:, :, None] * c.inv_freq.astype(wide)
+    return np.cos(θ).astype(dtype)[:, :, None], np.sin(θ).astype(dtype)[:, :, None]
