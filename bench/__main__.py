@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from bench import fastfood, methods
+from bench.figures import Figure, missed, reached
 from bench.step import LIMITS
 
 HERE = Path(__file__).parent
-Figure = tuple[str, float, float, str]  # what, measured, at most, its unit
 
 
 def run(script: str) -> dict[str, Any]:
@@ -69,17 +68,10 @@ def main() -> None:
     for script, read in scripts.items():
         console.print(f"\n[bold]bench/{script}[/]")
         figures += read(run(script))
-    table = Table(title="What was to be reached", title_justify="left")
-    table.add_column("figure")
-    for name in ("measured", "at most", ""):
-        table.add_column(name, justify="right")
-    for what, measured, limit, unit in figures:
-        verdict = "reached" if measured <= limit else "[red]missed[/]"
-        table.add_row(what, f"{measured:.3g}{unit}", f"{limit:g}{unit}", verdict)
-    console.print(table)
-    missed = sum(measured > limit for _, measured, limit, _ in figures)
-    if missed:
-        sys.exit(f"Not well: {missed} of {len(figures)} figures missed.")
+    console.print(reached(figures))
+    left = sum(map(missed, figures))
+    if left:
+        sys.exit(f"Not well: {left} of {len(figures)} figures missed.")
     console.print(f"All is well: {len(figures)} figures reached.")
 
 

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from bench.exporters import INT8, Figure, Session, command, exported, ours, python_of, ratio, repeated, table
+from bench.exporters import INT8, Session, command, exported, ours, python_of, ratio, repeated
+from bench.figures import Figure, reached, table
 from bench.step import write
 
 T5 = {
@@ -155,10 +156,7 @@ def main(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as root:
         for shape in options.shape or SHAPES:
             found += measured(shape, Path(root), options, console)
-    rows = [
-        [what, f"{x:.3g}", f"{limit:g}", "reached" if x <= limit else "[red]missed[/]"] for what, x, limit, _ in found
-    ]
-    console.print(table("What was to be reached", ("figure", "measured", "at most", ""), rows))
+    console.print(reached(found))
     if python_of("optimum") is None:
         console.print("[red]optimum is not measured: python bench/exporters.py --install optimum[/]")
     if options.json:
