@@ -2,6 +2,7 @@
 
     python bench/exporters.py                       what is installed, on the shapes of GPT-2-small and of a small LLaMA
     python bench/exporters.py --install mobius      an environment for one of them: mobius, genai, optimum
+    python bench/exporters.py --write README.md     and the table there
     python bench/exporters.py --latency --threads 2 --rounds 9 --shape llama8
 
 An export is a whole process, imports included: a model in HF's format with random weights → a graph with keys and
@@ -17,6 +18,7 @@ import compileall
 import json
 import math
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -33,7 +35,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench import peers
-from bench.figures import Figure, reached, table
+from bench.figures import Figure, reached, rewrite, summary, table
 from bench.step import write
 
 GPT2 = {
@@ -69,6 +71,7 @@ OURS: dict[str, tuple[bool, dict[str, Any]]] = {  # with the adapter or without,
     "refpeft, int4 by 128, LoRA as input": (LORA, {"form": "inputs", "dtype": "int4", "blocks": INT8 | {"size": 128}}),
 }  # fmt: skip
 SHOWN = ("refpeft, int4, LoRA as input",)  # small blocks and adapters: what nothing was to be reached of
+AGAINST = ("refpeft", "refpeft, merged LoRA")  # whose seconds are compared with theirs
 SLOW = ("torch", "transformers", "optimum")
 UNSUPPORTED = {("genai", "gpt2-small"): "its builder knows no GPT-2"}
 EXPORT_LIMITS = {"mobius": 0.2, "torch": 0.05, "optimum": 0.05}
@@ -318,7 +321,7 @@ def latency_figures(shape: str, found: dict[str, dict[str, list[float]]], proces
             yield f"{at}: against the best of the others, {best}", x, LATENCY, ""
             if prefill:
                 x = against_best(times, "refpeft, last logits", others, processes)
-                yield f"{at}, last logits: against {best}", x, LAST, ""
+                yield f"{at}, last logits: against the best of the others, {best}", x, LAST, ""
         for name in ("refpeft, unmerged LoRA", "refpeft, LoRA as input"):
             limit = PREFILL if prefill else DECODE
             yield f"{at}, {name.partition(', ')[2]}: against merged", ratio(times, name, "refpeft"), limit, ""
@@ -340,7 +343,8 @@ def export_figures(shape: str, found: dict[str, tuple[float, float]]) -> Iterato
 
 
 def exports(folder: Path, shape: str, out: Path, names: Sequence[str]) -> tuple[dict[str, Path], dict[str, Any]]:
-    """Each exporter's graph; seconds and memory: medians of three processes of ours, one of theirs, taking turns."""
+    """Each exporter's graph; seconds and memory: of theirs one process, of what is compared with them medians of as
+    many as there are others and one, taking turns."""
     made: dict[str, Path] = {}
     found: dict[str, list[tuple[float, float]]] = {}
     for name in names:
@@ -355,9 +359,9 @@ def exports(folder: Path, shape: str, out: Path, names: Sequence[str]) -> tuple[
         except RuntimeError as error:
             print(f"{shape}: {error}", flush=True)
             continue
-        if name not in OURS:
-            again = out / f"again {name}"
-            found["refpeft"].append(exported(command("refpeft", folder, again), again))
+        for ours in AGAINST if name not in OURS else ():
+            again = out / f"{ours}, beside {name}"
+            found[ours].append(exported(command(ours, folder, again), again))
             shutil.rmtree(again)  # and with it what the system keeps of it in memory
     median = {
         name: (statistics.median(s for s, _ in runs), statistics.median(m for _, m in runs))
@@ -387,6 +391,18 @@ def measured(shape: str, root: Path, options: argparse.Namespace, console: Any) 
     yield from latency_figures(shape, times, options.processes)
 
 
+def conditions(options: argparse.Namespace) -> str:
+    """What was measured, and on what."""
+    import onnxruntime
+
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return (
+        f"On {cpu[1] if cpu else 'some CPU'}, onnxruntime {onnxruntime.__version__}, threads: {options.threads}. Times "
+        "are ratios. Where there are several numbers they are those of one text and of four; prefill reads 128 tokens, "
+        "decode one after 128."
+    )
+
+
 def main(options: argparse.Namespace) -> None:
     from rich.console import Console
 
@@ -402,6 +418,8 @@ def main(options: argparse.Namespace) -> None:
         console.print(f"[red]{sentence}[/]")
     if options.json:
         options.json.write_text(json.dumps({"figures": figures, "missing": missing}))
+    if options.write:
+        rewrite(options.write, f"{conditions(options)}\n\n{summary(figures)}")
 
 
 if __name__ == "__main__":
@@ -418,6 +436,7 @@ if __name__ == "__main__":
     parser.add_argument("--cpu", action="store_true", help="processor time: for a machine that does other things too")
     parser.add_argument("--ours", action="store_true", help="ours alone")
     parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("--write", type=Path, metavar="README.md", help="a page with a place for the table of figures")
     chosen = parser.parse_args()
     if chosen.serve:
         serve(Path(chosen.serve[0]), chosen.serve[1], chosen.threads, chosen.cpu)

@@ -1,7 +1,9 @@
 """What a benchmark ends in: figures that were measured here, beside what was to be reached."""
 
 import math
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.table import Table
 
@@ -15,6 +17,32 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     for row in rows:
         made.add_row(*row)
     return made
+
+
+NAMED = re.compile(r"([\w-]+), (\w+)( [\d×]+)?(.*?(?:the best of the others)?)(?:, \w+)?")
+MARK = "<!-- figures -->\n"
+
+
+def summary(figures: Sequence[Figure]) -> str:
+    """Markdown: what was to be reached, how far, and the numbers of each shape, all cases of one kind in a cell."""
+    shapes: dict[str, None] = {}
+    rows: dict[str, dict[str, list[str]]] = {}
+    for what, x, limit, unit in figures:
+        named = NAMED.fullmatch(what)
+        assert named, what
+        shape, kind, _, rest = named.groups()
+        shapes[shape] = None
+        row = rows.setdefault(kind + rest, {"": [f"{limit:g}{unit}" if math.isfinite(limit) else "–"]})
+        row.setdefault(shape, []).append(f"{x:.3g}{unit}")
+    head = [["", "at most", *shapes], ["---"] * (2 + len(shapes))]
+    body = [[what, *(", ".join(row.get(shape, ())) for shape in ("", *shapes))] for what, row in rows.items()]
+    return "".join(f"| {' | '.join(line)} |\n" for line in head + body)
+
+
+def rewrite(page: Path, text: str) -> None:
+    """The part of a page between two marks."""
+    before, _, after = page.read_text("utf-8").split(MARK)
+    page.write_text(MARK.join([before, text, after]), "utf-8")
 
 
 def missed(figure: Figure) -> bool:

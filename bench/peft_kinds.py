@@ -289,7 +289,7 @@ def refusals(column: Mapping[str, tuple[str, str]]) -> list[str]:
 def main(options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from bench.exporters import table
+    from bench.figures import table
 
     wanted = options.exporter or EXPORTERS
     missing = [lacking(name) for name in wanted if name != "refpeft" and python_of(name) is None]

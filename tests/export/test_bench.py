@@ -1,0 +1,50 @@
+"""The table of figures in README.md is the one that bench/exporters.py writes, and says that all were reached."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from bench.exporters import CASES, EXPORT_LIMITS, OURS, SHAPES, against_best, export_figures, latency_figures
+from bench.figures import MARK, missed, rewrite, summary
+
+ROOT = Path(__file__).parents[2]
+PEERS = ("torch", "transformers", "optimum", "genai", "mobius")
+
+
+def cells(table: str) -> list[list[str]]:
+    return [[c.strip() for c in line.strip("|").split("|")] for line in table.strip().splitlines() if line[:1] == "|"]
+
+
+def test_the_readme_has_every_figure_and_each_was_reached() -> None:
+    seconds = dict.fromkeys([*OURS, *EXPORT_LIMITS], (1.0, 1.0))
+    times = {case: {name: [1.0] for name in (*OURS, *PEERS)} for case in CASES}
+    figures = [f for shape in SHAPES for f in (*export_figures(shape, seconds), *latency_figures(shape, times, 1))]
+    wanted, found = cells(summary(figures)), cells((ROOT / "README.md").read_text("utf-8").split(MARK)[1])
+    assert [row[:2] for row in found] == [row[:2] for row in wanted]
+    assert found[0] == wanted[0]
+    for what, limit, *measured in found[2:]:
+        numbers = [float(n) for cell in measured for n in re.findall(r"[\d.]+", cell)]
+        assert len(numbers) == len(SHAPES) * (1 if "export" in what else 2), what
+        assert limit == "–" or max(numbers) <= float(limit.split()[0]), what
+
+
+def test_the_best_is_not_the_luckiest() -> None:
+    """Two that tie, each lucky in one process: neither is compared with in the process in which it was chosen."""
+    case = {"ours": [1.0, 1.0, 1.0, 1.0], "a": [0.9, 0.9, 1.1, 1.1], "b": [1.1, 1.1, 0.9, 0.9]}
+    assert against_best(case, "ours", ["a", "b"], 2) == pytest.approx(1 / 1.1)
+    case["b"] = [2.0] * 4
+    assert against_best(case, "ours", ["a", "b"], 2) == pytest.approx((1 / 0.9 + 1 / 1.1) / 2)
+
+
+def test_a_figure_that_is_not_a_number_was_missed() -> None:
+    assert missed(("what", math.nan, 1.0, ""))
+    assert not missed(("what", 9.0, math.inf, ""))
+
+
+def test_only_what_is_between_the_marks_is_written_again(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{MARK}old\n{MARK}after\n", "utf-8")
+    rewrite(page, "new\n")
+    assert page.read_text("utf-8") == f"before\n{MARK}new\n{MARK}after\n"
