@@ -1,7 +1,7 @@
 """What lies side by side in a traced graph: products of the same x with several matrices, and slices of one output."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from refpeft.export.sizes import Dim
@@ -25,17 +25,20 @@ class Beside:
     biases: Sequence[Node] = ()
 
 
-def alike(live: Sequence[Node], uses: Counter[Node]) -> Iterator[Beside]:
-    """Products that read the same x: with matrices of few rows, and with a layer's queries, keys and values."""
+def alike(live: Sequence[Node], uses: Counter[Node], blocked: Collection[str]) -> Iterator[Beside]:
+    """Products that read the same x: with matrices of few rows, with a layer's queries, keys and values, and with all
+    that are in blocks, each of which would round x anew."""
     sums, by_row = {x.args[0]: x for x in live if biased(x, uses)}, read_by_row(live)
-    groups: dict[tuple[Node, bool, bool], list[Node]] = {}
+    groups: dict[tuple[Node, bool, bool, bool], list[Node]] = {}
     for x in live:
         if x.op == "MatMul" and rowwise(x) and pair(x)[1].op == "Transpose" and columns(x):
             few = narrow(x)
-            if few or own(x, uses):
-                groups.setdefault((pair(x)[0], few, x in sums), []).append(x)
-    for (a, few, _), products in groups.items():
-        if len(products) > 1 and (few or sum(map(columns, products)) <= ALIKE * columns(a)):
+            weight = own(x, uses)
+            if few or weight:
+                key = (pair(x)[0], few, x in sums, weight in blocked)
+                groups.setdefault(key, []).append(x)
+    for (a, few, _, cheap), products in groups.items():
+        if len(products) > 1 and (few or cheap or sum(map(columns, products)) <= ALIKE * columns(a)):
             weights = [w for x in products for w in pair(x)[1].args if w is not None]
             biases = [b for x in products if x in sums for b in sums[x].args[1:] if b is not None]
             members = [sums.get(x, x) for x in products]
@@ -72,11 +75,11 @@ def narrow(x: Node) -> bool:
     return columns(x) <= NARROW and isinstance(d, int) and 4 * columns(x) <= d
 
 
-def own(x: Node, uses: Counter[Node]) -> bool:
-    """Is it a product with a weight that nothing else reads?"""
+def own(x: Node, uses: Counter[Node]) -> str:
+    """The name of the weight that it is a product with, if nothing else reads that."""
     W = pair(x)[1]
     weight = W.args[0]
-    return weight is not None and not weight.op and uses[W] == uses[weight] == 1
+    return weight.name if weight is not None and not weight.op and uses[W] == uses[weight] == 1 else ""
 
 
 def biased(x: Node, uses: Counter[Node]) -> bool:

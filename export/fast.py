@@ -17,7 +17,7 @@ stored in 16 or 4 bits comes after this (`refpeft.export.rewriting`): a sum rema
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,10 +27,10 @@ from refpeft.export.sizes import Dim, product
 from refpeft.export.symbols import INT, Graph, Node, Symbol, concatenate, where
 
 
-def fast(graph: Graph, outputs: Mapping[str, Symbol]) -> dict[str, Symbol]:
-    """The same outputs, computed by fewer and larger nodes."""
+def fast(graph: Graph, outputs: Mapping[str, Symbol], blocked: Collection[str] = ()) -> dict[str, Symbol]:
+    """The same outputs, computed by fewer and larger nodes. `blocked`: weights that are stored in blocks."""
     live = graph.live(outputs.values())
-    rewrite = Rewrite(graph, live, outputs)
+    rewrite = Rewrite(graph, live, outputs, blocked)
     for x in live:  # each in its turn, so that no stack of calls is as deep as the model
         rewrite.whole(x)
     return {name: rewrite.whole(y.node) for name, y in outputs.items()}
@@ -39,14 +39,16 @@ def fast(graph: Graph, outputs: Mapping[str, Symbol]) -> dict[str, Symbol]:
 class Rewrite:
     """What has been rewritten so far: nodes in their own shape, and as rows."""
 
-    def __init__(self, graph: Graph, live: Sequence[Node], outputs: Mapping[str, Symbol]) -> None:
+    def __init__(
+        self, graph: Graph, live: Sequence[Node], outputs: Mapping[str, Symbol], blocked: Collection[str]
+    ) -> None:
         self.graph = graph
         self.uses = Counter(a for x in live for a in x.args if a is not None)
         self.uses.update(y.node for y in outputs.values())
         self.done: dict[Node, Symbol] = {}
         self.flat: dict[Node, Symbol] = {}
         self.joined = {k: x for x in live if x.op == "Attention" and cached(x) for k in x.args[1:3] if k}
-        self.beside = {x: group for group in [*alike(live, self.uses), *cuts(live)] for x in group.members}
+        self.beside = {x: group for group in [*alike(live, self.uses, blocked), *cuts(live)] for x in group.members}
         self.parts: dict[Node, list[Symbol]] = {}
         self.ends = {y.node for y in outputs.values() if self.uses[y.node] == 1}
 

@@ -12,7 +12,7 @@ either all of it or none.
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -37,8 +37,8 @@ from refpeft.export.symbols import Graph
 from refpeft.export.verification import Verified
 from refpeft.model import Model, adapter_list
 
-GRAPHS: Mapping[str, Callable[[Graph, Outputs], Outputs]] = {
-    "portable": lambda graph, outputs: outputs,
+GRAPHS: Mapping[str, Callable[[Graph, Outputs, Collection[str]], Outputs]] = {
+    "portable": lambda graph, outputs, blocked: outputs,
     "fast": fast,
 }
 INLINE_LIMIT = 100_000_000  # bytes; who loads a graph holds what is within it, and maps what lies beside
@@ -197,7 +197,7 @@ def modelled(subject: Subject, symbols: Graph, made: Made, graph: str) -> dict[s
     protos: dict[str, ModelProto] = {}
     for name, f in graphs.files(made, subject).items():
         f.tell(symbols)
-        outputs = rewritten(symbols, GRAPHS[graph](symbols, f.outputs), stored)
+        outputs = rewritten(symbols, GRAPHS[graph](symbols, f.outputs, stored.blocked), stored)
         protos[name] = to_model(symbols, f.inputs, outputs, made.tensors, f.optional)
     return protos
 
