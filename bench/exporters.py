@@ -71,6 +71,7 @@ OURS: dict[str, tuple[bool, dict[str, Any]]] = {  # with the adapter or without,
     "refpeft, int4 by 128, LoRA as input": (LORA, {"form": "inputs", "dtype": "int4", "blocks": INT8 | {"size": 128}}),
 }  # fmt: skip
 SHOWN = ("refpeft, int4, LoRA as input",)  # small blocks and adapters: what nothing was to be reached of
+OFTEN = 6  # rounds of decode for one of prefill: short, and who else uses the memory's bandwidth changes
 AGAINST = ("refpeft", "refpeft, merged LoRA")  # whose seconds are compared with theirs
 SLOW = ("torch", "transformers", "optimum")
 UNSUPPORTED = {("genai", "gpt2-small"): "its builder knows no GPT-2"}
@@ -278,11 +279,11 @@ def latencies(folders: dict[str, Path], shape: str, options: argparse.Namespace)
     found: dict[str, dict[str, list[float]]] = {}
     try:
         for case, (_, tokens, _) in CASES.items():
-            runs = 1 if tokens > 1 else 8
+            runs, often = (1, 1) if tokens > 1 else (4, OFTEN)
             found[case] = {name: [] for name in sessions}
             for session in sessions.values():
                 session.run(case, runs)  # memory is taken, caches are warm
-            for _ in range(options.rounds):
+            for _ in range(options.rounds * often):
                 for name, session in sessions.items():
                     found[case][name].append(1e3 * session.run(case, runs))
     finally:
@@ -384,7 +385,7 @@ def measured(shape: str, root: Path, options: argparse.Namespace, console: Any) 
         if name in times["decode 1"]
     ]
     what = "of the processor" if options.cpu else "on onnxruntime"
-    rounds = f"medians of {options.processes}×{options.rounds} rounds"
+    rounds = f"medians of {options.processes}×{options.rounds} rounds ({OFTEN} times as many of decode)"
     title = f"{shape}: milliseconds {what}, threads: {options.threads}, {rounds}"
     console.print(table(title, ("", *times), rows))
     yield from export_figures(shape, found)
@@ -431,7 +432,7 @@ if __name__ == "__main__":
     parser.add_argument("--shape", choices=SHAPES, action="append", help="only these (default: all)")
     parser.add_argument("--threads", type=int, default=1, help="of onnxruntime (default: 1)")
     parser.add_argument("--rounds", type=int, default=2, help="of each process (default: 2)")
-    parser.add_argument("--processes", type=int, default=6, help="of each graph, one after another (default: 6)")
+    parser.add_argument("--processes", type=int, default=8, help="of each graph, one after another (default: 8)")
     parser.add_argument("--latency", action="store_true", help="without the exporters that take half a minute")
     parser.add_argument("--cpu", action="store_true", help="processor time: for a machine that does other things too")
     parser.add_argument("--ours", action="store_true", help="ours alone")
