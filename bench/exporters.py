@@ -35,7 +35,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench import peers
-from bench.figures import Figure, reached, rewrite, summary, table
+from bench.figures import Figure, middle, reached, rewrite, summary, table
 from bench.step import write
 
 GPT2 = {
@@ -295,11 +295,12 @@ def latencies(folders: dict[str, Path], shape: str, options: argparse.Namespace)
 # ── figures ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def ratio(case: dict[str, list[float]], a: str, b: str) -> float:
-    return statistics.median(x / y for x, y in zip(case[a], case[b], strict=True))
+def ratio(case: dict[str, list[float]], a: str, b: str, processes: int) -> tuple[float, float]:
+    """a/b, and its error."""
+    return middle([x / y for x, y in zip(case[a], case[b], strict=True)], processes)
 
 
-def against_best(case: dict[str, list[float]], ours: str, others: Sequence[str], processes: int) -> float:
+def against_best(case: dict[str, list[float]], ours: str, others: Sequence[str], processes: int) -> tuple[float, float]:
     """The ratio to the best of the others: in the rounds of each process, to which was best in those of all others."""
     rounds = len(case[ours]) // processes
     ratios: list[float] = []
@@ -308,7 +309,7 @@ def against_best(case: dict[str, list[float]], ours: str, others: Sequence[str],
         elsewhere = {name: t[: here.start] + t[here.stop :] or t for name, t in case.items()}
         best = min(others, key=lambda name: statistics.median(elsewhere[name]))
         ratios += [x / y for x, y in zip(case[ours][here], case[best][here], strict=True)]
-    return statistics.median(ratios)
+    return middle(ratios, processes)
 
 
 def latency_figures(shape: str, found: dict[str, dict[str, list[float]]], processes: int) -> Iterator[Figure]:
@@ -318,29 +319,30 @@ def latency_figures(shape: str, found: dict[str, dict[str, list[float]]], proces
         at = f"{shape}, {case}"
         if others:
             best = min(others, key=lambda name: statistics.median(times[name]))
-            x = against_best(times, "refpeft", others, processes)
-            yield f"{at}: against the best of the others, {best}", x, LATENCY, ""
+            x, error = against_best(times, "refpeft", others, processes)
+            yield Figure(f"{at}: against the best of the others, {best}", x, LATENCY, error=error)
             if prefill:
-                x = against_best(times, "refpeft, last logits", others, processes)
-                yield f"{at}, last logits: against the best of the others, {best}", x, LAST, ""
+                x, error = against_best(times, "refpeft, last logits", others, processes)
+                yield Figure(f"{at}, last logits: against the best of the others, {best}", x, LAST, error=error)
         for name in ("refpeft, unmerged LoRA", "refpeft, LoRA as input"):
-            limit = PREFILL if prefill else DECODE
-            yield f"{at}, {name.partition(', ')[2]}: against merged", ratio(times, name, "refpeft"), limit, ""
+            x, error = ratio(times, name, "refpeft", processes)
+            yield Figure(f"{at}, {name[9:]}: against merged", x, PREFILL if prefill else DECODE, error=error)
         for name in [name for name in OURS if "int4" in name] if not prefill else ():
-            limit = math.inf if name in SHOWN else INT4
-            yield f"{at}, {name.partition(', ')[2]}: against float32", ratio(times, name, "refpeft"), limit, ""
+            x, error = ratio(times, name, "refpeft", processes)
+            yield Figure(f"{at}, {name[9:]}: against float32", x, math.inf if name in SHOWN else INT4, error=error)
 
 
 def export_figures(shape: str, found: dict[str, tuple[float, float]]) -> Iterator[Figure]:
+    at = f"{shape}, export"
     for name, limit in EXPORT_LIMITS.items():
         if name in found:
-            yield f"{shape}, export: time against {name}", found["refpeft"][0] / found[name][0], limit, ""
+            yield Figure(f"{at}: time against {name}", found["refpeft"][0] / found[name][0], limit)
+    tuned = "refpeft, merged LoRA"
     if "torch" in found:
-        ratio = found["refpeft, merged LoRA"][0] / found["torch"][0]
-        yield f"{shape}, export, LoRA merged: time against torch", ratio, TUNED_LIMIT, ""
-    yield f"{shape}, export, LoRA merged: peak anonymous memory", found["refpeft, merged LoRA"][1], TUNED_MEMORY, " MB"
-    yield f"{shape}, export: peak anonymous memory", found["refpeft"][1], MEMORY, " MB"
-    yield f"{shape}, export, linked: peak anonymous memory", found["refpeft, linked"][1], LINKED, " MB"
+        yield Figure(f"{at}, LoRA merged: time against torch", found[tuned][0] / found["torch"][0], TUNED_LIMIT)
+    yield Figure(f"{at}, LoRA merged: peak anonymous memory", found[tuned][1], TUNED_MEMORY, " MB")
+    yield Figure(f"{at}: peak anonymous memory", found["refpeft"][1], MEMORY, " MB")
+    yield Figure(f"{at}, linked: peak anonymous memory", found["refpeft, linked"][1], LINKED, " MB")
 
 
 def exports(folder: Path, shape: str, out: Path, names: Sequence[str]) -> tuple[dict[str, Path], dict[str, Any]]:
@@ -398,9 +400,10 @@ def conditions(options: argparse.Namespace) -> str:
 
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return (
-        f"On {cpu[1] if cpu else 'some CPU'}, onnxruntime {onnxruntime.__version__}, threads: {options.threads}. Times "
-        "are ratios. Where there are several numbers they are those of one text and of four; prefill reads 128 tokens, "
-        "decode one after 128."
+        f"On {cpu[1] if cpu else 'some CPU'}, onnxruntime {onnxruntime.__version__}, threads: {options.threads}.\n"
+        "Times are ratios ours/theirs. Where there are two numbers they are those of one text and of four; prefill\n"
+        "reads 128 tokens, decode one after 128. ± is the error of a median over processes, of which there were\n"
+        f"{options.processes}: within it two tie."
     )
 
 

@@ -2,12 +2,46 @@
 
 import math
 import re
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.table import Table
 
-Figure = tuple[str, float, float, str]  # what, measured, at most (inf: nothing was to be reached), the unit of both
+
+class Figure(NamedTuple):
+    """What was measured, and what it was to be `at_most` (inf: nothing). `error`: of the median, by how much it differs
+    from process to process: within it nobody can say which is smaller."""
+
+    what: str
+    measured: float
+    at_most: float
+    unit: str = ""
+    error: float = 0.0
+
+    def missed(self) -> bool:
+        return not self.measured - self.error <= self.at_most
+
+    def verdict(self) -> str:
+        if math.isinf(self.at_most):
+            return ""
+        return "[red]missed[/]" if self.missed() else "reached" if self.measured <= self.at_most else "tied"
+
+    def shown(self) -> str:
+        return f"{self.measured:.3g}{self.unit}" + (f" ± {self.error:.1g}" if self.error else "")
+
+    def limit(self) -> str:
+        return f"{self.at_most:g}{self.unit}" if math.isfinite(self.at_most) else "–"
+
+
+def middle(ratios: Sequence[float], processes: int) -> tuple[float, float]:
+    """The median of ratios from so many processes, as many from each, and its error: that of a median of as many
+    normal numbers as there are processes."""
+    rounds = len(ratios) // processes
+    each = [statistics.median(ratios[k * rounds : (k + 1) * rounds]) for k in range(processes)]
+    error = math.sqrt(math.pi / 2 / processes) * statistics.stdev(each) if processes > 1 else 0.0
+    return statistics.median(ratios), error
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -27,13 +61,13 @@ def summary(figures: Sequence[Figure]) -> str:
     """Markdown: what was to be reached, how far, and the numbers of each shape, all cases of one kind in a cell."""
     shapes: dict[str, None] = {}
     rows: dict[str, dict[str, list[str]]] = {}
-    for what, x, limit, unit in figures:
-        named = NAMED.fullmatch(what)
-        assert named, what
+    for figure in figures:
+        named = NAMED.fullmatch(figure.what)
+        assert named, figure.what
         shape, kind, _, rest = named.groups()
         shapes[shape] = None
-        row = rows.setdefault(kind + rest, {"": [f"{limit:g}{unit}" if math.isfinite(limit) else "–"]})
-        row.setdefault(shape, []).append(f"{x:.3g}{unit}")
+        row = rows.setdefault(kind + rest, {"": [figure.limit()]})
+        row.setdefault(shape, []).append(figure.shown())
     head = [["", "at most", *shapes], ["---"] * (2 + len(shapes))]
     body = [[what, *(", ".join(row.get(shape, ())) for shape in ("", *shapes))] for what, row in rows.items()]
     return "".join(f"| {' | '.join(line)} |\n" for line in head + body)
@@ -45,14 +79,6 @@ def rewrite(page: Path, text: str) -> None:
     page.write_text(MARK.join([before, text, after]), "utf-8")
 
 
-def missed(figure: Figure) -> bool:
-    return not figure[1] <= figure[2]
-
-
 def reached(figures: Sequence[Figure]) -> Table:
-    rows = []
-    for figure in figures:
-        what, x, limit, unit = figure
-        most, verdict = (f"{limit:g}{unit}", "reached") if math.isfinite(limit) else ("–", "")
-        rows.append((what, f"{x:.3g}{unit}", most, "[red]missed[/]" if missed(figure) else verdict))
+    rows = [(f.what, f.shown(), f.limit(), f.verdict()) for f in figures]
     return table("What was to be reached", ("figure", "measured", "at most", ""), rows)

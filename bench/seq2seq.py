@@ -125,11 +125,12 @@ def latencies(folders: dict[str, Path], rounds: int, cpu: bool) -> dict[str, dic
 # ── figures ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def figures(shape: str, found: dict[str, dict[str, list[float]]]) -> Iterator[Figure]:
+def figures(shape: str, found: dict[str, dict[str, list[float]]], processes: int) -> Iterator[Figure]:
     for case, times in found.items():
-        yield f"{shape}, {case}: fast against portable", ratio(times, "fast", "portable"), AGAINST_PORTABLE, ""
-        if "optimum" in times:
-            yield f"{shape}, {case}: fast against optimum", ratio(times, "fast", "optimum"), AGAINST_OPTIMUM, ""
+        for other, limit in (("portable", AGAINST_PORTABLE), ("optimum", AGAINST_OPTIMUM)):
+            if other in times:
+                x, error = ratio(times, "fast", other, processes)
+                yield Figure(f"{shape}, {case}: fast against {other}", x, limit, error=error)
 
 
 def measured(shape: str, root: Path, options: argparse.Namespace, console: Any) -> list[Figure]:
@@ -146,7 +147,7 @@ def measured(shape: str, root: Path, options: argparse.Namespace, console: Any) 
     rounds = f"{options.processes}×{options.rounds}"
     what = "of the processor" if options.cpu else "on onnxruntime"
     console.print(table(f"{shape}: milliseconds {what}, medians of {rounds} rounds", ("", *CASES), rows))
-    return list(figures(shape, found))
+    return list(figures(shape, found, options.processes))
 
 
 def main(options: argparse.Namespace) -> None:
