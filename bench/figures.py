@@ -67,7 +67,7 @@ def summary(figures: Sequence[Figure]) -> str:
         shape, kind, _, rest = named.groups()
         shapes[shape] = None
         row = rows.setdefault(kind + rest, {"": [figure.limit()]})
-        row.setdefault(shape, []).append(figure.shown())
+        row.setdefault(shape, []).append(figure.shown() + " **missed**" * figure.missed())
     head = [["", "at most", *shapes], ["---"] * (2 + len(shapes))]
     body = [[what, *(", ".join(row.get(shape, ())) for shape in ("", *shapes))] for what, row in rows.items()]
     return "".join(f"| {' | '.join(line)} |\n" for line in head + body)

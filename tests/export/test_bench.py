@@ -1,4 +1,4 @@
-"""The table of figures in README.md is the one that bench/exporters.py writes, and says that all were reached."""
+"""The table of figures in README.md is the one that bench/exporters.py writes, and says what was missed."""
 
 import math
 from pathlib import Path
@@ -17,7 +17,7 @@ def cells(table: str) -> list[list[str]]:
     return [[c.strip() for c in line.strip("|").split("|")] for line in table.strip().splitlines() if line[:1] == "|"]
 
 
-def test_the_readme_has_every_figure_and_each_was_reached() -> None:
+def test_the_readme_has_every_figure_and_says_which_were_missed() -> None:
     seconds = dict.fromkeys([*OURS, *EXPORT_LIMITS], (1.0, 1.0))
     times = {case: {name: [1.0] for name in (*OURS, *PEERS)} for case in CASES}
     figures = [f for shape in SHAPES for f in (*export_figures(shape, seconds), *latency_figures(shape, times, 1))]
@@ -25,10 +25,12 @@ def test_the_readme_has_every_figure_and_each_was_reached() -> None:
     assert [row[:2] for row in found] == [row[:2] for row in wanted]
     assert found[0] == wanted[0]
     for what, limit, *measured in found[2:]:
-        numbers = [n.split(" ± ") for cell in measured for n in cell.replace(" MB", "").split(", ")]
+        numbers = [n for cell in measured for n in cell.replace(" MB", "").split(", ")]
         assert len(numbers) == len(SHAPES) * (1 if "export" in what else 2), what
-        least = max(float(x) - sum(map(float, error)) for x, *error in numbers)  # within its error two tie
-        assert limit == "–" or least <= float(limit.split()[0]), what
+        for n in numbers if limit != "–" else ():
+            x, *error = n.removesuffix(" **missed**").split(" ± ")
+            tied = float(x) - sum(map(float, error)) <= float(limit.split()[0])
+            assert tied != n.endswith(" **missed**"), what
 
 
 def test_the_best_is_not_the_luckiest() -> None:
