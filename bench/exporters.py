@@ -18,6 +18,7 @@ import compileall
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import statistics
@@ -35,7 +36,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench import peers
-from bench.figures import Figure, middle, reached, rewrite, summary, table
+from bench.figures import MARK, Figure, middle, reached, rewrite, summary, table
 from bench.step import write
 
 GPT2 = {
@@ -329,10 +330,14 @@ def latency_figures(shape: str, found: dict[str, dict[str, list[float]]], proces
                 yield Figure(f"{at}, last logits: against the best of the others, {best}", x, LAST, error=error)
         for name in ("refpeft, unmerged LoRA", "refpeft, LoRA as input"):
             x, error = ratio(times, name, "refpeft", processes)
-            yield Figure(f"{at}, {name[9:]}: against merged", x, PREFILL if prefill else DECODE, error=error)
+            yield Figure(
+                f"{at}, {name.partition(', ')[2]}: against merged", x, PREFILL if prefill else DECODE, error=error
+            )
         for name in [name for name in OURS if "int4" in name] if not prefill else ():
             x, error = ratio(times, name, "refpeft", processes)
-            yield Figure(f"{at}, {name[9:]}: against float32", x, math.inf if name in SHOWN else INT4, error=error)
+            yield Figure(
+                f"{at}, {name.partition(', ')[2]}: against float32", x, math.inf if name in SHOWN else INT4, error=error
+            )
 
 
 def export_figures(shape: str, found: dict[str, tuple[float, float]]) -> Iterator[Figure]:
@@ -401,9 +406,11 @@ def conditions(options: argparse.Namespace) -> str:
     """What was measured, and on what."""
     import onnxruntime
 
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    about = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.*)", about.read_text()) if about.is_file() else None
+    cpu = named[1] if named else platform.machine()
     return (
-        f"On {cpu[1] if cpu else 'some CPU'}, onnxruntime {onnxruntime.__version__}, threads: {options.threads}.\n"
+        f"On {cpu}, onnxruntime {onnxruntime.__version__}, threads: {options.threads}.\n"
         "Times are ratios ours/theirs. Where there are two numbers they are those of one text and of four; prefill\n"
         "reads 128 tokens, decode one after 128. ± is the error of a median over processes, of which there were\n"
         f"{options.processes}: within it two tie."
@@ -413,6 +420,8 @@ def conditions(options: argparse.Namespace) -> str:
 def main(options: argparse.Namespace) -> None:
     from rich.console import Console
 
+    if options.write and options.write.read_text("utf-8").count(MARK) != 2:
+        sys.exit(f"{options.write} must have two lines {MARK.strip()}, and the table goes between them")
     console = Console(width=120)
     missing = [lacking(name) for name in peers.EXPORTERS if python_of(name) is None]
     figures: list[Figure] = []
