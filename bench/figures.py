@@ -20,6 +20,11 @@ class Figure(NamedTuple):
     unit: str = ""
     error: float = 0.0
 
+    @classmethod
+    def of(cls, what: str, ratio: tuple[float, float], at_most: float) -> "Figure":
+        """A ratio and its error."""
+        return cls(what, ratio[0], at_most, error=ratio[1])
+
     def missed(self) -> bool:
         return not self.measured - self.error <= self.at_most
 

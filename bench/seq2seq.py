@@ -129,8 +129,8 @@ def figures(shape: str, found: dict[str, dict[str, list[float]]], processes: int
     for case, times in found.items():
         for other, limit in (("portable", AGAINST_PORTABLE), ("optimum", AGAINST_OPTIMUM)):
             if other in times:
-                x, error = ratio(times, "fast", other, processes)
-                yield Figure(f"{shape}, {case}: fast against {other}", x, limit, error=error)
+                both = ratio(times, "fast", other, processes)
+                yield Figure.of(f"{shape}, {case}: fast against {other}", both, limit)
 
 
 def measured(shape: str, root: Path, options: argparse.Namespace, console: Any) -> list[Figure]:

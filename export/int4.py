@@ -29,7 +29,7 @@ class Blocks:
     `accuracy_level`, of the operator: 1 computes in float32; 4 may round activations to
     8 bits, where the runtime has such a kernel."""
 
-    size: int = 32
+    size: int = 128
     zero_points: bool = False
     accuracy_level: int = 1
     head: bool = False

@@ -64,7 +64,7 @@ def export(
     ] = "float32",
     block_size: Annotated[
         int | None,
-        option(NUMBERS, "--block-size", meta="N", about="Of int4: numbers of a row that share a scale.", default="32"),
+        option(NUMBERS, "--block-size", meta="N", about="Of int4: numbers of a row that share a scale.", default="128"),
     ] = None,
     zero_points: Annotated[
         bool, option(NUMBERS, "--zero-points", about="Of int4: blocks have a zero point too, of 4 bits.")
