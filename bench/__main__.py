@@ -51,6 +51,12 @@ def exporter_figures(found: dict[str, Any]) -> Iterator[Figure]:
     yield from (Figure(*row) for row in found["figures"])
 
 
+def kind_figures(found: dict[str, Any]) -> Iterator[Figure]:
+    for verdict in ("refused", "wrong"):
+        kinds = [kind for kind, (what, _) in found["refpeft"].items() if what == verdict]
+        yield Figure(f"export of {len(found['refpeft'])} kinds of adapters: {verdict}", len(kinds), 0)
+
+
 def method_figures(found: dict[str, Any]) -> Iterator[Figure]:
     for row, r in found.items():
         yield Figure(f"training step, d=256, {row}: time against {methods.against(row)}", r["ratio"], methods.LIMIT)
@@ -64,6 +70,7 @@ def main() -> None:
         "methods.py": method_figures,
         "exporters.py": exporter_figures,
         "seq2seq.py": exporter_figures,
+        "peft_kinds.py": kind_figures,
         "fastfood.py": fastfood_figures,
     }
     for script, read in scripts.items():

@@ -73,15 +73,18 @@ def summary(figures: Sequence[Figure]) -> str:
         shapes[shape] = None
         row = rows.setdefault(kind + rest, {"": [figure.limit()]})
         row.setdefault(shape, []).append(figure.shown() + " **missed**" * figure.missed())
-    head = [["", "at most", *shapes], ["---"] * (2 + len(shapes))]
     body = [[what, *(", ".join(row.get(shape, ())) for shape in ("", *shapes))] for what, row in rows.items()]
-    return "".join(f"| {' | '.join(line)} |\n" for line in head + body)
+    return markdown(["", "at most", *shapes], body)
 
 
-def rewrite(page: Path, text: str) -> None:
+def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    return "".join(f"| {' | '.join(line)} |\n" for line in [head, ["---"] * len(head), *body])
+
+
+def rewrite(page: Path, mark: str, text: str) -> None:
     """The part of a page between two marks."""
-    before, _, after = page.read_text("utf-8").split(MARK)
-    page.write_text(MARK.join([before, text, after]), "utf-8")
+    before, _, after = page.read_text("utf-8").split(mark)
+    page.write_text(mark.join([before, text, after]), "utf-8")
 
 
 def reached(figures: Sequence[Figure]) -> Table:

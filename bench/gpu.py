@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 import refpeft
+from bench.figures import markdown
 from refpeft.export import devices, runtime
 from refpeft.export.form import Subject
 from refpeft.export.forms import FORMS
@@ -227,11 +228,6 @@ def latency(folder: Path, device: str) -> tuple[float, float]:
 
 
 # ── what is said ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def markdown(heads: tuple[str, ...], rows: list[list[str]]) -> str:
-    lines = [list(heads), ["---"] * len(heads), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def page(rows: list[Row], speeds: list[Speed], about: str) -> str:

@@ -1,7 +1,7 @@
 """Kinds of PEFT adapters × exporters to ONNX: which of the graphs compute what the tuned model computes.
 
-    python bench/peft_kinds.py                              the table, of the exporters that are installed
-    python bench/peft_kinds.py --write docs/exporters.md    and this page of the documentation
+    python bench/peft_kinds.py              the table, of the exporters that are installed
+    python bench/peft_kinds.py --write      and docs/exporters.md, and the counts in README.md
     python bench/peft_kinds.py --kind dora --exporter genai --exporter refpeft
 
 Each kind is a tiny LLaMA with an adapter that HF peft made, every trained number moved at random, so that the adapter
@@ -27,6 +27,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench import peers
 from bench.exporters import lacking, python_of, tokenizer
+from bench.figures import markdown, rewrite, table
 
 Array = np.ndarray[Any, Any]
 LIMIT = 1e-4  # relative distance of logits: float32 gives 1e-6, an adapter that was dropped 1e-2 and more
@@ -194,6 +195,7 @@ def version(name: str) -> str:
 
 Cells = Mapping[str, Mapping[str, tuple[str, str]]]  # exporter → kind → verdict and why
 SIGNS = {"right": "✓", "refused": "refused", "wrong": "**wrong**"}
+ROOT, MARK = Path(__file__).parents[1], "<!-- kinds -->\n"
 
 
 def decided(root: Path, kinds: list[str], exporters: list[str]) -> Cells:
@@ -234,12 +236,17 @@ def rows(cells: Cells) -> list[list[str]]:
     return [*found, ["right", *total]]
 
 
+def counts(cells: Cells) -> list[list[str]]:
+    """Of each exporter: right, refused, wrong."""
+    return [[NAMES[n], *(str(sum(v == s for v, _ in c.values())) for s in SIGNS)] for n, c in cells.items()]
+
+
 PAGE = """# Adapters and exporters to ONNX
 
 Which exporter makes a graph of a tuned model that computes what HF peft computes? Written by
 
 ```sh
-python bench/peft_kinds.py --write docs/exporters.md
+python bench/peft_kinds.py --write
 ```
 
 on a tiny LLaMA with one adapter of each kind, made by HF peft {peft}, every trained number moved at random. Every
@@ -247,7 +254,6 @@ graph was run on onnxruntime {ort} and its logits compared with the PeftModel's:
 **wrong**: they are others, and nobody said so; refused: there is no graph that onnxruntime runs.
 
 {table}
-
 What each was given: torch.onnx.export and transformers' exporter a PeftModel, in Python; genai's builder
 `adapter_path`; optimum-onnx the adapter's folder; mobius-onnx has no place for an adapter; refpeft `--form unmerged`.
 Where an adapter has a merge, those that take none can be given the merged model, of `refpeft merge` or HF peft.
@@ -266,11 +272,10 @@ def page(cells: Cells, missing: list[str]) -> str:
     from importlib.metadata import version as installed
 
     head = ["", *(NAMES[name] for name in cells)]
-    lines = [head, ["---"] * len(head), *rows(cells)]
     versions = "\n".join(f"- {NAMES[name]}: {version(name)}" for name in cells)
     return PAGE.format(
         peft=installed("peft"), ort=installed("onnxruntime"), limit=LIMIT,
-        table="\n".join(f"| {' | '.join(line)} |" for line in lines),
+        table=markdown(head, rows(cells)),
         versions="\n".join([versions, *(f"- {sentence}" for sentence in missing)]),
         why="\n".join(f"- {NAMES[name]}: {sentence}" for name in cells for sentence in refusals(cells[name])),
     )  # fmt: skip
@@ -289,8 +294,8 @@ def refusals(column: Mapping[str, tuple[str, str]]) -> list[str]:
 def main(options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from bench.figures import table
-
+    if options.write and (options.kind or options.exporter):
+        sys.exit("--write needs all kinds and exporters, so neither --kind nor --exporter")
     wanted = options.exporter or EXPORTERS
     missing = [lacking(name) for name in wanted if name != "refpeft" and python_of(name) is None]
     exporters = [name for name in wanted if name == "refpeft" or python_of(name)]
@@ -308,13 +313,14 @@ def main(options: argparse.Namespace) -> None:
     if options.json:
         options.json.write_text(json.dumps(cells, indent=1))
     if options.write:
-        options.write.write_text(page(cells, missing))
+        (ROOT / "docs" / "exporters.md").write_text(page(cells, missing), "utf-8")
+        rewrite(ROOT / "README.md", MARK, markdown(["exporter", "right", "refused", "silently wrong"], counts(cells)))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=KINDS, action="append", help="only these (default: all)")
     parser.add_argument("--exporter", choices=EXPORTERS, action="append", help="only these (default: all)")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="write the page there too")
+    parser.add_argument("--write", action="store_true", help="write the pages of the documentation")
     parser.add_argument("--json", type=Path, help="write the verdicts there too")
     main(parser.parse_args())

@@ -167,10 +167,10 @@ def export(
     if (model is None) == (adapter_only is None):
         raise ValueError("give either MODEL, to export it, or --adapter-only FOLDER")
     if model is not None:
-        options = given(optimizer, set_ or [])
         result = export_model(
-            model, adapter or [], out, form, dtype, external_data, verify, decode, last_logits, options,
-            linked(weights), blocks(block_size, zero_points, accuracy_level, int4_head), graph, device,
+            model, adapter or [], out, form=form, dtype=dtype, external=external_data, verify=verify, decode=decode,
+            last_logits=last_logits, options=given(optimizer, set_ or []), link=linked(weights),
+            blocks=blocks(block_size, zero_points, accuracy_level, int4_head), graph=graph, device=device,
         )  # fmt: skip
         show(result, Console())
         content = result.as_json()
@@ -180,16 +180,15 @@ def export(
         put(json_file, json.dumps(content, indent=2) + "\n")
 
 
-def export_model(model: Path, adapters: list[Path], *options: Any) -> Any:
+def export_model(model: Path, adapters: list[Path], out: Path, **options: Any) -> Any:
     import refpeft
     from refpeft.export.program import export as run
 
-    out, form, dtype, external, verify, *rest = options
     with Console(stderr=True).status("reading the checkpoint") as status:
         base = refpeft.load(model)
         loaded = [refpeft.load_adapter(folder, base) for folder in adapters]
         try:
-            return run(base, loaded, out, form, dtype, external, verify, model, status.update, *rest)
+            return run(base, loaded, out, source=model, report=status.update, **options)
         except ArithmeticError as error:
             stop(str(error), 1)
 

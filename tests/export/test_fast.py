@@ -216,3 +216,21 @@ def test_matrices_of_4_bits_stay_so(family: str, tmp_path: Path) -> None:
     joined = 0 if family == "gpt2" else 2 * (2 + 1)  # layers; q, k and v, gate and up
     assert (fast["MatMulNBits"], portable["MatMulNBits"]) == (matrices - joined, matrices)
     assert fast["BitShift"] == 0
+
+
+@pytest.mark.ort
+@pytest.mark.parametrize("zero_points", [False, True])
+@pytest.mark.parametrize("form", ["merged", "inputs"])
+@pytest.mark.parametrize("family", WRITERS)
+def test_rows_of_several_blocks(family: str, form: str, zero_points: bool, tmp_path: Path) -> None:
+    """Of 16 and of 32 columns, the last one not full: joined and apart they are the same numbers."""
+    sizes = {"n_embd": 72, "n_head": 4} if family == "gpt2" else {"hidden_size": 72, "intermediate_size": 104}
+    model = tiny(family, dtype=F32, **sizes)
+    adapter = refpeft.init("lora", {"r": 2, "target_modules": "all-linear", "init_lora_weights": False}, model)
+    for size in (16, 32):
+        blocks = {"size": size, "zero_points": zero_points}
+        out = tmp_path / str(size)
+        result = export(model, adapter, out, form, "int4", decode=True, graph="fast", blocks=blocks)
+        assert max(c["ratio"] for c in result.cases) <= LIMIT
+        scales = [t for t in onnx.load(str(out / "model.onnx")).graph.initializer if t.name.endswith(".scales")]
+        assert {t.dims[1] for t in scales} > {-(-72 // size)}
