@@ -10,13 +10,14 @@ from refpeft.checkpoint.safetensors import Malformed, show
 from refpeft.ops import activations
 
 Json = Mapping[str, Any]
+DEEPEST, WIDEST = 10_000, 1 << 16  # layers, and a head's width: both are walked through before any tensor is looked at
 
 
 def gpt2_config(c: Json) -> dict[str, Any]:
     require(c, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
     d, h = natural(c, "n_embd"), natural(c, "n_head")
     return {
-        "hidden_size": d, "num_layers": natural(c, "n_layer"), "num_heads": h, "num_kv_heads": h,
+        "hidden_size": d, "num_layers": depth(c, "n_layer"), "num_heads": h, "num_kv_heads": h,
         "head_dim": share(c, "n_embd", "n_head"), "activation": activation(c, "activation_function", "gelu_new"),
         "gated": False, "norm_first": True, "norm_eps": positive(c, "layer_norm_epsilon", 1e-5), "causal": True,
         "pad_token_id": token(c, "pad_token_id"),
@@ -28,10 +29,12 @@ def llama_config(c: Json) -> dict[str, Any]:
     h = natural(c, "num_attention_heads")
     e = natural(c, "head_dim", None) or share(c, "hidden_size", "num_attention_heads")
     g = natural(c, "num_key_value_heads", h)
+    if e > WIDEST:
+        raise Malformed(f"config.json: heads must be of width {WIDEST} at most, found {e}")
     if h % g or e % 2:
         raise Malformed(f"config.json: {h} heads of width {e} cannot share {g} key-value heads and be rotated in pairs")
     return {
-        "hidden_size": natural(c, "hidden_size"), "num_layers": natural(c, "num_hidden_layers"), "num_heads": h,
+        "hidden_size": natural(c, "hidden_size"), "num_layers": depth(c, "num_hidden_layers"), "num_heads": h,
         "num_kv_heads": g, "head_dim": e, "activation": activation(c, "hidden_act", "silu"), "gated": True,
         "norm_first": True, "norm_eps": positive(c, "rms_norm_eps", 1e-6), "causal": True,
         "inv_freq": frequencies(c, e), "pad_token_id": token(c, "pad_token_id"),
@@ -42,7 +45,7 @@ def bert_config(c: Json) -> dict[str, Any]:
     require(c, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
     h = natural(c, "num_attention_heads")
     return {
-        "hidden_size": natural(c, "hidden_size"), "num_layers": natural(c, "num_hidden_layers"), "num_heads": h,
+        "hidden_size": natural(c, "hidden_size"), "num_layers": depth(c, "num_hidden_layers"), "num_heads": h,
         "num_kv_heads": h, "head_dim": share(c, "hidden_size", "num_attention_heads"),
         "activation": activation(c, "hidden_act", "gelu"), "gated": False, "norm_first": False,
         "norm_eps": positive(c, "layer_norm_eps", 1e-12), "causal": False, "pad_token_id": token(c, "pad_token_id"),
@@ -66,10 +69,10 @@ def t5_config(c: Json) -> dict[str, Any]:
     n, longest = natural(c, "relative_attention_num_buckets", 32), natural(c, "relative_attention_max_distance", 128)
     if n < 4 or longest <= n // 2:
         raise Malformed(f"config.json: {n} relative_attention_num_buckets do not fit a max_distance of {longest}")
-    layers = natural(c, "num_layers")
+    layers = depth(c, "num_layers")
     return {
         "hidden_size": natural(c, "d_model"), "num_layers": layers, "num_heads": h, "num_kv_heads": h,
-        "num_decoder_layers": natural(c, "num_decoder_layers", layers), "head_dim": natural(c, "d_kv"),
+        "num_decoder_layers": depth(c, "num_decoder_layers", layers), "head_dim": natural(c, "d_kv"),
         "activation": name, "gated": gate == "gated", "norm_first": True, "causal": True,
         "norm_eps": positive(c, "layer_norm_epsilon", 1e-6), "attention_scale": 1.0, "relative": (n, longest),
         "pad_token_id": token(c, "pad_token_id", 0), "eos_token_id": first_token(c, "eos_token_id", 1),
@@ -85,8 +88,8 @@ def bart_config(c: Json) -> dict[str, Any]:
     require(c, decoder_attention_heads=h)
     d = natural(c, "d_model", 1024)
     return {
-        "hidden_size": d, "num_layers": natural(c, "encoder_layers", 12), "num_heads": h, "num_kv_heads": h,
-        "num_decoder_layers": natural(c, "decoder_layers", 12),
+        "hidden_size": d, "num_layers": depth(c, "encoder_layers", 12), "num_heads": h, "num_kv_heads": h,
+        "num_decoder_layers": depth(c, "decoder_layers", 12),
         "head_dim": share({"d_model": d, "encoder_attention_heads": h}, "d_model", "encoder_attention_heads"),
         "activation": activation(c, "activation_function", "gelu"), "gated": False, "norm_first": False,
         "norm_eps": 1e-5, "causal": True, "position_offset": 2, "shifts_input": True,
@@ -177,6 +180,11 @@ def is_number(v: Any, *kinds: type) -> bool:
 
 def natural(c: Json, name: str, default: Any = REQUIRED) -> Any:
     return field_of(c, name, default, lambda v: is_number(v, int) and 0 < v < 2**31, "a positive integer")
+
+
+def depth(c: Json, name: str, default: Any = REQUIRED) -> Any:
+    fits = f"a positive integer, {DEEPEST} at most"
+    return field_of(c, name, default, lambda v: is_number(v, int) and 0 < v <= DEEPEST, fits)
 
 
 def token(c: Json, name: str, default: Any = None) -> Any:

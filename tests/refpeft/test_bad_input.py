@@ -222,6 +222,23 @@ def test_a_wrong_config_is_refused(field, value, tmp_path):
     one_sentence(e.value)
 
 
+@pytest.mark.parametrize(
+    ("config", "changes", "words"),
+    [
+        (CONFIG, {"n_layer": 18265518}, "n_layer must be a positive integer, 10000 at most, found 18265518"),
+        (LLAMA, {"num_hidden_layers": 2**31 - 1}, "num_hidden_layers must be"),
+        (LLAMA, {"head_dim": 2**31 - 2}, "heads must be of width 65536 at most, found 2147483646"),
+        (LLAMA, {"hidden_size": 2**31 - 2, "num_attention_heads": 1, "num_key_value_heads": 1}, "heads must be"),
+    ],
+)
+def test_sizes_that_no_memory_holds_are_refused_before_any_is_taken(config, changes, words, tmp_path):
+    where = write_model(tmp_path / "m", config)
+    safetensors.write_json(where / "config.json", config | changes)
+    with pytest.raises(Malformed, match=words) as e:
+        refpeft.load(where)
+    one_sentence(e.value)
+
+
 @SETTINGS
 @given(st.data())
 def test_any_config_is_read_or_refused(tmp_path, data):
