@@ -61,6 +61,7 @@ def configured(m: Method, method: str, config: Any, model: Model) -> Any:
         config = {name: sorted(v, key=str) if isinstance(v, set | frozenset) else v for name, v in config.items()}
         check_types(m, config)
         config = m.Config(**config)
+    check_expressions(config)
     complete = getattr(m, "complete", None)
     if complete is not None:
         config = complete(config, model)
@@ -82,6 +83,8 @@ def check_types(m: Method, fields: Mapping[str, Any]) -> None:
 def fits(value: Any, hint: Any) -> bool:
     """Is this a value of the annotated type? An int is a float too, a bool is neither, a str is no sequence."""
     kind, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
     if kind in (typing.Union, UnionType):
         return any(fits(value, h) for h in inner)
     if kind is Sequence:
@@ -99,27 +102,29 @@ def readable(hint: Any) -> str:
 
 
 def check_patterns(cfg: Any) -> None:
-    """What HF peft refuses in a config, and regular expressions that are none."""
+    """What HF peft refuses in a config."""
     if isinstance(cfg.target_modules, str) and not (cfg.layers_to_transform is None and cfg.layers_pattern is None):
         raise ValueError("layers_to_transform and layers_pattern need target_modules to be a list, found a string")
     if cfg.layers_pattern and cfg.layers_to_transform is None:
         raise ValueError("layers_pattern needs layers_to_transform, which is not set")
-    for name in (
-        "target_modules",
-        "exclude_modules",
-        "layers_pattern",
-        "modules_to_save",
-        "rank_pattern",
-        "alpha_pattern",
-    ):
+
+
+def check_expressions(cfg: Any) -> None:
+    """Regular expressions that are none: a string for whole paths, or what names parts of them."""
+    for name in ("target_modules", "exclude_modules", "feedforward_modules"):
         value = getattr(cfg, name, None)
-        if isinstance(value, str) or name not in ("target_modules", "exclude_modules"):
-            patterns: list[str] = [value] if isinstance(value, str) else list(value or ())
-            for pattern in patterns:
-                try:
-                    re.compile(pattern)
-                except re.error as e:
-                    raise ValueError(f"{name}: {pattern!r} is not a regular expression: {e}") from None
+        check_expression(name, value if isinstance(value, str) else "")
+    for name in ("layers_pattern", "modules_to_save", "rank_pattern", "alpha_pattern"):
+        value = getattr(cfg, name, None) or ()
+        for pattern in (value,) if isinstance(value, str) else value:
+            check_expression(name, pattern)
+
+
+def check_expression(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as e:
+        raise ValueError(f"{name}: {pattern!r} is not a regular expression: {e}") from None
 
 
 def key(m: Method, kind: str, name: str) -> str:

@@ -36,7 +36,18 @@ from refpeft.checkpoint import (
 )
 from refpeft.checkpoint.format import Format
 from refpeft.checkpoint.safetensors import Malformed, fitting, show
-from refpeft.checkpoint.wrapper import CONFIG, FILE, PREFIX, check_rest, elsewhere, module_names, stored_name
+from refpeft.checkpoint.wrapper import (
+    CLASSES,
+    CONFIG,
+    FILE,
+    HEADS,
+    PREFIX,
+    check_rest,
+    elsewhere,
+    module_names,
+    stored_name,
+    to_save,
+)  # fmt: skip
 from refpeft.methods import METHODS, lora, vera
 from refpeft.model import Model
 from refpeft.ops import Array, is_half
@@ -52,7 +63,6 @@ NO_BASE = {"task_type": None, "base_model_name_or_path": None, "inference_mode":
 PLAIN_INITS = ("eva", "mica")  # they leave the base alone: A and B in the file are all there is
 # of the methods that are not of LoRA's kind, each in a module of its own
 FORMATS = cast(Sequence[Format], (selection, prompts, prefix, intrinsic, bottleneck, products))
-HEADS = ("classifier", "score")
 METHOD_FLAGS = {"lora": (False, False), "rslora": (True, False), "dora": (False, True)}  # use_rslora, use_dora
 TYPES = {"IA3": "ia3", "VERA": "vera", "ADALORA": "adalora"}  # peft_type → method, of the others that are read here
 UNREAD = {"adalora": {"r", "alpha_pattern"}}  # fields that HF peft's config inherits, and nobody reads
@@ -129,11 +139,9 @@ def meant(fields: dict[str, Any], raw: Mapping[str, Any], model: Model) -> dict[
         fields["init_lora_weights"] = True
     elif isinstance(how, str) and how not in lora.INITS:
         raise ValueError(f"init_lora_weights={show(how)} changes the base model in a way that the file does not hold")
-    if raw.get("task_type") in ("SEQ_CLS", "TOKEN_CLS"):  # HF peft trains their heads whole, named or not, if so called
-        saved = fields.get("modules_to_save") or []
-        fields["modules_to_save"] = [*saved, *(n for n in HEADS if n not in saved)]
-        if not any(path.endswith(HEADS) for path in tune.modules(model)):
-            fields["modules_to_save"] = [n for n in saved if n not in HEADS] or None
+    if raw.get("task_type") in CLASSES:
+        there = any(path.endswith(HEADS) for path in tune.modules(model))
+        fields["modules_to_save"] = [n for n in to_save(raw) if there or n not in HEADS] or None
     return fields
 
 

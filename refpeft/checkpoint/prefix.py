@@ -16,7 +16,7 @@ import numpy as np
 from refpeft import tune
 from refpeft.adapter import Adapter
 from refpeft.checkpoint.safetensors import Malformed, show, take
-from refpeft.checkpoint.wrapper import CONFIG, FILE
+from refpeft.checkpoint.wrapper import CLASSES, CONFIG, FILE, to_save
 from refpeft.methods import METHODS as ALL
 from refpeft.methods import prefix_tuning
 from refpeft.model import Model
@@ -33,7 +33,6 @@ IGNORED = {  # without influence on the function
     "peft_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version",
     "num_transformer_submodules", "prefix_projection",
 }  # fmt: skip
-CLASSES = ("SEQ_CLS", "TOKEN_CLS")  # whose heads HF peft trains whole, named or not
 
 
 def read(raw: Mapping[str, Any], tensors: Mapping[str, Array], model: Model) -> Adapter:
@@ -48,9 +47,7 @@ def read(raw: Mapping[str, Any], tensors: Mapping[str, Array], model: Model) -> 
             )
         fields = {n: raw[n] for n in FIELDS if raw.get(n) is not None}
         if raw.get("task_type") in CLASSES:
-            fields["modules_to_save"] = list(
-                dict.fromkeys([*(raw.get("modules_to_save") or ()), "classifier", "score"])
-            )
+            fields["modules_to_save"] = to_save(raw)
         method = "p_tuning_v2" if raw.get("task_type") in CLASSES else "prefix_tuning"
         cfg = tune.configured(ALL[method], method, fields, model)
         whole = tune.saved_whole(cfg, model)

@@ -14,7 +14,7 @@ from refpeft import tune
 from refpeft.adapter import Adapter
 from refpeft.checkpoint import models, tokens
 from refpeft.checkpoint.safetensors import Malformed, fitting, show
-from refpeft.checkpoint.wrapper import CONFIG, FILE
+from refpeft.checkpoint.wrapper import CLASSES, CONFIG, FILE, HEADS, to_save
 from refpeft.methods import METHODS as ALL
 from refpeft.methods import p_tuning
 from refpeft.model import Model
@@ -29,7 +29,6 @@ IGNORED = {  # without influence on the function
     "peft_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version",
 }  # fmt: skip
 STARTS = ("init_vocab_size", "init_token_ids", "init_label_ids")  # how P began: of no use where P is
-HEADS = ("classifier", "score")  # which HF peft trains whole, named or not, where the task is to classify
 
 
 def read(raw: Mapping[str, Any], tensors: Mapping[str, Array], model: Model) -> Adapter:
@@ -61,11 +60,9 @@ def fields(method: str, raw: Mapping[str, Any], tensors: Mapping[str, Array]) ->
     found = {name: value for name, value in raw.items() if name in known and value is not None}
     if "num_transformer_submodules" not in found:
         found["num_transformer_submodules"] = 2 if raw.get("task_type") == "SEQ_2_SEQ_LM" else 1
-    saved = found.get("modules_to_save", [])
-    if raw.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") and isinstance(saved, list):
+    if raw.get("task_type") in CLASSES:
         own = {name.removeprefix(PREFIX).split(".")[0] for name in tensors}
-        saved = [name for name in dict.fromkeys([*saved, *HEADS]) if name not in HEADS or name in own]
-        found["modules_to_save"] = saved or None
+        found["modules_to_save"] = [name for name in to_save(raw) if name not in HEADS or name in own] or None
     return {name: value for name, value in found.items() if value is not None}
 
 

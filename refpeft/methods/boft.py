@@ -78,8 +78,8 @@ class Config(Targets):
             raise ValueError(
                 f"one of boft_block_size and boft_block_num must be a positive integer and the other 0, found {found}"
             )
-        if self.boft_n_butterfly_factor < 1:
-            raise ValueError(f"boft_n_butterfly_factor must be at least 1, found {self.boft_n_butterfly_factor!r}")
+        if not 1 <= self.boft_n_butterfly_factor <= 32:
+            raise ValueError(f"boft_n_butterfly_factor must be from 1 to 32, found {self.boft_n_butterfly_factor!r}")
         if self.bias not in ("none", "all", "boft_only"):
             raise ValueError(f"bias must be 'none', 'all' or 'boft_only', found {self.bias!r}")
         if self.side not in SIDES:

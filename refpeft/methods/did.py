@@ -29,7 +29,6 @@ Where implementations differ:
 """
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -71,13 +70,6 @@ class Config:
             raise ValueError(f"d must be a positive integer, found {self.d!r}")
         if self.columns not in ("model", "tensor"):
             raise ValueError(f"columns must be 'model' or 'tensor', found {self.columns!r}")
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
-            value = getattr(self, name)
-            for pattern in [value] if isinstance(value, str) else value if name == "modules_to_save" and value else ():
-                try:
-                    re.compile(pattern)
-                except re.error as e:
-                    raise ValueError(f"{name}: {pattern!r} is not a regular expression: {e}") from None
 
     def at(self, path: str) -> "Config":
         return self

@@ -13,6 +13,8 @@ import refpeft
 from refpeft.checkpoint import safetensors
 from refpeft.checkpoint.families import plan
 from refpeft.checkpoint.safetensors import Malformed
+from refpeft.methods import METHODS
+from tests.export.adapters import made
 
 CONFIG = {
     "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 8, "n_head": 2, "n_layer": 1,
@@ -350,6 +352,23 @@ def test_any_adapter_config_is_read_or_refused(gpt2, adapter, field, value):
     change_config(adapter, **{field: value})
     loads_or_refuses(lambda: refpeft.load_adapter(adapter, refpeft.load(gpt2)))
     (adapter / "adapter_config.json").write_bytes(before)
+
+
+AWKWARD = [None, True, -1, 0, 10**9, 2**70, 1.5, "x", "(", [], [0], [[1]], {}, {"c_attn": 10**9}]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("changes", [{}, {"task_type": "SEQ_CLS"}])
+def test_any_field_of_any_method_is_read_or_refused(method, changes, tmp_path):
+    """Every field that the folder of an adapter has, with every value; no field makes it take time or memory."""
+    model, adapter = made(method, "gpt2")
+    refpeft.save_adapter(adapter, tmp_path / "a")
+    config = tmp_path / "a" / "adapter_config.json"
+    good = json.loads(config.read_text())
+    for field in good:
+        for value in AWKWARD:
+            safetensors.write_json(config, good | changes | {field: value})
+            loads_or_refuses(lambda: refpeft.load_adapter(tmp_path / "a", model))
 
 
 def test_adapter_tensors_are_all_accounted_for(gpt2, adapter):

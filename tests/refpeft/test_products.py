@@ -530,7 +530,7 @@ def test_outputs_are_turned_as_inputs_of_the_transpose() -> None:
         ("oft", {"side": "left"}, r"side must be one of \('input', 'output'\), found 'left'"),
         ("oft", {"bias": "lora_only"}, "bias must be 'none', 'all' or 'oft_only', found 'lora_only'"),
         ("boft", {"boft_block_num": 2}, "one of boft_block_size and boft_block_num must be a positive integer"),
-        ("boft", {"boft_n_butterfly_factor": 0}, "boft_n_butterfly_factor must be at least 1, found 0"),
+        ("boft", {"boft_n_butterfly_factor": 0}, "boft_n_butterfly_factor must be from 1 to 32, found 0"),
         ("boft", {"boft_block_size": 3}, r"q_proj: boft_block_size must divide the 16 inputs, found 3"),
         ("boft", {"boft_n_butterfly_factor": 4}, "4 butterfly factors need an even block size and a number of blocks"),
         ("boft", {"target_modules": ["embed_tokens"]}, "embed_tokens: BOFT is defined for linear layers, not for emb"),
