@@ -39,7 +39,7 @@ class Group(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             stop("interrupted", 130)
-        except (ValueError, OSError, ImportError, BrokenExecutor) as error:
+        except (ValueError, OSError, ImportError, MemoryError, BrokenExecutor) as error:
             if ctx.params.get("debug") or getattr(error, "errno", None) == errno.EPIPE:
                 raise
             stop(sentence(error))

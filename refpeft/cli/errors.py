@@ -17,7 +17,10 @@ def sentence(error: Exception) -> str:
         return f"this {missing(error.name.partition('.')[0])}"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+    said = " ".join(str(error).split())
+    if isinstance(error, MemoryError):
+        return f"there is not enough memory{': ' * bool(said)}{said[:1].lower()}{said[1:]}"
+    return said or type(error).__name__
 
 
 def put(file: Path, text: str) -> None:

@@ -66,8 +66,8 @@ class Config:
     columns: str = "model"
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.d, int) and not isinstance(self.d, bool) and self.d > 0):
-            raise ValueError(f"d must be a positive integer, found {self.d!r}")
+        if not (isinstance(self.d, int) and not isinstance(self.d, bool) and 0 < self.d < 2**31):
+            raise ValueError(f"d must be a positive integer below 2**31, found {self.d!r}")
         if self.columns not in ("model", "tensor"):
             raise ValueError(f"columns must be 'model' or 'tensor', found {self.columns!r}")
 

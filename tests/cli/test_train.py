@@ -332,6 +332,7 @@ def test_text_needs_a_tokenizer() -> None:
         (["--set", "r"], ["--set: expected FIELD=VALUE, found 'r'"]),
         (["--set", "rank=4"], ["lora has no config field 'rank'"]),
         (["--set", "r=four"], ["r must be int, found 'four'"]),
+        (["--set", "r=10000000000000"], ["there is not enough memory: unable to allocate"]),
         (["--set", "target_modules=nothing"], ["matches no module of the model"]),
         (["--objective-set", "speed=3"], ["--objective-set: there is no 'speed'"]),
         (["--objective-set", "mean_span=long"], ["--objective-set mean_span: expected float, found 'long'"]),

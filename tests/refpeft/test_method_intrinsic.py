@@ -229,7 +229,7 @@ def test_dtypes(method: str, dtype: Any) -> None:
 @pytest.mark.parametrize(
     ("method", "config", "message"),
     [
-        ("did", {"d": 0}, "d must be a positive integer, found 0"),
+        ("did", {"d": 0}, r"d must be a positive integer below 2\*\*31, found 0"),
         ("did", {"columns": "rows"}, "columns must be 'model' or 'tensor', found 'rows'"),
         ("did", {"target_modules": ["q_proj"]}, "matches no module and no tensor"),
         ("did", {"target_modules": "("}, "target_modules: '\\(' is not a regular expression"),
