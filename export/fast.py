@@ -4,6 +4,8 @@ What each rewrite is worth was measured on CPUs, against the portable graph; wha
 
     rows         positions of all texts as rows of one matrix, [b, s, d] → [b s, d], from the embeddings to the head:
                  every layer is then a Gemm; but not what the graph answers with, which would be copied into its shape
+    end          what the graph answers with is written once: x W + u B as [x, u] [W; B], which a runtime joins when it
+                 loads them, where both are weights
     sum          Gemm adds: x W + b, and x W + u B where an adapter runs beside a layer, or x W + r with a residual,
                  without a pass over the output of its own; a scale goes into it too
     beside       matrices that read the same x as one, [W_q; W_k; W_v], and [A_q; A_k; A_v] of LoRA, which a runtime
@@ -42,7 +44,7 @@ class Rewrite:
     def __init__(
         self, graph: Graph, live: Sequence[Node], outputs: Mapping[str, Symbol], blocked: Collection[str]
     ) -> None:
-        self.graph = graph
+        self.graph, self.blocked = graph, blocked
         self.uses = Counter(a for x in live for a in x.args if a is not None)
         self.uses.update(y.node for y in outputs.values())
         self.done: dict[Node, Symbol] = {}
@@ -76,6 +78,8 @@ class Rewrite:
             return self.part(x).reshape(x.shape)
         if rowwise(x) and x not in self.ends:
             return self.rows(x).reshape(x.shape)
+        if rowwise(x) and x.op == "Add" and (y := self.end(x)) is not None:
+            return y
         args = [None if a is None else self.whole(a) for a in x.args]
         if x.op == "Reshape" and args[0] is not None:
             return stated(args[0].reshape(x.shape))
@@ -130,14 +134,35 @@ class Rewrite:
 
     def product(self, x: Node, c: Symbol | None) -> Symbol:
         """α a Wᵀ + c"""
-        α, x = (float(scalar(x)), factor(x)) if x.op == "Mul" else (1.0, x)
-        a, W = pair(x)
-        if scaled(a):
-            α, a = α * float(scalar(a)), factor(a)
+        α, a, W = factors(x)
         weight, flip = matrix(self.whole(W))
         attrs = ({"alpha": α} if α != 1 else {}) | ({"transB": 1} if flip else {})
         args = (self.rows(a), weight) if c is None else (self.rows(a), weight, c)
         return self.graph.emit("Gemm", args, x.dtype, (product(x.shape[:-1]), x.shape[-1]), **attrs)
+
+    def end(self, x: Node) -> Symbol | None:
+        """x Wᵀ + α u Bᵀ as [x, α u] [W, B]ᵀ, where both are weights: what a graph answers with is wide, and then
+        written once. What is multiplied by inputs is added to it."""
+        terms = self.terms(x)
+        if not all(adds(t) and self.uses[t] == 1 and t not in self.beside for t in terms):
+            return None
+        weights = {t: W for t in terms if (W := self.fixed(t)) is not None}
+        if not weights:
+            return None
+        sides = []
+        for α, a, _ in map(factors, weights):
+            sides.append(self.whole(a) if α == 1 else self.whole(a) * np.asarray(α, x.dtype))
+        W, side = (beside(self.graph, list(parts)) for parts in (weights.values(), sides))
+        y = self.graph.emit("MatMul", (side, W.transpose(1, 0)), x.dtype, x.shape)
+        for t in terms:
+            y = y if t in weights else y + self.product(t, None).reshape(x.shape)
+        return y
+
+    def fixed(self, x: Node) -> Symbol | None:
+        """The W of a Wᵀ that a runtime can join with others when it loads them."""
+        W, flip = matrix(self.whole(factors(x)[2]))
+        weight = not W.node.op and W.node.name not in self.blocked and all(isinstance(d, int) for d in W.shape)
+        return W if flip and weight else None
 
     # ── side by side ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -180,9 +205,20 @@ class Rewrite:
         return where(self.graph, m, np.zeros((), dtype), np.asarray(-math.inf, dtype)) if m.dtype == bool else m
 
 
+def beside(g: Graph, parts: Sequence[Symbol]) -> Symbol:
+    return parts[0] if len(parts) == 1 else concatenate(g, parts, -1)
+
+
 def adds(x: Node) -> bool:
     """Is this a product that Gemm can add to something?"""
     return rowwise(x) and (x.op == "MatMul" or scaled(x))
+
+
+def factors(x: Node) -> tuple[float, Node, Node]:
+    """α, a and Wᵀ, where this is their product"""
+    α, x = (float(scalar(x)), factor(x)) if x.op == "Mul" else (1.0, x)
+    a, W = pair(x)
+    return (α * float(scalar(a)), factor(a), W) if scaled(a) else (α, a, W)
 
 
 def scaled(x: Node) -> bool:

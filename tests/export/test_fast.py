@@ -234,3 +234,23 @@ def test_rows_of_several_blocks(family: str, form: str, zero_points: bool, tmp_p
         assert max(c["ratio"] for c in result.cases) <= LIMIT
         scales = [t for t in onnx.load(str(out / "model.onnx")).graph.initializer if t.name.endswith(".scales")]
         assert {t.dims[1] for t in scales} > {-(-72 // size)}
+
+
+@pytest.mark.ort
+@pytest.mark.parametrize(("form", "joined"), [("unmerged", 2), ("inputs", 1)])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_logits_are_written_once(family: str, form: str, joined: int, tmp_path: Path) -> None:
+    """A head with a LoRA beside it: one product with both where they are weights; else that is added."""
+    model = tiny(family, dtype=F32, tie_word_embeddings=False)
+    own = {"r": 2, "lora_alpha": 6, "target_modules": ["lm_head"], "init_lora_weights": False}
+    adapter = refpeft.init("lora", own, model)
+    result = export(model, adapter, tmp_path / "out", form, decode=True, graph="fast")
+    assert max(c["ratio"] for c in result.cases) <= LIMIT
+    graph = onnx.load(str(tmp_path / "out" / "model.onnx")).graph
+    made = {name: n for n in graph.node for name in n.output}
+    last = made["logits"]
+    assert last.op_type == ("MatMul" if joined == 2 else "Add")
+    product = last if joined == 2 else next(made[n] for n in last.input if made[n].op_type == "MatMul")
+    stored = made[made[product.input[1]].input[0]].input if joined == 2 else made[product.input[1]].input
+    assert len(stored) == joined
+    assert "lm_head.weight" in stored
