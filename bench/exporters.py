@@ -162,7 +162,8 @@ def exported(command: Sequence[str], out: Path, graph: str = "model.onnx") -> tu
     others have written is on the disk before, and memory that a virtual machine gave back to its host is fetched again,
     so that nobody waits for that."""
     os.sync()
-    np.ones(min(FETCHED, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2), np.uint8)
+    pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else 0  # macOS does not tell
+    np.ones(min(FETCHED, pages * os.sysconf("SC_PAGE_SIZE") // 2), np.uint8)
     start, peak = time.perf_counter(), 0.0
     env = os.environ | {"HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryFile("w+") as said:

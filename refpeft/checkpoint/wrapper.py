@@ -19,11 +19,11 @@ TWINS = {twin: name for name, twin in models.TWINS.items()}
 
 
 def to_save(raw: Mapping[str, Any]) -> list[str]:
-    """`modules_to_save`, with the heads that the task adds: to be looked at before the types of all fields are."""
+    """`modules_to_save` of one of CLASSES, with the heads: looked at before the types of all fields are."""
     found = raw.get("modules_to_save") or []
     if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
         raise ValueError(f"modules_to_save must be a list of names, found {show(found)}")
-    return list(dict.fromkeys([*found, *(HEADS if raw.get("task_type") in CLASSES else ())]))
+    return list(dict.fromkeys([*found, *HEADS]))
 
 
 def module_names(tensors: Mapping[str, Array]) -> dict[str, Array]:
